@@ -1,0 +1,82 @@
+"""Categorical distributions: warping, and draws that do not depend on the batch.
+
+Draws are by inverse CDF in float64 from uniforms that belong to the row: float32 Gumbel noise lowers the temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Warp:
+    """Temperature, top-k, top-p and min-p, applied in this order; the same warp serves drafts and target.
+
+    `temperature` 0 is greedy: all probability on the arg max. `top_k` 0, `top_p` 1 and `min_p` 0 switch a filter off.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+
+    def __call__(self, log_probs: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
+        """Probabilities (not logs) in float64 after the warp; they sum to one."""
+        log_probs = log_probs.double()
+        if self.temperature == 0:
+            return torch.nn.functional.one_hot(log_probs.argmax(-1), log_probs.shape[-1]).double()
+        p = torch.softmax(log_probs / self.temperature, -1)
+        if self.top_k and self.top_k < p.shape[-1]:
+            kept = torch.zeros_like(p).scatter(-1, p.topk(self.top_k, -1).indices, 1.0)
+            p = p * kept
+            p = p / p.sum(-1, keepdim=True)
+        if self.top_p < 1:
+            ordered, index = p.sort(-1, descending=True)
+            before = ordered.cumsum(-1) - ordered
+            p = torch.zeros_like(p).scatter(-1, index, ordered * (before < self.top_p))
+            p = p / p.sum(-1, keepdim=True)
+        if self.min_p > 0:
+            p = p * (p >= self.min_p * p.amax(-1, keepdim=True))
+            p = p / p.sum(-1, keepdim=True)
+        return p
+
+
+def inverse_cdf(probs: Float[Tensor, "*N V"], u: Float[Tensor, "*N"]) -> Int[Tensor, "*N"]:
+    """The token whose cumulative probability first exceeds `u` in [0, 1); never one of probability zero."""
+    cdf = probs.double().cumsum(-1)
+    tokens = torch.searchsorted(cdf, (u.double() * cdf[..., -1])[..., None], right=True)[..., 0]
+    return torch.minimum(tokens, _last_possible(probs))
+
+
+def _last_possible(probs: Float[Tensor, "*N V"]) -> Int[Tensor, "*N"]:
+    return probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)
+
+
+class RowGenerators:
+    """One generator per row, seeded `seed + row`: a row draws what it would draw alone."""
+
+    def __init__(self, seed: int, rows: int | Sequence[int]) -> None:
+        indices = range(rows) if isinstance(rows, int) else rows
+        self.generators = [torch.Generator().manual_seed(seed + r) for r in indices]
+
+    def uniform(self, rows: Bool[Tensor, " B"], count: int = 1) -> Float[Tensor, "B count"]:
+        """`count` uniforms in [0, 1), float64, for each marked row; other rows draw nothing (and get 0)."""
+        out = torch.zeros(len(self.generators), count, dtype=torch.float64)
+        for r in rows.nonzero()[:, 0].tolist():
+            out[r] = torch.rand(count, dtype=torch.float64, generator=self.generators[r])
+        return out

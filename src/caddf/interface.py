@@ -1,0 +1,194 @@
+"""The one signature that every model, objective, bound and decoder speaks.
+
+A *language model* maps two rows of tokens to states, and states to log-probabilities where somebody reads them:
+
+    states, caches = model(prefix, canvas, pattern)
+    log_q = model.log_probs(states, where, head)
+
+`prefix` is what is read left to right, `canvas` what is read in any order, and `pattern` says what the pair means.
+A plain function `x_t -> log-probabilities` becomes such a model through `as_model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Head = Literal["fused", "draft", "causal"]
+
+
+@dataclass(frozen=True)
+class AnyOrder:
+    """Eq. 5: `prefix` and `canvas` are the same `x_t`; every output depends on its unmasked part alone."""
+
+
+@dataclass(frozen=True)
+class Infill:
+    """Eq. 6: `prefix` is `x0`, the canvas is read in both directions; output i sees `x0[<i]` and the canvas."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Eq. 6 in blocks of `size`; output i sees `x0[<i]` and the canvas of its own block.
+
+    What the canvas holds in earlier blocks is ignored: there it is the prefix that counts. Blocks are counted from
+    `offset` (0 in training and in the block likelihood; positions before it are a short block of their own).
+    """
+
+    size: int
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"block size is {self.size}; it must be at least 1")
+        if not 0 <= self.offset < self.size:
+            raise ValueError(f"block offset is {self.offset}; it must lie in [0, {self.size})")
+
+    def index(self, positions: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """The number of the block that each of `positions` lies in (-1 before the offset)."""
+        return (positions - self.offset).div(self.size, rounding_mode="floor")
+
+    def start(self, positions: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """First position of the block that each of `positions` lies in."""
+        return (self.index(positions) * self.size + self.offset).clamp(min=0)
+
+
+Pattern = AnyOrder | Infill | Block
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What objectives, bounds and decoders ask of a model.
+
+    `vocab_size` is V, the number of real tokens; `mask_id` is V and never gets probability.
+    `heads` names what can be read: `draft` (proposals from the canvas), `causal` (the causal branch's own head) and
+    `fused`. `denoiser` names the head that is q(x0 | x_t) under `AnyOrder`.
+    """
+
+    vocab_size: int
+    mask_id: int
+    heads: frozenset[Head]
+    denoiser: Head
+
+    def __call__(
+        self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Any = None
+    ) -> tuple[Any, Any]:
+        """States of all positions, and the caches (None where none were given)."""
+
+    def log_probs(self, states: Any, where: Bool[Tensor, "B L"], head: Head = "fused") -> Float[Tensor, "N V"]:
+        """Log-probabilities (nats) at the positions marked in `where`, row-major; normalised over the V real tokens."""
+
+    def nll(
+        self, states: Any, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "fused"
+    ) -> Float[Tensor, " N"]:
+        """`-log_probs` (nats) of `targets` at the positions in `where`, without keeping all logits in memory."""
+
+
+Denoiser = Callable[[Int[Tensor, "B L"], Bool[Tensor, "B L"]], Float[Tensor, "N V"]]
+"""`(x_t, where) -> log q(. | x_t)` at the positions in `where`, row-major: all that an any-order decoder needs."""
+
+
+def denoiser_of(model: LanguageModel) -> Denoiser:
+    """The eq. 5 reading of a model: log q(x0_i | x_t) at the positions that are read."""
+
+    def denoise(x_t: Int[Tensor, "B L"], where: Bool[Tensor, "B L"]) -> Float[Tensor, "N V"]:
+        states, _ = model(x_t, x_t, AnyOrder())
+        return model.log_probs(states, where, model.denoiser)
+
+    return denoise
+
+
+@dataclass(frozen=True)
+class _Readings:
+    prefix: Int[Tensor, "B L"]
+    canvas: Int[Tensor, "B L"]
+    pattern: Pattern
+
+
+class DenoiserModel:
+    """A function `x_t [B, L] -> log-probabilities [B, L, V]` in the place of a model.
+
+    All readings follow from the one conditional q(x0_i | unmasked part): a fused output at i is q at i given the
+    canvas with `prefix[<i]` revealed; a causal output is q at i given `prefix[<i]` alone. Nothing is cached: reading N
+    positions left to right costs N evaluations.
+
+    Raises `ValueError` where the function's result has another shape or does not sum to one over the V tokens.
+    """
+
+    heads: frozenset[Head] = frozenset({"fused", "draft", "causal"})
+    denoiser: Head = "fused"
+
+    def __init__(self, function: Callable[[Tensor], Tensor], vocab_size: int) -> None:
+        self.function = function
+        self.vocab_size = vocab_size
+        self.mask_id = vocab_size
+
+    def __call__(
+        self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Any = None
+    ) -> tuple[_Readings, Any]:
+        """Only remembers what is to be read: the function runs in `log_probs`."""
+        return _Readings(prefix, canvas, pattern), caches
+
+    def log_probs(self, states: _Readings, where: Bool[Tensor, "B L"], head: Head = "fused") -> Float[Tensor, "N V"]:
+        """Log-probabilities (nats) at the positions in `where`, row-major."""
+        if isinstance(states.pattern, AnyOrder) or (isinstance(states.pattern, Infill) and head == "draft"):
+            return self._evaluate(states.canvas)[where]
+        rows, columns = where.nonzero(as_tuple=True)
+        parts = [self._evaluate(x)[torch.arange(len(i)), i] for x, i in self._revealed(states, rows, columns, head)]
+        if not parts:
+            return torch.empty(0, self.vocab_size, dtype=torch.float64)
+        return torch.cat(parts)
+
+    def nll(
+        self, states: _Readings, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "fused"
+    ) -> Float[Tensor, " N"]:
+        """`-log_probs` of `targets` at the positions in `where`."""
+        return -self.log_probs(states, where, head).gather(-1, targets[where][:, None])[:, 0]
+
+    def _revealed(
+        self, states: _Readings, rows: Tensor, columns: Tensor, head: Head, chunk: int = 1024
+    ) -> Iterator[tuple[Int[Tensor, "n L"], Int[Tensor, " n"]]]:
+        """One canvas per position read: what that output may see."""
+        positions = torch.arange(states.prefix.shape[1])
+        for r, i in zip(rows.split(chunk), columns.split(chunk), strict=True):
+            prefix, canvas = states.prefix[r], states.canvas[r]
+            upto = i
+            if isinstance(states.pattern, Block):
+                inside = states.pattern.index(positions) == states.pattern.index(i)[:, None]
+                canvas = torch.where(inside, canvas, self.mask_id)
+                upto = states.pattern.start(i) if head == "draft" else i
+            if head == "causal":
+                canvas = torch.full_like(canvas, self.mask_id)
+            yield torch.where(positions < upto[:, None], prefix, canvas), i
+
+    def _evaluate(self, x_t: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
+        log_q = self.function(x_t)
+        if log_q.shape[:2] != x_t.shape or log_q.shape[2] < self.vocab_size:
+            raise ValueError(
+                f"the denoiser returned shape {tuple(log_q.shape)} for x_t of shape {tuple(x_t.shape)}; "
+                f"log-probabilities of shape {(*x_t.shape, self.vocab_size)} are needed"
+            )
+        log_q = log_q[..., : self.vocab_size]
+        masked = x_t == self.mask_id
+        total = log_q[masked].logsumexp(-1)
+        if masked.any() and not torch.allclose(total, torch.zeros_like(total), atol=1e-3):
+            worst = total[total.abs().argmax()].exp().item()
+            raise ValueError(
+                f"the denoiser's probabilities sum to {worst:.4g} at a masked position; they must sum to 1 over the "
+                f"{self.vocab_size} tokens (return log-softmax, not logits)"
+            )
+        return log_q
+
+
+def as_model(model: LanguageModel | Callable[[Tensor], Tensor], vocab_size: int | None = None) -> LanguageModel:
+    """`model` itself, or a plain function `x_t -> log-probabilities` wrapped (then `vocab_size` must be given)."""
+    if hasattr(model, "log_probs"):
+        return cast(LanguageModel, model)
+    if vocab_size is None:
+        raise ValueError("vocab_size is not set; with a plain function give the number of real tokens, V")
+    return DenoiserModel(model, vocab_size)

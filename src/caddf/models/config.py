@@ -1,0 +1,126 @@
+"""What a dual-branch model is made of: settings, their checks, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from caddf.errors import InputError
+
+
+@dataclass(frozen=True)
+class BranchConfig:
+    """One stack of Transformer layers.
+
+    `positions` is `rotary`, or `learned` (GPT-2's absolute table, which ends at the context length). `bias` puts biases
+    on the linear maps and norms, as GPT-2 has.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    positions: Literal["rotary", "learned"] = "rotary"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise InputError(
+                f"width {self.width} over {self.heads} heads gives no even head size; choose a width that is an even "
+                "multiple of heads"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The dual-branch model (SPEC of eqs. 5-7, 10-12; sizes of the paper's Table 5 under `PRESETS`).
+
+    vocab_size: V, the real tokens; `[M]` has id V; embedding tables have `rows` rows, of which those beyond V never get
+        probability. bos_id: the token before position 0.
+    causal: the causal branch, or None ("off": the diffusion branch with its draft head alone).
+    fusion: `late` (eq. 10, after the last causal layer), `layers` (eq. 7 too: cross-attention in every causal layer),
+        or `none` (no cross-attention).
+    exchange: `one_way` (the causal branch reads the diffusion branch) or `mutual` (and the reverse; needs `late`).
+    draft: `factorised`, or `chained` (one light causal layer over the drafts of a block).
+    block_size: k, the size of a block in training, in the block likelihood and in block decoding.
+    """
+
+    vocab_size: int
+    context: int
+    diffusion: BranchConfig
+    causal: BranchConfig | None
+    bos_id: int = 0
+    rows: int = 0
+    fusion: Literal["late", "layers", "none"] = "late"
+    exchange: Literal["one_way", "mutual"] = "mutual"
+    draft: Literal["factorised", "chained"] = "factorised"
+    block_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            object.__setattr__(self, "rows", -(-(self.vocab_size + 1) // 8) * 8)
+        if self.rows <= self.vocab_size:
+            raise InputError(
+                f"rows is {self.rows}; {self.vocab_size} tokens and the mask need at least {self.vocab_size + 1}"
+            )
+        if not 0 <= self.bos_id < self.vocab_size:
+            raise InputError(f"bos_id is {self.bos_id}; it must be one of the {self.vocab_size} tokens")
+        if self.context < 1:
+            raise InputError(f"context is {self.context}; it must be at least 1")
+        if not 1 <= self.block_size <= self.context:
+            raise InputError(f"block_size is {self.block_size}; it must lie between 1 and the context, {self.context}")
+        if self.exchange == "mutual" and self.causal is not None and self.fusion != "late":
+            raise InputError(
+                f"exchange is mutual with fusion {self.fusion}; mutual exchange needs fusion late, since with "
+                f"{self.fusion} the causal states are not free of the canvas"
+                if self.fusion == "layers"
+                else "exchange is mutual with fusion none; without cross-attention set exchange to one_way"
+            )
+
+    @property
+    def mask_id(self) -> int:
+        """The id of `[M]`: V."""
+        return self.vocab_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and YAML."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`; raises `InputError` on unknown or missing settings."""
+        values = dict(values)
+        try:
+            values["diffusion"] = BranchConfig(**values["diffusion"])
+            values["causal"] = BranchConfig(**values["causal"]) if values["causal"] is not None else None
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the model's settings do not fit this version: {error}") from None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named size: the branches, the context it is trained at, and the published training settings."""
+
+    causal: BranchConfig
+    diffusion: BranchConfig
+    context: int
+    batch: int
+    steps: int
+    warmup: int
+    learning_rate: float
+    tokenizer: str = field(default="bpe:4096")
+
+
+PRESETS: dict[str, Preset] = {
+    "debug": Preset(BranchConfig(2, 32, 2), BranchConfig(1, 32, 2), 32, 8, 100, 10, 3e-3, "bpe:512"),
+    "demo": Preset(BranchConfig(4, 192, 6), BranchConfig(2, 128, 4), 256, 16, 800, 80, 2e-3, "bpe:4096"),
+    "tiny": Preset(BranchConfig(6, 384, 6), BranchConfig(3, 256, 4), 1024, 16, 20_000, 500, 1e-3, "bpe:8192"),
+    # Table 5.
+    "small": Preset(BranchConfig(12, 768, 12), BranchConfig(6, 512, 8), 1024, 128, 250_000, 10_000, 1e-4, "gpt2"),
+    "medium": Preset(BranchConfig(20, 1440, 24), BranchConfig(10, 1024, 16), 4096, 128, 250_000, 10_000, 5e-5, "gpt2"),
+}
+"""Sizes; the last two are the paper's Table 5 as written (sequence length as in the table)."""

@@ -1,0 +1,44 @@
+"""The fusion of the branches (eqs. 10, 11)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from caddf.models.config import BranchConfig
+from caddf.models.layers import MLP, Attention, KeysValues, Rotation, initialise
+
+
+class Mixer(nn.Module):
+    """`h_trans + MLP([h_trans ; context])`: eq. 10 as a residual, so that fusion starts as the causal branch."""
+
+    def __init__(self, config: BranchConfig, context_width: int) -> None:
+        super().__init__()
+        self.mlp = MLP(config.width + context_width, 2 * config.width, config.width, bias=config.bias)
+        self.norm = nn.LayerNorm(config.width, bias=config.bias)
+        initialise(self, config.layers)
+
+    def forward(self, h_trans: Float[Tensor, "B n D"], context: Float[Tensor, "B n C"]) -> Float[Tensor, "B n D"]:
+        """Fused states, normed for the head."""
+        return self.norm(h_trans + self.mlp(torch.cat([h_trans, context], -1)))
+
+
+class CrossFusion(nn.Module):
+    """Eq. 10: `MLP([h_trans ; CrossAtt(h_trans, h_cad)])`, the cross-attention rotary."""
+
+    def __init__(self, config: BranchConfig, source_width: int) -> None:
+        super().__init__()
+        self.cross = Attention(config.width, config.heads, source_width, config.bias)
+        initialise(self, config.layers)
+        self.mixer = Mixer(config, config.width)
+
+    def forward(
+        self,
+        h_trans: Float[Tensor, "B n D"],
+        turn: Rotation,
+        keys_values: KeysValues,
+        visible: Bool[Tensor, "..."] | None,
+    ) -> Float[Tensor, "B n D"]:
+        """Fused states; `keys_values` are the fusion's keys and values of `h_cad`, `visible` what i sees of them."""
+        return self.mixer(h_trans, self.cross(h_trans, turn, keys_values, visible))

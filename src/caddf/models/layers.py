@@ -1,0 +1,129 @@
+"""The shared parts of all branches: rotary positions, attention, MLP, one pre-norm layer, heads.
+
+Shapes: B rows, n queries, m keys, H heads. A mask is boolean, True where a query may look; None is everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines `[B or 1, 1, n, size / 2]` of the angles of a row of positions."""
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values `[B, H, m, size]`."""
+
+
+def rotation(positions: Int[Tensor, "B n"] | Int[Tensor, " n"], size: int) -> Rotation:
+    """The angles by which rotary embeddings of head size `size` turn each position (Su et al. 2021)."""
+    frequencies = 10_000.0 ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / size)
+    angles = positions.reshape(-1, 1, positions.shape[-1], 1) * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Float[Tensor, "B H n size"], by: Rotation | None) -> Float[Tensor, "B H n size"]:
+    """Turns pairs of channels (first half with second half) by their position's angle."""
+    if by is None:
+        return x
+    cos, sin = (angle.to(x.dtype) for angle in by)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `width`-wide queries over `source_width`-wide states (eq. 11; self-attention if equal).
+
+    Keys and values are made apart from the queries, so that callers may keep them in a cache.
+    """
+
+    def __init__(self, width: int, heads: int, source_width: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key_value = nn.Linear(source_width or width, 2 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+
+    def keys_values(self, source: Float[Tensor, "B m S"], turn: Rotation | None) -> KeysValues:
+        """Keys (turned by their positions) and values of `source`."""
+        keys, values = self.key_value(source).unflatten(-1, (2, self.heads, self.size)).permute(2, 0, 3, 1, 4)
+        return rotate(keys, turn), values
+
+    def forward(
+        self,
+        x: Float[Tensor, "B n D"],
+        turn: Rotation | None,
+        keys_values: KeysValues,
+        visible: Bool[Tensor, "..."] | None = None,
+        causal: bool = False,
+    ) -> Float[Tensor, "B n D"]:
+        """Each of x's n states reads the keys that `visible` (`[n, m]` or `[B, 1, n, m]`) shows it."""
+        queries = rotate(self.query(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2), turn)
+        keys, values = (part.to(queries.dtype) for part in keys_values)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, is_causal=causal)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int, out: int, bias: bool = False) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, out, bias=bias)
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... E"]:
+        """`down(gelu(up(x)))`."""
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    """A pre-norm Transformer layer: self-attention, cross-attention where there is a source, MLP."""
+
+    def __init__(self, width: int, heads: int, source_width: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, bias=bias)
+        self.attention = Attention(width, heads, bias=bias)
+        if source_width is not None:
+            self.cross_norm = nn.LayerNorm(width, bias=bias)
+            self.cross = Attention(width, heads, source_width, bias=bias)
+        self.mlp_norm = nn.LayerNorm(width, bias=bias)
+        self.mlp = MLP(width, 4 * width, width, bias=bias)
+
+
+def initialise(module: nn.Module, layers: int) -> None:
+    """GPT-2's initialisation: normal, 0.02; maps into a residual stream are smaller by sqrt(2 layers)."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        into_stream = name.endswith(("out.weight", "down.weight"))
+        nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if into_stream else 0.02)
+
+
+def head_log_probs(states: Float[Tensor, "N D"], tokens: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
+    """log softmax over the V real tokens (nats), in float32 or better."""
+    logits = F.linear(states, tokens)
+    return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+
+
+def head_nll(
+    states: Float[Tensor, "N D"], tokens: Float[Tensor, "V D"], targets: Int[Tensor, " N"], elements: int = 1 << 24
+) -> Float[Tensor, " N"]:
+    """-log softmax at the targets (nats), at most `elements` logits at a time.
+
+    Beyond one chunk the logits are made again in the backward pass, so that a large vocabulary never stands in memory.
+    """
+
+    def nll(part: Tensor, weight: Tensor, at: Tensor) -> Tensor:
+        logits = F.linear(part, weight)
+        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), at, reduction="none")
+
+    size = max(1, elements // len(tokens))
+    if len(states) <= size:
+        return nll(states, tokens, targets)
+    chunks = zip(states.split(size), targets.split(size), strict=True)
+    return torch.cat([checkpoint(nll, part, tokens, at, use_reentrant=False) for part, at in chunks])

@@ -1,0 +1,23 @@
+"""Left-to-right cross-entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from caddf.interface import Infill, LanguageModel
+from caddf.objectives.loss import Loss
+
+
+@dataclass(frozen=True)
+class AutoregressiveLoss:
+    """-sum log p_causal(x_i | x_<i), at every position."""
+
+    def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
+        """The mean over tokens; nothing is drawn."""
+        states, _ = model(x0, torch.full_like(x0, model.mask_id), Infill())
+        total = model.nll(states, torch.ones_like(x0, dtype=torch.bool), x0, "causal").mean()
+        return Loss(total, {"causal": total.detach()})

@@ -1,0 +1,56 @@
+"""What an objective is, and the draws that objectives share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from caddf.interface import Head, LanguageModel
+
+Times = Literal["stratified", "antithetic", "independent"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total`: a scalar to descend (nats per token); `parts`: what it is made of, for the log (nats per token)."""
+
+    total: Float[Tensor, ""]
+    parts: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Draws noise from `generator` (a CPU generator, moved on), corrupts `x0`, asks the model, returns the loss."""
+
+    def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
+        """The loss of one batch."""
+
+
+def draw_times(rows: int, times: Times, generator: torch.Generator) -> Float[Tensor, " B"]:
+    """Times in (0, 1], each uniform by itself, spread over the rows to lower the variance of their mean.
+
+    `stratified`: one in each of `rows` equal parts; `antithetic`: pairs t, 1 - t; `independent`: neither.
+    """
+    if times == "stratified":
+        u = (torch.arange(rows) + torch.rand(rows, generator=generator, dtype=torch.float64)) / rows
+    elif times == "antithetic":
+        half = torch.rand(-(-rows // 2), generator=generator, dtype=torch.float64)
+        u = torch.cat([half, (1 - half).clamp(max=1 - 1e-16)])[:rows]
+    else:
+        u = torch.rand(rows, generator=generator, dtype=torch.float64)
+    return 1 - u
+
+
+def nats_at(
+    model: LanguageModel,
+    states: object,
+    where: Bool[Tensor, "B L"],
+    x0: Int[Tensor, "B L"],
+    head: Head,
+) -> Float[Tensor, "B L"]:
+    """-log p(x0_i) at the positions in `where`, zero elsewhere."""
+    nats = model.nll(states, where, x0, head)
+    return torch.zeros(x0.shape, dtype=nats.dtype, device=x0.device).masked_scatter(where, nats)

@@ -1,0 +1,142 @@
+"""CAD-DF's mixture: denoising (eq. 5), infilling (eq. 6) and blocks (eq. 6 in blocks), in shares of each batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from caddf.errors import InputError
+from caddf.forward_process import mask_tokens
+from caddf.interface import AnyOrder, Block, Head, Infill, LanguageModel, Pattern
+from caddf.objectives.any_order import AnyOrderLoss
+from caddf.objectives.dce import Denoising, LambdaDCE, TimeDCE
+from caddf.objectives.loss import Loss, nats_at
+from caddf.schedules import SCHEDULES
+
+
+@dataclass(frozen=True)
+class SynergisticConfig:
+    """Shares of the rows of a batch, and weights of the heads.
+
+    denoise, infill, block: shares of the rows; they are normalised to sum to one.
+    denoising: the denoising loss; `schedule` is for t-DCE.
+    all_masked: share of infill canvases that are all masked, which is where decoding starts.
+    revealed: share of blocks whose first tokens are revealed, as after an accepted draft; the rest is all masked.
+    draft_weight, causal_weight: weights of the draft head's and the causal head's loss beside the fused head's.
+    """
+
+    denoise: float = 0.3
+    infill: float = 0.1
+    block: float = 0.6
+    denoising: Literal["lambda-dce", "t-dce", "ao"] = "lambda-dce"
+    schedule: Literal["loglinear", "geometric", "cosine"] = "loglinear"
+    all_masked: float = 0.5
+    revealed: float = 0.3
+    draft_weight: float = 0.5
+    causal_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        shares = (self.denoise, self.infill, self.block)
+        if min(shares) < 0 or sum(shares) == 0:
+            raise InputError(
+                f"denoise, infill and block are {shares}; shares must be 0 or more, and one of them above 0"
+            )
+        for name in ("all_masked", "revealed"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; a share must lie in [0, 1]")
+        for name in ("draft_weight", "causal_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; a weight must be 0 or more")
+
+
+class Synergistic:
+    """The mixture of `config`; a model's draft head is trained on every row, its causal head wherever the prefix is x0.
+
+    Only masked positions are scored by the fused and the draft head: an unmasked token is in its own `h_cad`, and
+    scoring it would train copying.
+    """
+
+    def __init__(self, config: SynergisticConfig, block_size: int) -> None:
+        self.config, self.block_size = config, block_size
+        forms: dict[str, Denoising] = {
+            "lambda-dce": LambdaDCE(),
+            "t-dce": TimeDCE(SCHEDULES[config.schedule]()),
+            "ao": AnyOrderLoss(),
+        }
+        self.denoising = forms[config.denoising]
+
+    def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
+        """The mean over rows of each reading's loss (nats per token)."""
+        config = self.config
+        shares = torch.tensor([config.denoise, config.infill, config.block], dtype=torch.float64)
+        if "fused" not in model.heads:  # nothing reads left to right: its rows denoise
+            shares = torch.tensor([config.denoise + config.infill, 0.0, config.block], dtype=torch.float64)
+        # Rounded with one draw per batch, so that the shares hold in expectation.
+        ends = (len(x0) * shares.cumsum(0) / shares.sum() + torch.rand((), generator=generator)).floor().long()
+        ends = ends.clamp(max=len(x0))
+        ends[-1] = len(x0)
+        readings = (self._denoise, self._infill, self._block)
+        total = torch.zeros((), device=x0.device)
+        parts: dict[str, Tensor] = {}
+        for reading, rows in zip(readings, x0.tensor_split(ends[:-1].tolist()), strict=True):
+            if len(rows):
+                loss = reading(model, rows, generator)
+                total = total + loss.total * (len(rows) / len(x0))
+                parts |= loss.parts
+        return Loss(total, parts)
+
+    def _denoise(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
+        """Eq. 5: `prefix = x_t`, weighted as the denoising loss says."""
+        x_t, weight = self.denoising.draw(x0, model.mask_id, generator)
+        return self._score(model, x0, x_t, x_t, AnyOrder(), "denoise", weight)
+
+    def _infill(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
+        """Eq. 6: `prefix = x0`, the canvas masked at a random rate or wholly."""
+        rate = torch.rand(len(x0), generator=generator, dtype=torch.float64)
+        whole = torch.rand(len(x0), generator=generator) < self.config.all_masked
+        canvas = mask_tokens(x0, torch.where(whole, 1.0, rate), model.mask_id, generator)
+        return self._score(model, x0, x0, canvas, Infill(), "infill")
+
+    def _block(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
+        """Eq. 6 in blocks: each all masked, or but for its first j tokens, j ~ U{1..k-1}."""
+        pattern, positions = Block(self.block_size), torch.arange(x0.shape[1])
+        index, shape = pattern.index(positions), (len(x0), -(-x0.shape[1] // self.block_size))
+        count = torch.randint(1, max(2, self.block_size), shape, generator=generator)
+        count = count * (torch.rand(shape, generator=generator) < self.config.revealed) * (self.block_size > 1)
+        shown = positions - pattern.start(positions) < count[:, index]
+        canvas = torch.where(shown.to(x0.device), x0, model.mask_id)
+        return self._score(model, x0, x0, canvas, pattern, "block")
+
+    def _score(
+        self,
+        model: LanguageModel,
+        x0: Int[Tensor, "B L"],
+        prefix: Int[Tensor, "B L"],
+        canvas: Int[Tensor, "B L"],
+        pattern: Pattern,
+        name: str,
+        weight: Float[Tensor, " B"] | None = None,
+    ) -> Loss:
+        """Each head's loss in one reading; without `weight`, the mean over the masked positions."""
+        states, _ = model(prefix, canvas, pattern)
+        masked = canvas == model.mask_id
+
+        def mean(head: Head) -> Tensor:
+            nats = nats_at(model, states, masked, x0, head)
+            if weight is not None:
+                return (weight[:, None].to(nats) * nats).mean()
+            return nats.sum() / masked.sum().clamp(min=1)
+
+        main = mean(model.denoiser)
+        parts, total = {name: main.detach()}, main
+        if model.denoiser != "draft":
+            draft = mean("draft")
+            parts[f"{name}_draft"], total = draft.detach(), total + self.config.draft_weight * draft
+        if "causal" in model.heads and not isinstance(pattern, AnyOrder):
+            causal = model.nll(states, torch.ones_like(masked), x0, "causal").mean()
+            parts[f"{name}_causal"], total = causal.detach(), total + self.config.causal_weight * causal
+        return Loss(total, parts)
