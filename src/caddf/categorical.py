@@ -5,6 +5,7 @@ Draws are by inverse CDF in float64 from uniforms that belong to the row: float3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,32 +13,38 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from caddf.errors import InputError
+
 
 @dataclass(frozen=True)
 class Warp:
     """Temperature, top-k, top-p and min-p, applied in this order; the same warp serves drafts and target.
 
     `temperature` 0 is greedy: all probability on the arg max. `top_k` 0, `top_p` 1 and `min_p` 0 switch a filter off.
+    `banned` tokens are never drawn (EOS inside a template, say).
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    banned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}; it must be finite, and 0 (greedy) or more")
         if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+            raise InputError(f"top_k is {self.top_k}; it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
+            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+            raise InputError(f"min_p is {self.min_p}; it must lie in [0, 1]")
 
     def __call__(self, log_probs: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
         """Probabilities (not logs) in float64 after the warp; they sum to one."""
         log_probs = log_probs.double()
+        if self.banned:
+            log_probs = log_probs.index_fill(-1, torch.tensor(self.banned, device=log_probs.device), -torch.inf)
         if self.temperature == 0:
             return torch.nn.functional.one_hot(log_probs.argmax(-1), log_probs.shape[-1]).double()
         p = torch.softmax(log_probs / self.temperature, -1)
@@ -46,7 +53,7 @@ class Warp:
             p = p * kept
             p = p / p.sum(-1, keepdim=True)
         if self.top_p < 1:
-            ordered, index = p.sort(-1, descending=True)
+            ordered, index = p.sort(dim=-1, descending=True, stable=True)
             before = ordered.cumsum(-1) - ordered
             p = torch.zeros_like(p).scatter(-1, index, ordered * (before < self.top_p))
             p = p / p.sum(-1, keepdim=True)
@@ -74,9 +81,14 @@ class RowGenerators:
         indices = range(rows) if isinstance(rows, int) else rows
         self.generators = [torch.Generator().manual_seed(seed + r) for r in indices]
 
-    def uniform(self, rows: Bool[Tensor, " B"], count: int = 1) -> Float[Tensor, "B count"]:
-        """`count` uniforms in [0, 1), float64, for each marked row; other rows draw nothing (and get 0)."""
-        out = torch.zeros(len(self.generators), count, dtype=torch.float64)
-        for r in rows.nonzero()[:, 0].tolist():
-            out[r] = torch.rand(count, dtype=torch.float64, generator=self.generators[r])
+    def uniform(self, where: Bool[Tensor, " B *N"]) -> Float[Tensor, " B *N"]:
+        """Uniforms in [0, 1), float64 on the CPU, at the marked places and 0 elsewhere.
+
+        Row r draws as many as it has marks, in order: what other rows mark, or how wide the tensor is, changes nothing.
+        """
+        where = where.cpu()
+        out = torch.zeros(where.shape, dtype=torch.float64)
+        for row, marks, generator in zip(out, where, self.generators, strict=True):
+            if count := int(marks.sum()):
+                row[marks] = torch.rand(count, dtype=torch.float64, generator=generator)
         return out

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from caddf.errors import InputError
+
 Head = Literal["fused", "draft", "causal"]
 
 
@@ -45,9 +47,9 @@ class Block:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"block size is {self.size}; it must be at least 1")
+            raise InputError(f"block size is {self.size}; it must be at least 1")
         if not 0 <= self.offset < self.size:
-            raise ValueError(f"block offset is {self.offset}; it must lie in [0, {self.size})")
+            raise InputError(f"block offset is {self.offset}; it must lie in [0, {self.size})")
 
     def index(self, positions: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """The number of the block that each of `positions` lies in (-1 before the offset)."""
@@ -67,13 +69,16 @@ class LanguageModel(Protocol):
 
     `vocab_size` is V, the number of real tokens; `mask_id` is V and never gets probability.
     `heads` names what can be read: `draft` (proposals from the canvas), `causal` (the causal branch's own head) and
-    `fused`. `denoiser` names the head that is q(x0 | x_t) under `AnyOrder`.
+    `fused`. `denoiser` names the head that is q(x0 | x_t) under `AnyOrder`. `chained` says whether a draft depends on
+    the drafts before it in its block, in the prefix. `block_size` is the size of the blocks it was trained in.
     """
 
     vocab_size: int
     mask_id: int
     heads: frozenset[Head]
     denoiser: Head
+    chained: bool
+    block_size: int
 
     def __call__(
         self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Any = None
@@ -87,6 +92,40 @@ class LanguageModel(Protocol):
         self, states: Any, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "fused"
     ) -> Float[Tensor, " N"]:
         """`-log_probs` (nats) of `targets` at the positions in `where`, without keeping all logits in memory."""
+
+
+class Incremental(LanguageModel, Protocol):
+    """A model that also reads left to right piece by piece, over caches that the caller holds.
+
+    Slot i predicts position i and reads token i-1; a slot may be read when all slots before it have been. Reading a
+    slot again, after its token changed, overwrites it, so going back costs nothing.
+    """
+
+    def incremental(self, pattern: Pattern) -> bool:
+        """Whether `encode` and the fused head can work over caches under `pattern`."""
+
+    def allocate(self, rows: int, length: int) -> Any:
+        """Empty caches for the slots 0 to `length - 1`."""
+
+    def read(self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"], caches: Any, seen: Any = None) -> Any:
+        """States of the slots `positions` of the rows `tokens`; fused ones too where `seen` says with what."""
+
+    def encode(
+        self,
+        canvas: Int[Tensor, "B n"],
+        start: Int[Tensor, " B"],
+        lengths: Int[Tensor, " B"],
+        pattern: Pattern,
+        caches: Any,
+    ) -> Any:
+        """What is seen of one window of canvas per row, from position `start`, over slots that have been read.
+
+        Under `Block` the window is a block, and the slots up to `start` must have been read; under `Infill` it is the
+        whole row (up to `lengths`), and the slots up to its first masked position must have been.
+        """
+
+    def draft(self, seen: Any, tokens: Int[Tensor, "B T"]) -> Any:
+        """Draft states of the window; a chain reads the drafts in `tokens` before each position."""
 
 
 Denoiser = Callable[[Int[Tensor, "B L"], Bool[Tensor, "B L"]], Float[Tensor, "N V"]]
@@ -117,11 +156,13 @@ class DenoiserModel:
     canvas with `prefix[<i]` revealed; a causal output is q at i given `prefix[<i]` alone. Nothing is cached: reading N
     positions left to right costs N evaluations.
 
-    Raises `ValueError` where the function's result has another shape or does not sum to one over the V tokens.
+    Raises `InputError` where the function's result has another shape or does not sum to one over the V tokens.
     """
 
     heads: frozenset[Head] = frozenset({"fused", "draft", "causal"})
     denoiser: Head = "fused"
+    chained: bool = False
+    block_size: int = 8
 
     def __init__(self, function: Callable[[Tensor], Tensor], vocab_size: int) -> None:
         self.function = function
@@ -136,13 +177,15 @@ class DenoiserModel:
 
     def log_probs(self, states: _Readings, where: Bool[Tensor, "B L"], head: Head = "fused") -> Float[Tensor, "N V"]:
         """Log-probabilities (nats) at the positions in `where`, row-major."""
-        if isinstance(states.pattern, AnyOrder) or (isinstance(states.pattern, Infill) and head == "draft"):
+        if head != "causal" and (
+            isinstance(states.pattern, AnyOrder) or (head == "draft" and states.pattern == Infill())
+        ):
             return self._evaluate(states.canvas)[where]
         rows, columns = where.nonzero(as_tuple=True)
-        parts = [self._evaluate(x)[torch.arange(len(i)), i] for x, i in self._revealed(states, rows, columns, head)]
-        if not parts:
-            return torch.empty(0, self.vocab_size, dtype=torch.float64)
-        return torch.cat(parts)
+        revealed = self._revealed(states, rows, columns, head)
+        parts = [self._evaluate(x)[torch.arange(len(i), device=i.device), i] for x, i in revealed]
+        empty = torch.empty(0, self.vocab_size, dtype=torch.float64, device=states.prefix.device)
+        return torch.cat(parts) if parts else empty
 
     def nll(
         self, states: _Readings, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "fused"
@@ -154,7 +197,7 @@ class DenoiserModel:
         self, states: _Readings, rows: Tensor, columns: Tensor, head: Head, chunk: int = 1024
     ) -> Iterator[tuple[Int[Tensor, "n L"], Int[Tensor, " n"]]]:
         """One canvas per position read: what that output may see."""
-        positions = torch.arange(states.prefix.shape[1])
+        positions = torch.arange(states.prefix.shape[1], device=states.prefix.device)
         for r, i in zip(rows.split(chunk), columns.split(chunk), strict=True):
             prefix, canvas = states.prefix[r], states.canvas[r]
             upto = i
@@ -169,7 +212,7 @@ class DenoiserModel:
     def _evaluate(self, x_t: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
         log_q = self.function(x_t)
         if log_q.shape[:2] != x_t.shape or log_q.shape[2] < self.vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"the denoiser returned shape {tuple(log_q.shape)} for x_t of shape {tuple(x_t.shape)}; "
                 f"log-probabilities of shape {(*x_t.shape, self.vocab_size)} are needed"
             )
@@ -178,7 +221,7 @@ class DenoiserModel:
         total = log_q[masked].logsumexp(-1)
         if masked.any() and not torch.allclose(total, torch.zeros_like(total), atol=1e-3):
             worst = total[total.abs().argmax()].exp().item()
-            raise ValueError(
+            raise InputError(
                 f"the denoiser's probabilities sum to {worst:.4g} at a masked position; they must sum to 1 over the "
                 f"{self.vocab_size} tokens (return log-softmax, not logits)"
             )
@@ -190,5 +233,5 @@ def as_model(model: LanguageModel | Callable[[Tensor], Tensor], vocab_size: int 
     if hasattr(model, "log_probs"):
         return cast(LanguageModel, model)
     if vocab_size is None:
-        raise ValueError("vocab_size is not set; with a plain function give the number of real tokens, V")
+        raise InputError("vocab_size is not set; with a plain function give the number of real tokens, V")
     return DenoiserModel(model, vocab_size)

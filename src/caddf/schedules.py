@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from caddf.errors import InputError
+
 
 class Schedule(ABC):
     """`masked(t)` is lambda(t), the probability that a token is masked at t; `slope(t)` its derivative."""
@@ -28,15 +30,20 @@ class Schedule(ABC):
 
     @abstractmethod
     def inverse(self, masked: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The time at which the probability of being masked is `masked`."""
+        """The time at which the probability of being masked is `masked`; within `limits` it lies in [0, 1]."""
+
+    def kept(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """1 - lambda(t) = e^-sbar; a schedule whose lambda reaches 1 gives it in a form that keeps its digits there."""
+        return 1 - self.masked(t)
 
     def cumulative_rate(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """sbar(t) = -log(1 - lambda(t))."""
-        return -torch.log1p(-self.masked(t))
+        """sbar(t) = -log(1 - lambda(t)), from the smaller of lambda and 1 - lambda, which has the digits."""
+        masked, kept = self.masked(t), self.kept(t)
+        return torch.where(masked < kept, -torch.log1p(-masked), -torch.log(kept))
 
     def rate(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """gamma(t) = d sbar / dt = lambda'(t) / (1 - lambda(t))."""
-        return self.slope(t) / (1 - self.masked(t))
+        return self.slope(t) / self.kept(t)
 
     def weight(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The time factor of t-DCE (eq. 8): gamma e^-sbar / (1 - e^-sbar) = lambda'(t) / lambda(t)."""
@@ -44,14 +51,25 @@ class Schedule(ABC):
 
     def score_factor(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """e^-sbar / (1 - e^-sbar), which turns a conditional into a concrete score (eqs. 2, 3, 12)."""
-        masked = self.masked(t)
-        return (1 - masked) / masked
+        return self.kept(t) / self.masked(t)
 
     @property
     def limits(self) -> tuple[float, float]:
         """lambda(0) and lambda(1): what part of [0, 1] an integral over t covers."""
         low, high = self.masked(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
         return low, high
+
+    def grid(self, steps: int, until: float = 0.0) -> Float[Tensor, " steps+1"]:
+        """lambda at `steps + 1` evenly spaced times, rising from `until` to 1: the levels of an n-step chain.
+
+        The ends are exactly those, whatever the schedule's limits: a chain starts all masked.
+        """
+        if steps < 1:
+            raise InputError(f"steps is {steps}; it must be at least 1")
+        start = self.inverse(torch.tensor(until, dtype=torch.float64)).clamp(0, 1).item()
+        masked = self.masked(torch.linspace(start, 1, steps + 1, dtype=torch.float64)).clamp(min=until)
+        masked[0], masked[-1] = until, 1.0
+        return masked
 
 
 @dataclass(frozen=True)
@@ -88,17 +106,17 @@ class Geometric(Schedule):
         """1 - exp(-sbar)."""
         return -torch.expm1(-self.cumulative_rate(t))
 
+    def kept(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """exp(-sbar)."""
+        return torch.exp(-self.cumulative_rate(t))
+
     def slope(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """gamma e^-sbar."""
-        return self.rate(t) * torch.exp(-self.cumulative_rate(t))
+        return self.rate(t) * self.kept(t)
 
     def rate(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """gamma = sbar log(smax / smin)."""
         return self.cumulative_rate(t) * math.log(self.smax / self.smin)
-
-    def score_factor(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """1 / (e^sbar - 1)."""
-        return 1 / torch.expm1(self.cumulative_rate(t))
 
     def inverse(self, masked: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """log(sbar / smin) / log(smax / smin)."""
@@ -112,6 +130,10 @@ class Cosine(Schedule):
     def masked(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """1 - cos(pi t / 2), as 2 sin^2(pi t / 4), which loses nothing near 0."""
         return 2 * torch.sin(math.pi * t / 4) ** 2
+
+    def kept(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """cos(pi t / 2), as sin(pi (1 - t) / 2), which loses nothing near 1."""
+        return torch.sin(math.pi * (1 - t) / 2)
 
     def slope(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """(pi / 2) sin(pi t / 2)."""

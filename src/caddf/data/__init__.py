@@ -1,0 +1,8 @@
+"""From text to batches: sources of documents, token sets on disk, and the loader."""
+
+from caddf.data.loader import Batches, Position
+from caddf.data.preparation import prepare
+from caddf.data.sources import Source
+from caddf.data.token_set import Split, TokenSet
+
+__all__ = ["Batches", "Position", "Source", "Split", "TokenSet", "prepare"]

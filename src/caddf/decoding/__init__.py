@@ -1,0 +1,22 @@
+"""Decoders: ways to fill in the masked positions of a canvas. A decoder is one file and one line of `DECODERS`."""
+
+from caddf.decoding.ancestral import Ancestral
+from caddf.decoding.autoregressive import Autoregressive
+from caddf.decoding.confidence import Confidence, EntropyBound, Margin
+from caddf.decoding.first_hitting import FirstHitting
+from caddf.decoding.hybrid import Hybrid
+from caddf.decoding.speculative import Speculative
+from caddf.decoding.task import Counts, Decoder, Frame, Task
+
+DECODERS: dict[str, type[Decoder]] = {
+    "ancestral": Ancestral,
+    "first_hitting": FirstHitting,
+    "confidence": Confidence,
+    "margin": Margin,
+    "entropy_bound": EntropyBound,
+    "autoregressive": Autoregressive,
+    "hybrid": Hybrid,
+    "speculative": Speculative,
+}
+
+__all__ = ["DECODERS", "Counts", "Decoder", "Frame", "Task", *sorted(t.__name__ for t in DECODERS.values())]

@@ -1,0 +1,1 @@
+"""The dual-branch model: causal branch, diffusion branch, fusion."""

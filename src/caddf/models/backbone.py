@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ class States:
     """What a forward pass leaves to be read: one state per position and head, None for a head that does not exist."""
 
     fused: Float[Tensor, "B L D"] | None
-    draft: Float[Tensor, "B L d"]
+    draft: Float[Tensor, "B L d"] | None
     causal: Float[Tensor, "B L D"] | None
 
 
@@ -35,6 +36,11 @@ class Canvas:
     states: Float[Tensor, "B m d"]
     positions: Int[Tensor, "..."]
     visible: Bool[Tensor, "..."] | None
+
+
+def _whole(pattern: Block, length: int) -> int:
+    """`length`, brought up to the end of its last block."""
+    return pattern.offset + -(-(length - pattern.offset) // pattern.size) * pattern.size
 
 
 class DualBranch(nn.Module):
@@ -62,6 +68,7 @@ class DualBranch(nn.Module):
             self.fusion = Mixer(config.causal, width) if config.fusion == "none" else CrossFusion(config.causal, width)
         self.heads: frozenset[Head] = frozenset({"draft"} if self.causal is None else {"draft", "causal", "fused"})
         self.denoiser: Head = "draft" if self.causal is None else "fused"
+        self.chained, self.block_size = self.chain is not None, config.block_size
 
     def forward(
         self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Caches | None = None
@@ -82,7 +89,7 @@ class DualBranch(nn.Module):
             if caches is None:
                 h_trans = self.causal(inputs, positions)
             else:
-                h_trans = self.read(inputs, positions.expand_as(inputs), caches)
+                h_trans = self._read(inputs, positions.expand_as(inputs), caches)
         seen = self._canvas(prefix, canvas, pattern, h_trans)
         draft = self._drafts(seen, inputs, pattern) if isinstance(pattern, Block) else seen.states
         fused = None if h_trans is None else self._fused(h_trans, inputs, positions, seen, pattern)
@@ -107,13 +114,13 @@ class DualBranch(nn.Module):
 
         # The last block is always whole: what lies beyond the row is masked.
         index = pattern.index(positions)
-        whole = torch.arange(pattern.offset + (int(index[-1]) + 1) * pattern.size, device=canvas.device)
+        whole = torch.arange(_whole(pattern, len(positions)), device=canvas.device)
         noised, own = F.pad(canvas, (0, len(whole) - len(positions)), value=self.mask_id), pattern.index(whole)
         same = own[:, None] == own
         if self.diffusion.mutual:  # the prefix reaches a block through the causal states up to its start
             exchanged = positions <= pattern.start(whole)[:, None]
             return Canvas(self.diffusion(noised, whole, same, exchange, exchanged), whole, same[: len(positions)])
-        # [x0 ; x_t]: clean tokens see clean blocks up to their own; noised ones earlier clean blocks and their own block.
+        # [x0 ; x_t]: clean tokens see clean blocks up to their own, noised ones earlier clean blocks and their own.
         both, at = torch.cat([prefix, noised], 1), torch.cat([positions, whole])
         clean = torch.cat([index[:, None] >= index, index.new_zeros(len(index), len(whole), dtype=torch.bool)], 1)
         visible = torch.cat([clean, torch.cat([own[:, None] > index, same], 1)])
@@ -124,7 +131,7 @@ class DualBranch(nn.Module):
         """Draft states under `Block`: the noised part of the canvas, chained where the model has a chain."""
         positions = torch.arange(inputs.shape[1], device=inputs.device)
         index = pattern.index(positions)
-        offset = seen.states.shape[1] - (pattern.offset + (int(index[-1]) + 1) * pattern.size)
+        offset = seen.states.shape[1] - _whole(pattern, len(positions))
         h_cad = seen.states[:, offset : offset + len(positions)]
         if self.chain is None:
             return h_cad
@@ -139,22 +146,30 @@ class DualBranch(nn.Module):
         if isinstance(self.fusion, Mixer):
             return self.fusion(h_trans, seen.states) if isinstance(pattern, AnyOrder) else h_trans
         if self.config.fusion == "layers":
-            h_trans = self.causal(inputs, positions, source=(seen.states, self.causal.rotary(seen.positions), seen.visible))
+            visible = seen.visible
+            if visible is not None:  # later blocks read these states: they may hold clean blocks, and no block's canvas
+                visible = visible & (torch.arange(visible.shape[1], device=visible.device) < len(positions))
+            h_trans = self.causal(inputs, positions, source=(seen.states, self.causal.rotary(seen.positions), visible))
         return self.fuse(h_trans, positions, seen)
 
-    def fuse(self, h_trans: Float[Tensor, "B n D"], positions: Int[Tensor, "..."], seen: Canvas) -> Float[Tensor, "B n D"]:
+    def fuse(
+        self, h_trans: Float[Tensor, "B n D"], positions: Int[Tensor, "..."], seen: Canvas
+    ) -> Float[Tensor, "B n D"]:
         """Eq. 10 at the slots `positions`, over canvas states (fusion `late` and `layers`)."""
         assert self.causal is not None and isinstance(self.fusion, CrossFusion)
         keys_values = self.fusion.cross.keys_values(seen.states, self.causal.rotary(seen.positions))
         return self.fusion(h_trans, self.causal.rotary(positions), keys_values, seen.visible)
 
-    # Decoding: the same modules over caches, for models with fusion `late` and mutual exchange.
+    # Decoding (`caddf.interface.Incremental`): the same modules over caches.
+
+    def incremental(self, pattern: Pattern) -> bool:
+        """With fusion `late` the causal branch's caches hold for any canvas; in blocks, with mutual exchange."""
+        return self.config.fusion == "late" and (self.diffusion.mutual or isinstance(pattern, Infill))
 
     def allocate(self, rows: int, length: int) -> Caches:
         """Empty caches for `rows` rows and the slots 0 to `length - 1`."""
         assert self.causal is not None
-        like, causal, diffusion = self.causal.embedding.weight, self.config.causal, self.config.diffusion
-        assert causal is not None
+        like, causal, diffusion = self.causal.embedding.weight, self.causal.config, self.config.diffusion
         own = KVCache.allocate(causal.layers, rows, causal.heads, length, causal.width // causal.heads, like)
         if not self.diffusion.mutual:
             return Caches(own, None)
@@ -162,24 +177,57 @@ class DualBranch(nn.Module):
         return Caches(own, KVCache.allocate(diffusion.layers, rows, diffusion.heads, length, size, like))
 
     def read(
+        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"], caches: Caches, seen: Canvas | None = None
+    ) -> States:
+        """States of the slots `positions`, whose keys and values go into `caches`; fused where `seen` is given."""
+        h_trans = self._read(self.before(tokens, positions), positions, caches)
+        return States(None if seen is None else self.fuse(h_trans, positions, seen), None, h_trans)
+
+    def encode(
+        self,
+        canvas: Int[Tensor, "B n"],
+        start: Int[Tensor, " B"],
+        lengths: Int[Tensor, " B"],
+        pattern: Pattern,
+        caches: Caches,
+    ) -> Canvas:
+        """h_cad of one window per row over the cached causal states: up to the block's start, or the first mask."""
+        positions = start[:, None] + torch.arange(canvas.shape[1], device=canvas.device)
+        visible, until = None, start
+        if isinstance(pattern, Infill):
+            visible = (positions < lengths[:, None])[:, None, None, :]
+            until = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1)
+        exchange, exchanged = [], None
+        if caches.exchange is not None:
+            upto = min(int(until.max()) + 1, caches.exchange.length)
+            exchange = [caches.exchange.read(layer, upto) for layer in range(len(self.diffusion.layers))]
+            exchanged = torch.arange(upto, device=canvas.device) <= until[:, None, None, None]
+        return Canvas(self.diffusion(canvas, positions, visible, exchange, exchanged), positions, visible)
+
+    def draft(self, seen: Canvas, tokens: Int[Tensor, "B T"]) -> States:
+        """Draft states of a window, chained where the model has a chain and the window is a block."""
+        h_cad = seen.states
+        if self.chain is not None and seen.visible is None:
+            turn, n = self.diffusion.rotary(seen.positions), h_cad.shape[1]
+            before = self.diffusion.embedding(self.before(tokens, seen.positions))
+            h_cad = self.chain(h_cad, before, turn, torch.ones(n, n, dtype=torch.bool, device=h_cad.device).tril())
+        return States(None, h_cad, None)
+
+    def before(self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"]) -> Int[Tensor, "B n"]:
+        """The token before each of `positions` (BOS at 0): what slots at them read."""
+        index = (positions - 1).clamp(0, tokens.shape[1] - 1)
+        return torch.where(positions > 0, tokens.gather(1, index), self.config.bos_id)
+
+    def _read(
         self, inputs: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], caches: Caches
     ) -> Float[Tensor, "B n D"]:
-        """h_trans of the slots `positions` (inputs already shifted), their keys and values written into `caches`."""
+        """h_trans of the slots `positions`; what both branches keep of them is written into `caches`."""
         assert self.causal is not None
         h_trans = self.causal(inputs, positions, caches.causal)
         if caches.exchange is not None:
             for layer, (keys, values) in enumerate(self.diffusion.exchange(h_trans, positions)):
                 caches.exchange.write(layer, positions, keys, values)
         return h_trans
-
-    def read_block(self, canvas: Int[Tensor, "B k"], start: Int[Tensor, " B"], caches: Caches) -> Canvas:
-        """h_cad of one block per row under `Block`: positions from `start`, over the cached causal states up to it."""
-        assert caches.exchange is not None
-        upto = int(start.max()) + 1
-        positions = start[:, None] + torch.arange(canvas.shape[1], device=canvas.device)
-        exchange = [caches.exchange.read(layer, upto) for layer in range(len(self.diffusion.layers))]
-        exchanged = torch.arange(upto, device=canvas.device) <= start[:, None, None, None]
-        return Canvas(self.diffusion(canvas, positions, None, exchange, exchanged), positions, None)
 
     # Heads.
 
@@ -212,27 +260,58 @@ class DualBranch(nn.Module):
         def count(*modules: nn.Module | None) -> int:
             return sum(p.numel() for module in modules if module is not None for p in module.parameters())
 
-        embeddings = count(self.diffusion.embedding, self.causal and self.causal.embedding)
+        causal = count(self.causal and self.causal.embedding, self.causal and self.causal.table)
+        diffusion = count(self.diffusion.embedding)
         counts = {
-            "embeddings": embeddings,
-            "causal": count(self.causal) - count(self.causal and self.causal.embedding),
-            "diffusion": count(self.diffusion, self.chain) - count(self.diffusion.embedding),
+            "embeddings": causal + diffusion,
+            "causal": count(self.causal) - causal,
+            "diffusion": count(self.diffusion, self.chain) - diffusion,
             "fusion": count(self.fusion),
         }
         return {**counts, "total": sum(counts.values())}
 
     def flops_per_position(self, context: int | None = None) -> dict[str, float]:
-        """Floating-point operations of a forward pass per position and branch, its head included.
+        """Floating-point operations of a forward pass over `context` positions, per position and part, heads included.
 
-        Two per weight and position, and four per channel, layer and position seen in attention, at half of `context`.
+        Two per weight and position, and four per channel, layer and position seen in attention: half of `context` on
+        average in causal self-attention, all of it elsewhere (the any-order reading; `Block` sees less of the canvas).
         """
-        seen = (context or self.config.context) / 2
-        counts = self.parameter_counts()
-        flops = {}
-        for name, branch in (("causal", self.config.causal), ("diffusion", self.config.diffusion)):
-            if branch is not None:
-                head = 2 * self.vocab_size * branch.width
-                flops[name] = 2 * counts[name] + head + 4 * seen * branch.width * branch.layers
-        if self.config.causal is not None:
-            flops["fusion"] = 2.0 * counts["fusion"]
+        context = context or self.config.context
+        counts, causal, diffusion = self.parameter_counts(), self.config.causal, self.config.diffusion
+        rounds = 2 if self.diffusion.mutual else 1  # attention over the canvas, and over the causal states
+        flops = {
+            "diffusion": 2.0 * (counts["diffusion"] + self.vocab_size * diffusion.width)
+            + 4 * rounds * context * diffusion.width * diffusion.layers
+        }
+        if causal is not None:
+            crossed = {"late": 0, "layers": causal.layers, "none": -1}[self.config.fusion]
+            flops["causal"] = (
+                2.0 * (counts["causal"] + self.vocab_size * causal.width) + 2 * context * causal.width * causal.layers
+            )
+            flops["fusion"] = 2.0 * counts["fusion"] + 4 * context * causal.width * (1 + crossed)
         return flops
+
+    def accounts(self) -> dict[str, Any]:
+        """Parameters per part, FLOPs per token, and memory in bytes, as plain values.
+
+        `training_state` is weights, gradients, two moments and the average of the weights, in float32, without
+        activations; `caches_per_row` is what one row of decoding keeps over the whole context, in bfloat16.
+        """
+        counts, config = self.parameter_counts(), self.config
+        kept = 0
+        if config.causal is not None:
+            kept = 2 * config.causal.layers * config.causal.width
+            kept += 2 * config.diffusion.layers * config.diffusion.width if self.diffusion.mutual else 0
+        return {
+            "parameters": counts,
+            "flops_per_token": self.flops_per_position(),
+            "memory": {
+                "weights_float32": 4 * counts["total"],
+                "weights_bfloat16": 2 * counts["total"],
+                "training_state": 20 * counts["total"],
+                "caches_per_row": 2 * kept * config.context,
+            },
+            "context": config.context,
+            "vocab_size": config.vocab_size,
+            "block_size": config.block_size,
+        }

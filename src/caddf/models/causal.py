@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from caddf.caches import KVCache
 from caddf.errors import InputError
 from caddf.models.config import BranchConfig
-from caddf.models.layers import KeysValues, Layer, Rotation, initialise, rotation
+from caddf.models.layers import KeysValues, Layer, Layers, Rotation, initialise, rotation
 
 
 class CausalBranch(nn.Module):
@@ -26,9 +26,7 @@ class CausalBranch(nn.Module):
         self.config, self.context = config, context
         self.embedding = nn.Embedding(rows, config.width)
         self.table = nn.Embedding(context, config.width) if config.positions == "learned" else None
-        self.layers = nn.ModuleList(
-            Layer(config.width, config.heads, source_width, config.bias) for _ in range(config.layers)
-        )
+        self.layers = Layers(Layer(config.width, config.heads, source_width, config.bias) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=config.bias)
         initialise(self, config.layers)
 

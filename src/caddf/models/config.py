@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from caddf.errors import InputError
@@ -112,7 +112,12 @@ class Preset:
     steps: int
     warmup: int
     learning_rate: float
-    tokenizer: str = field(default="bpe:4096")
+    tokenizer: str
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the preset's tokenizer."""
+        return 50_257 if self.tokenizer == "gpt2" else int(self.tokenizer.removeprefix("bpe:"))
 
 
 PRESETS: dict[str, Preset] = {

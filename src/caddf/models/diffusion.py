@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from caddf.models.config import BranchConfig
-from caddf.models.layers import KeysValues, Layer, Rotation, initialise, rotation
+from caddf.models.layers import KeysValues, Layer, Layers, Rotation, initialise, rotation
 
 
 class DiffusionBranch(nn.Module):
@@ -20,9 +20,7 @@ class DiffusionBranch(nn.Module):
         super().__init__()
         self.config, self.mutual = config, source_width is not None
         self.embedding = nn.Embedding(rows, config.width)
-        self.layers = nn.ModuleList(
-            Layer(config.width, config.heads, source_width, config.bias) for _ in range(config.layers)
-        )
+        self.layers = Layers(Layer(config.width, config.heads, source_width, config.bias) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=config.bias)
         initialise(self, config.layers)
 

@@ -6,6 +6,8 @@ Shapes: B rows, n queries, m keys, H heads. A mask is boolean, True where a quer
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +97,14 @@ class Layer(nn.Module):
         self.mlp = MLP(width, 4 * width, width, bias=bias)
 
 
+class Layers(nn.ModuleList):
+    """A stack of layers, as a list that knows what it holds."""
+
+    def __iter__(self) -> Iterator[Layer]:
+        """The layers, first to last."""
+        return cast(Iterator[Layer], super().__iter__())
+
+
 def initialise(module: nn.Module, layers: int) -> None:
     """GPT-2's initialisation: normal, 0.02; maps into a residual stream are smaller by sqrt(2 layers)."""
     for name, parameter in module.named_parameters():
@@ -126,4 +136,6 @@ def head_nll(
     if len(states) <= size:
         return nll(states, tokens, targets)
     chunks = zip(states.split(size), targets.split(size), strict=True)
-    return torch.cat([checkpoint(nll, part, tokens, at, use_reentrant=False) for part, at in chunks])
+    return torch.cat(
+        [checkpoint(nll, part, tokens, at, use_reentrant=False, preserve_rng_state=False) for part, at in chunks]
+    )

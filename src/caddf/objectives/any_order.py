@@ -25,4 +25,4 @@ class AnyOrderLoss(Denoising):
         """x_k and L / k."""
         length = x0.shape[1]
         count = (draw_times(len(x0), self.times, generator) * length).ceil().long()
-        return mask_exactly(x0, count, mask_id, generator), length / count
+        return mask_exactly(x0, count, mask_id, generator), length / count.double()

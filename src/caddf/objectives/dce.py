@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -59,7 +59,7 @@ class TimeDCE(Denoising):
     integrates to zero: it moves no gradient and is variance alone. `time_term` adds it, to see that.
     """
 
-    schedule: Schedule = LogLinear()
+    schedule: Schedule = field(default_factory=LogLinear)
     times: Times = "stratified"
     time_term: bool = False
 

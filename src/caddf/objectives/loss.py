@@ -32,16 +32,18 @@ class Objective(Protocol):
 def draw_times(rows: int, times: Times, generator: torch.Generator) -> Float[Tensor, " B"]:
     """Times in (0, 1], each uniform by itself, spread over the rows to lower the variance of their mean.
 
-    `stratified`: one in each of `rows` equal parts; `antithetic`: pairs t, 1 - t; `independent`: neither.
+    `stratified`: one in each of `rows` equal parts, which rows share out by chance; `antithetic`: pairs t, 1 - t;
+    `independent`: neither.
     """
     if times == "stratified":
-        u = (torch.arange(rows) + torch.rand(rows, generator=generator, dtype=torch.float64)) / rows
+        part = torch.randperm(rows, generator=generator)
+        u = (part + torch.rand(rows, generator=generator, dtype=torch.float64)) / rows
     elif times == "antithetic":
         half = torch.rand(-(-rows // 2), generator=generator, dtype=torch.float64)
-        u = torch.cat([half, (1 - half).clamp(max=1 - 1e-16)])[:rows]
+        u = torch.cat([half, 1 - half])[:rows]
     else:
         u = torch.rand(rows, generator=generator, dtype=torch.float64)
-    return 1 - u
+    return 1 - u.clamp(max=1 - 2**-53)  # rounding may reach 1, and t = 0 has no weight
 
 
 def nats_at(

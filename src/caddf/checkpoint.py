@@ -1,0 +1,238 @@
+"""Folders and files on disk: written whole or not at all, and checked when they are read.
+
+A *model folder* holds `config.json`, `model.safetensors` and `tokenizer.json`; every checkpoint of a run is one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from caddf.errors import InputError
+
+FORMAT = 1
+"""Version of the model folder's layout; another one is refused."""
+TEMPORARY = ".tmp"
+"""Suffix of what is being written; a hidden file or folder with it is a leftover of a killed process."""
+
+
+class DiskFull(InputError):
+    """There is no space, or no quota, for what is being saved."""
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """A full disk while `path`, or something for it, is written becomes an `InputError` that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError, DiskFull) as error:
+        if isinstance(error, DiskFull) or _no_space(error):
+            raise DiskFull(f"no space left while saving {path}; free some and resume") from error
+        raise
+
+
+@contextmanager
+def atomic_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target`, which becomes `target` once the block ends and all is on disk.
+
+    On an error nothing is left behind, and what `replace` would have replaced stays. Raises `InputError` where `target`
+    exists (unless `replace`) or the disk is full.
+    """
+    _refuse_existing(target, replace)
+    temporary, old = _beside(target), _beside(target, ".old")
+    with saving(target):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                _to_disk(path)
+            _refuse_existing(target, replace)
+            if target.exists():
+                target.rename(old)
+            try:
+                temporary.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+            _to_disk(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """`text` in the place of `path`'s content, or that left as it was; raises `InputError` when the disk is full."""
+    temporary = _beside(path)
+    with saving(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            _to_disk(temporary)
+            temporary.replace(path)
+            _to_disk(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, values: Any) -> None:
+    """`values` as readable JSON in the place of `path`'s content."""
+    write_text_atomic(path, json.dumps(values, indent=2) + "\n")
+
+
+def link_atomic(path: Path, target: str) -> None:
+    """`path` becomes a symbolic link to `target` (relative to `path`'s folder), never missing in between."""
+    temporary = _beside(path)
+    with saving(path):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder; killed half-way it leaves a temporary one, not a broken one."""
+    temporary = _beside(path)
+    path.rename(temporary)
+    shutil.rmtree(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what killed processes left half-written in `folder`."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; raises `InputError` where it is missing or no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not whole JSON ({error}); it is truncated or of another program") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a JSON {type(values).__name__}; an object is needed")
+    return values
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """`tensors`, no two of which share memory, as a safetensors file; raises `InputError` when the disk is full."""
+    with saving(path):
+        whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private; the folder knows the umask
+
+
+def load_tensors(path: Path, expected: Mapping[str, Collection[int]] | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; with `expected` (names to shapes), exactly those.
+
+    Raises `InputError` where the file is missing, truncated or foreign, or its tensors are not the expected ones.
+    """
+    try:
+        tensors = load_file(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({os.strerror(error.errno) if error.errno else error})") from None
+    except SafetensorError as error:
+        raise InputError(f"{path} is truncated or no safetensors file ({error})") from None
+    if expected is not None:
+        check_tensors(path, tensors, expected)
+    return tensors
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Collection[int]]) -> None:
+    """Raises `InputError` unless `tensors`, read from `path`, have exactly the expected names and shapes."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted = {name: tuple(shape) for name, shape in expected.items()}
+    problems = {
+        "misses": [name for name in wanted if name not in found],
+        "has unexpected": [name for name in found if name not in wanted],
+        "has another shape for": [
+            f"{name} ({found[name]} instead of {wanted[name]})"
+            for name in wanted
+            if name in found and found[name] != wanted[name]
+        ],
+    }
+    said = [f"{what} {_first(names)}" for what, names in problems.items() if names]
+    if said:
+        raise InputError(f"{path} does not fit the model: it {', '.join(said)}; it was saved with other model settings")
+
+
+def save_model(folder: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    """Weights and `config` (`model`: the model's settings; anything else beside it) into `folder`, which exists.
+
+    Wrap it in `atomic_folder`; the tokenizer is the caller's to add.
+    """
+    save_tensors(folder / "model.safetensors", state)
+    write_json_atomic(folder / "config.json", {"format": FORMAT, "caddf_version": _version(), **config})
+
+
+def load_model_config(folder: Path) -> dict[str, Any]:
+    """What `save_model` was given as `config`, and `format` and `caddf_version`.
+
+    Raises `InputError` where `folder` is no model folder, or one of another format.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no model folder; one holds config.json, model.safetensors and tokenizer.json")
+    config = read_json(folder / "config.json")
+    if config.get("format") != FORMAT or not isinstance(config.get("model"), dict):
+        raise InputError(
+            f"{folder / 'config.json'} has format {config.get('format')!r}; "
+            f"a caddf model of format {FORMAT}, with its settings under `model`, is needed"
+        )
+    return config
+
+
+def load_state(module: nn.Module, folder: Path) -> None:
+    """The weights in a model folder into `module`, whose dtype and device stay; raises `InputError` if they differ."""
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    module.load_state_dict(load_tensors(folder / "model.safetensors", expected))
+
+
+def _no_space(error: Exception) -> bool:
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return any(f"os error {code}" in str(error) for code in codes)  # safetensors has the code in its message alone
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _version() -> str:
+    try:
+        return version("caddf")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
+def _refuse_existing(target: Path, replace: bool) -> None:
+    if not replace and (target.exists() or target.is_symlink()):
+        raise InputError(f"{target} exists; give a new path, or remove it first")
+
+
+def _beside(path: Path, mark: str = "") -> Path:
+    return path.with_name(f".{path.name}-{os.getpid()}{mark}{TEMPORARY}")
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

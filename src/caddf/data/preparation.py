@@ -1,0 +1,208 @@
+"""From documents to a token set on disk, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caddf.data.sources import Source
+from caddf.data.token_set import FORMAT, MANIFEST, SPLITS, VERSION, TokenSet, tokens_path
+from caddf.errors import InputError
+from caddf.tokenizer import Tokenizer, bpe_size, pieces
+
+HELD_OUT = 0.05
+"""Share of the documents that `input` alone gives to validation, and again to test."""
+
+Progress = Callable[[str, int], None]
+"""Told the stage and the number of its documents so far, now and then."""
+
+
+def prepare(
+    out: str | Path,
+    *,
+    input: str | Path | None = None,
+    train: str | Path | None = None,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    tokenizer: str | Tokenizer = "bpe:8192",
+    column: str = "text",
+    streaming: bool = False,
+    max_documents: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> TokenSet:
+    """Tokenises text into the folder `out`; the tokenizer sees training documents only.
+
+    Either `train` is given, with `validation` and `test` if there are any, or `input`, whose documents are shuffled by
+    `seed` and split 90/5/5; if it is a single document, its paragraphs (blocks up to a blank line) are the documents.
+    Sources, `column`, `streaming` and `max_documents` (of each source) are as in `Source`, tokenizers as in
+    `Tokenizer.build`. Documents are read several times rather than kept in memory.
+
+    Raises `InputError` before any long work where settings or input are bad, and leaves nothing behind on any error.
+    `overwrite` replaces a token set, never another folder.
+    """
+    out = Path(out)
+    if out.exists() and not (overwrite and (out / MANIFEST).is_file()):
+        raise InputError(
+            f"{out} exists and is no token set; give another folder"
+            if overwrite
+            else f"{out} exists; give another folder, or set overwrite to replace a token set"
+        )
+    given = {"train": train, "validation": validation, "test": test}
+    if input is not None and any(given.values()):
+        raise InputError("input is given together with train, validation or test; input alone is split 90/5/5")
+    if input is None and train is None:
+        raise InputError("neither input nor train is given; give input (stdlib needs no files) or train")
+    if seed < 0:
+        raise InputError(f"seed is {seed}; it must be 0 or more")
+    if isinstance(tokenizer, str) and not bpe_size(tokenizer):
+        tokenizer = Tokenizer.build(tokenizer)
+
+    def source(spec: str | Path, split: str) -> Source:
+        return Source(str(spec), column, split, streaming, max_documents)
+
+    report = progress or (lambda stage, documents: None)
+    splits: dict[str, Iterable[str]]
+    if input is not None:
+        splits = dict(_split(source(input, "train"), seed, report))
+        specs = dict.fromkeys(SPLITS, str(input))
+    else:
+        specs = {name: str(spec) for name, spec in given.items() if spec is not None}
+        splits = {name: source(spec, name) for name, spec in specs.items()}
+        for documents in splits.values():
+            _count(documents, report)
+
+    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    try:
+        partial.mkdir(parents=True)
+        if isinstance(tokenizer, str):
+            tokenizer = Tokenizer.build(tokenizer, _watched(splits["train"], "training the tokenizer", report))
+        tokenizer.save(partial)
+        dtype = "<u2" if tokenizer.vocab_size < 2**16 else "<u4"
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "created_by": f"caddf {_version()}",
+            "tokenizer": {
+                "name": tokenizer.name,
+                "fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "eos_id": tokenizer.eos_id,
+            },
+            "dtype": dtype,
+            "seed": seed,
+            "column": column,
+            "splits": {},
+        }
+        for name, documents in splits.items():
+            watched = _watched(documents, f"tokenising {name}", report)
+            counts = _write(tokens_path(partial, name), watched, tokenizer, dtype)
+            manifest["splits"][name] = {"source": specs[name], **counts}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _move(partial, out)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return TokenSet.open(out)
+
+
+def _split(source: Source, seed: int, report: Progress) -> Iterator[tuple[str, Iterable[str]]]:
+    """The documents of each split: a shuffle of all by `seed`, cut 90/5/5, none of them empty."""
+    count = _count(source, report)
+    if count == 1:
+        source = replace(source, paragraphs=True)
+        count = _count(source, report)
+    if count < 3:
+        raise InputError(
+            f"{source.spec} has {count} documents or paragraphs; to be split 90/5/5 it must have 3 or more"
+        )
+    held_out = max(1, round(HELD_OUT * count))
+    order = np.random.default_rng(seed).permutation(count)
+    split_of = np.zeros(count, dtype=np.uint8)
+    split_of[order[:held_out]] = 1
+    split_of[order[held_out : 2 * held_out]] = 2
+    for index, name in enumerate(SPLITS):
+        yield name, _Selected(source, split_of == index)
+
+
+class _Selected:
+    """The documents of a source that are marked, read anew whenever it is iterated."""
+
+    def __init__(self, source: Source, marked: np.ndarray) -> None:
+        self.source, self.marked = source, marked
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.compress(self.source, self.marked)
+
+
+def _count(documents: Iterable[str], report: Progress) -> int:
+    return sum(1 for _ in _watched(documents, "reading", report))
+
+
+def _watched(documents: Iterable[str], stage: str, report: Progress, every: int = 64) -> Iterator[str]:
+    for number, text in enumerate(documents):
+        if number % every == 0:
+            report(stage, number)
+        yield text
+
+
+def _write(path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: str, batch: int = 256) -> dict[str, Any]:
+    """Writes the tokens, EOS after every document; returns the manifest's counts."""
+    tokens = count = size = 0
+    digest = hashlib.sha256()
+    parts = _parts(documents)
+    with path.open("wb") as file:
+        while some := list(itertools.islice(parts, batch)):
+            encoded = tokenizer.encode_batch([piece for piece, _ in some])
+            for ids, (piece, ends) in zip(encoded, some, strict=True):
+                if ends:
+                    ids.append(tokenizer.eos_id)
+                tokens += len(ids)
+                count += ends
+                size += len(piece.encode())
+            data = np.fromiter(itertools.chain.from_iterable(encoded), dtype).tobytes()
+            digest.update(data)
+            file.write(data)
+    return {"tokens": tokens, "documents": count, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def _parts(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Pieces of the documents, and whether each ends its document."""
+    for text in documents:
+        *before, last = pieces(text)
+        yield from ((piece, False) for piece in before)
+        yield last, True
+
+
+def _move(partial: Path, out: Path) -> None:
+    """Puts the finished folder in its place; one that is replaced goes only after."""
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = partial.with_name(partial.name + ".old")
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+def _version() -> str:
+    try:
+        return version("caddf")
+    except PackageNotFoundError:
+        return "from source"

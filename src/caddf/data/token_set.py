@@ -1,0 +1,90 @@
+"""A token set: a folder with the tokens of each split, the tokenizer, and a manifest that says what they are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer
+
+from caddf.errors import InputError
+from caddf.tokenizer import Tokenizer
+
+FORMAT = "caddf token set"
+VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tokens of one split on disk: its documents one after the other, `<|endoftext|>` after each.
+
+    `bytes` counts the UTF-8 bytes of the text.
+    """
+
+    name: str
+    tokens: Integer[np.ndarray, " T"]
+    documents: int
+    bytes: int
+
+    def windows(self, length: int) -> Integer[np.ndarray, "N L"]:
+        """Windows of `length` tokens from the start, none overlapping, without the tail; raises `InputError`."""
+        count = len(self.tokens) // length
+        if not count:
+            raise InputError(f"the {self.name} split has {len(self.tokens)} tokens; one window needs {length}")
+        return self.tokens[: count * length].reshape(count, length)
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """A folder written by `prepare`."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, folder: str | Path) -> TokenSet:
+        """Opens and checks a token set; raises `InputError` where it is none, of another version, or cut off."""
+        folder = Path(folder)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(
+                f"{folder} is no token set: it has no {MANIFEST}; `caddf data prepare` makes one"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / MANIFEST} cannot be read: {error}") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise InputError(f"{folder / MANIFEST} does not describe a token set; `caddf data prepare` makes one")
+        if manifest["version"] != VERSION:
+            raise InputError(
+                f"{folder} is a token set of version {manifest['version']}; this caddf reads version {VERSION}"
+            )
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
+            raise InputError(f"{folder} holds another tokenizer than its tokens were made with; prepare it anew")
+        for name, split in manifest["splits"].items():
+            path = tokens_path(folder, name)
+            size = path.stat().st_size if path.exists() else 0
+            wanted = split["tokens"] * np.dtype(manifest["dtype"]).itemsize
+            if size != wanted:
+                raise InputError(f"{path} has {size} bytes; the manifest says {wanted}: prepare the set anew")
+        return cls(folder, manifest, tokenizer)
+
+    def split(self, name: str) -> Split:
+        """One of the splits, memory-mapped; raises `InputError` where the set does not have it."""
+        if name not in self.manifest["splits"]:
+            raise InputError(f"{self.folder} has no {name} split; it has {', '.join(self.manifest['splits'])}")
+        about = self.manifest["splits"][name]
+        tokens = np.memmap(tokens_path(self.folder, name), dtype=self.manifest["dtype"], mode="r")
+        return Split(name, tokens, about["documents"], about["bytes"])
+
+
+def tokens_path(folder: Path, split: str) -> Path:
+    """Where the tokens of a split lie."""
+    return folder / f"{split}.bin"

@@ -1,0 +1,52 @@
+"""The reverse chain in n steps (Ou et al. 2025; SPEC of eqs. 2-4), on a schedule's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from caddf.decoding.task import Counts, Frame, Task, fill, full_pass
+from caddf.errors import InputError
+from caddf.interface import LanguageModel
+from caddf.schedules import SCHEDULES
+
+
+def masking_times(task: Task) -> Float[Tensor, "B L"]:
+    """The lambda at which the reverse process reveals each wanted position: uniform, whatever the tokens are."""
+    return task.generators.uniform(task.wanted).to(task.tokens.device)
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """The n-step chain: exact for the chain, and for the continuous process as n grows.
+
+    A masked position is revealed between lambda_t and lambda_s with probability (lambda_t - lambda_s) / lambda_t, which
+    is to say at a time drawn uniformly beforehand; what stands there is drawn from q(x0_i | x_t). `until` stops at that
+    lambda and leaves what is still masked there.
+    """
+
+    steps: int = 64
+    schedule: Literal["loglinear", "geometric", "cosine"] = "loglinear"
+    until: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps}; it must be at least 1")
+
+    def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
+        """A frame for each step that reveals something."""
+        x, counts = task.tokens.clone(), counts or Counts.zeros(len(task.tokens))
+        revealed_at = masking_times(task)
+        for upper, lower in pairwise(SCHEDULES[self.schedule]().grid(self.steps, self.until).flip(0).tolist()):
+            active = task.unfinished(x)
+            counts.add(active, needed=full_pass(model, task.lengths))
+            where = task.wanted & (revealed_at >= lower) & (revealed_at < upper) & active[:, None]
+            if where.any():
+                x = fill(model, task, x, where, counts)
+                counts.add(where.any(1), rounds=1)
+                yield Frame(x, where, counts)

@@ -1,0 +1,41 @@
+"""One token at a time, left to right, with a KV cache: the target's distribution, drawn plainly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from caddf.categorical import inverse_cdf
+from caddf.decoding.left_to_right import Plan, Target, first_open, reader_for
+from caddf.decoding.task import Counts, Frame, Task
+from caddf.interface import LanguageModel
+
+
+@dataclass(frozen=True)
+class Autoregressive:
+    """Draws x_n ~ p(. | x_<n) for n = 1, 2, ...; exact for the target's likelihood (SPEC of eq. 6).
+
+    target: `causal` (the causal branch's own head) or `fused` (in blocks of `block_size`; templates always).
+    block_size: None is the model's own. cache: off reads whole rows each time, for comparison.
+    """
+
+    target: Target = "causal"
+    block_size: int | None = None
+    cache: bool = True
+
+    def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
+        """A frame per token."""
+        x, counts = task.tokens.clone(), counts or Counts.zeros(len(task.tokens))
+        plan = Plan.of(model, task, self.target, self.block_size or model.block_size)
+        reader = reader_for(model, plan, counts, drafting=False, cache=self.cache)
+        state = reader.start()
+        while (rows := task.unfinished(x)).any():
+            n = first_open(task, x)
+            log_p, state = reader.target(state, x, n, n + 1, rows)
+            u = task.generators.uniform(rows).to(x.device)
+            where = torch.nn.functional.one_hot(n, x.shape[1] + 1)[:, :-1].bool() & rows[:, None]
+            x = torch.where(where, inverse_cdf(task.warp(log_p[:, 0]), u)[:, None], x)
+            counts.add(rows, rounds=1)
+            yield Frame(x, where, counts)

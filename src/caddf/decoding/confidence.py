@@ -1,0 +1,109 @@
+"""Commit what is sure: confidence, margin and entropy-bounded decoding. Heuristics, without a likelihood."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from caddf.categorical import inverse_cdf
+from caddf.decoding.task import Counts, Frame, Task, denoise, full_pass
+from caddf.errors import InputError
+from caddf.interface import LanguageModel
+
+
+class SurestFirst:
+    """Each step draws a token for every open position and commits those that `commit` picks, at least one a row."""
+
+    @abstractmethod
+    def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """How sure the denoiser is of a position; larger is surer."""
+
+    @abstractmethod
+    def commit(self, sureness: Float[Tensor, "B L"], steps_done: int) -> Bool[Tensor, "B L"]:
+        """The positions to commit, of those with a finite sureness."""
+
+    def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
+        """A frame per step."""
+        x, counts = task.tokens.clone(), counts or Counts.zeros(len(task.tokens))
+        step = 0
+        while (active := task.unfinished(x)).any():
+            open_ = task.wanted & (x == task.mask_id) & active[:, None]
+            log_q = denoise(model, task, x, open_, counts).double()
+            sureness = torch.full(x.shape, -torch.inf, dtype=torch.float64, device=x.device)
+            sureness = sureness.masked_scatter(open_, self.sureness(log_q))
+            surest = torch.nn.functional.one_hot(sureness.argmax(1), x.shape[1]).bool()
+            where = open_ & (self.commit(sureness, step) | surest)
+            u = task.generators.uniform(where)[where.cpu()].to(x.device)
+            x = x.masked_scatter(where, inverse_cdf(task.warp(log_q[where[open_]]), u))
+            counts.add(active, needed=full_pass(model, task.lengths), rounds=1)
+            step += 1
+            yield Frame(x, where, counts)
+
+
+@dataclass(frozen=True)
+class Confidence(SurestFirst):
+    """Sureness is the probability of the arg max (Chang et al. 2022; Nie et al. 2025).
+
+    `threshold` commits all that is surer; `steps`, in its place, commits an equal share of the positions each step.
+    """
+
+    threshold: float = 0.9
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps is {self.steps}; it must be at least 1")
+
+    def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """max_v q(v)."""
+        return log_q.amax(-1).exp()
+
+    def commit(self, sureness: Float[Tensor, "B L"], steps_done: int) -> Bool[Tensor, "B L"]:
+        """All above the threshold, or the surest of an equal share."""
+        if self.steps is None:
+            return sureness >= self.threshold
+        left = max(1, self.steps - steps_done)
+        count = (sureness > -torch.inf).sum(1).div(left, rounding_mode="floor").clamp(min=1)
+        return sureness.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < count[:, None]
+
+
+@dataclass(frozen=True)
+class Margin(Confidence):
+    """Sureness is the gap between the two most probable tokens (Kim et al. 2025)."""
+
+    threshold: float = 0.8
+
+    def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """q of the most probable token less q of the next."""
+        first, second = log_q.topk(2, -1).values.exp().unbind(-1)
+        return first - second
+
+
+@dataclass(frozen=True)
+class EntropyBound(SurestFirst):
+    """Commits the positions of lowest entropy while their joint dependence stays bounded (Ben-Hamu et al. 2025).
+
+    The sum of their entropies less the largest of them bounds the mutual information that drawing them independently
+    ignores; it stays at most `bound` nats.
+    """
+
+    bound: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.bound < 0:
+            raise InputError(f"bound is {self.bound}; it must be 0 nats or more")
+
+    def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """The negative entropy (nats)."""
+        return -torch.special.entr(log_q.exp()).sum(-1)
+
+    def commit(self, sureness: Float[Tensor, "B L"], steps_done: int) -> Bool[Tensor, "B L"]:
+        """The longest run of surest positions within the bound."""
+        entropy, order = (-sureness).sort(1)  # closed positions are infinite, and last
+        within = entropy.isfinite() & (entropy.cumsum(1) - entropy <= self.bound)
+        return torch.zeros_like(within).scatter(1, order, within)

@@ -1,0 +1,44 @@
+"""Hybrid decoding: diffusion sets anchors in any order, the fused branches fill in left to right between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from caddf.decoding.ancestral import Ancestral
+from caddf.decoding.autoregressive import Autoregressive
+from caddf.decoding.first_hitting import FirstHitting
+from caddf.decoding.speculative import Speculative
+from caddf.decoding.task import Counts, Frame, Task
+from caddf.errors import InputError
+from caddf.interface import LanguageModel
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Diffusion from lambda 1 down to `anchor`, then infilling of what is still masked (eq. 6) over that canvas.
+
+    Exact for the hybrid bound at l* = `anchor`: with `steps` None anchors come by first hitting, else in n steps (whose
+    bound is the left-endpoint sum). `anchor` 1 is left to right alone, 0 is diffusion alone. `speculate` drafts and
+    verifies the infilling, which changes its speed and not its distribution.
+    """
+
+    anchor: float = 0.75
+    steps: int | None = None
+    speculate: bool = False
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.anchor <= 1:
+            raise InputError(f"anchor is {self.anchor}; it is the share still masked when infilling starts, in [0, 1]")
+
+    def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
+        """The frames of both phases."""
+        counts = counts or Counts.zeros(len(task.tokens))
+        any_order = FirstHitting(self.anchor) if self.steps is None else Ancestral(self.steps, until=self.anchor)
+        tokens = task.tokens
+        for frame in any_order(model, task, counts):
+            tokens = frame.tokens
+            yield frame
+        fill_in = (Speculative if self.speculate else Autoregressive)(cache=self.cache)
+        yield from fill_in(model, replace(task, tokens=tokens, template=True), counts)

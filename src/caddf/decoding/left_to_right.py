@@ -1,0 +1,332 @@
+"""Reading left to right, with caches and without: what the autoregressive and speculative decoders ask of a model.
+
+The target is a distribution over the next token that stays the same whatever is drafted:
+`causal`  log p_causal(x_i | x_<i), the causal branch's own head;
+`fused`   log p_fused(x_i | x_<i, h), h being that of i's block all masked, or in a template that of the template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from caddf.decoding.task import Counts, Task
+from caddf.errors import InputError
+from caddf.interface import Block, Head, Incremental, Infill, LanguageModel
+
+Target = Literal["causal", "fused"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the target is and where drafts stand: the head, the pattern of its canvas, and whether windows slide."""
+
+    task: Task
+    head: Head
+    pattern: Block | Infill
+    sliding: bool
+
+    @classmethod
+    def of(cls, model: LanguageModel, task: Task, target: Target, block_size: int) -> Plan:
+        """Templates always have the fused target: a causal one ignores what comes after.
+
+        Raises `InputError` where the model does not have the head.
+        """
+        head: Head = "fused" if task.template else target
+        if head not in model.heads:
+            raise InputError(
+                f"target is {head}; this model does not read left to right, it only has {sorted(model.heads)}"
+            )
+        return cls(task, head, Infill() if task.template else Block(block_size), head == "causal")
+
+    def window(self, n: Int[Tensor, " B"], size: int) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+        """Where the window of drafts from n on starts and ends.
+
+        A window that slides starts at the last token that stands, since the slots up to a window's start must be read;
+        one that does not is n's block, or the template's next `size` positions.
+        """
+        if isinstance(self.pattern, Infill):
+            start, end = torch.zeros_like(n), n + size
+        else:
+            start = (n - 1).clamp(min=0) if self.sliding else self.pattern.start(n)
+            end = start + size
+        return start, torch.minimum(end, self.task.lengths)
+
+
+def first_open(task: Task, x: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
+    """Each row's first position that is still to be filled, T where there is none."""
+    at = torch.arange(x.shape[1], device=x.device)
+    return torch.where(task.wanted & (x == task.mask_id), at, x.shape[1]).amin(1)
+
+
+def _width(start: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> int:
+    """What the widest row needs."""
+    return int((end - start).max())
+
+
+def _padded(log_p: Float[Tensor, "N V"], where: Bool[Tensor, "B n"]) -> Float[Tensor, "B n V"]:
+    """Row-major readings back in their places, 0 where nothing was read."""
+    out = log_p.new_zeros(*where.shape, log_p.shape[-1])
+    out[where] = log_p
+    return out
+
+
+class Reader(Protocol):
+    """Readings of a task's rows `x`, `[M]` from each row's first open position n on but for drafts and given tokens.
+
+    State in, state out: what has been read is the caller's to hold, and `keep` says how much of it still holds.
+    """
+
+    def start(self) -> Any:
+        """The state before anything is read."""
+
+    def target(
+        self, state: Any, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], end: Int[Tensor, " B"], rows: Bool[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B m V"], Any]:
+        """log p at positions n to `end - 1`, each given the tokens in `x` before it (0 behind a row's end)."""
+
+    def look(
+        self, state: Any, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], size: int, rows: Bool[Tensor, " B"]
+    ) -> tuple[Any, Any]:
+        """One pass of the diffusion branch over the window of drafts, masked from n on."""
+
+    def drafts(
+        self, look: Any, x: Int[Tensor, "B T"], at: Int[Tensor, " B"], end: Int[Tensor, " B"], rows: Bool[Tensor, " B"]
+    ) -> Float[Tensor, "B m V"]:
+        """log q at positions `at` to `end - 1` of the window (0 behind a row's end)."""
+
+    def keep(self, state: Any, below: Int[Tensor, " B"]) -> Any:
+        """Only slots below `below` still hold: the tokens that later ones read have changed."""
+
+
+@dataclass(frozen=True)
+class FullReader:
+    """The reference: every reading is a pass over whole rows."""
+
+    model: LanguageModel
+    plan: Plan
+    counts: Counts
+
+    def start(self) -> None:
+        """Nothing is kept."""
+
+    def target(
+        self, state: None, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], end: Int[Tensor, " B"], rows: Bool[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B m V"], None]:
+        """The canvas is the template, or all masked."""
+        canvas = (
+            self.plan.task.tokens if isinstance(self.plan.pattern, Infill) else torch.full_like(x, self.model.mask_id)
+        )
+        branches = 1 if self.plan.head == "causal" else 2
+        self.counts.add(rows, causal=1, diffusion=branches - 1, computed=branches * end, needed=branches * end)
+        return self._read(x, canvas, self.plan.pattern, self.plan.head, n, end, rows), None
+
+    def look(
+        self, state: None, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], size: int, rows: Bool[Tensor, " B"]
+    ) -> tuple[tuple[Tensor, Tensor, int], None]:
+        """Only remembers the canvas and the windows."""
+        start, end = self.plan.window(n, size)
+        self.counts.add(rows, causal=1, diffusion=1, computed=2 * end, needed=2 * end)
+        return (x, start, size), None
+
+    def drafts(
+        self,
+        look: tuple[Tensor, Tensor, int],
+        x: Int[Tensor, "B T"],
+        at: Int[Tensor, " B"],
+        end: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+    ) -> Float[Tensor, "B m V"]:
+        """One pass for all rows whose windows start at the same offset in their blocks."""
+        canvas, start, size = look
+        if isinstance(self.plan.pattern, Infill):
+            return self._read(x, canvas, Infill(), "draft", at, end, rows)
+        out = None
+        for offset in (start % size)[rows].unique().tolist():
+            some = rows & (start % size == offset)
+            part = self._read(x, canvas, Block(size, offset), "draft", at, torch.where(rows, end, at), some)
+            out = part if out is None else out + part
+        assert out is not None
+        return out
+
+    def keep(self, state: None, below: Int[Tensor, " B"]) -> None:
+        """Nothing is kept."""
+
+    def _read(
+        self,
+        prefix: Int[Tensor, "B T"],
+        canvas: Int[Tensor, "B T"],
+        pattern: Block | Infill,
+        head: Head,
+        at: Int[Tensor, " B"],
+        end: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+    ) -> Float[Tensor, "B m V"]:
+        lengths, out = self.plan.task.lengths, None
+        inside = torch.arange(_width(at, end), device=at.device) < (end - at)[:, None]
+        for length in lengths[rows].unique().tolist():
+            some = rows & (lengths == length)
+            positions = torch.arange(length, device=at.device)
+            where = (positions >= at[:, None]) & (positions < end[:, None])
+            states, _ = self.model(prefix[some, :length], canvas[some, :length], pattern)
+            part = _padded(self.model.log_probs(states, where[some], head), inside & some[:, None])
+            out = part if out is None else out + part
+        assert out is not None
+        return out
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a cached reader has read: caches whose slots below `read` hold, and the canvas that the target sees.
+
+    `seen_start` is the first position of the block that `seen` is of, -1 where there is none yet.
+    """
+
+    caches: Any
+    read: Int[Tensor, " B"]
+    seen: Any
+    seen_start: Int[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class CachedReader:
+    """Reads each slot once (again only after its token changed), and each block's canvas once."""
+
+    model: Incremental
+    plan: Plan
+    counts: Counts
+
+    def start(self) -> Progress:
+        """Empty caches, with one slot behind the rows for what is read beyond their ends."""
+        rows, length = self.plan.task.tokens.shape
+        none = torch.zeros(rows, dtype=torch.long, device=self.plan.task.tokens.device)
+        return Progress(self.model.allocate(rows, length + 1), none, None, none - 1)
+
+    def target(
+        self,
+        state: Progress,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        end: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+    ) -> tuple[Float[Tensor, "B m V"], Progress]:
+        """Reads the slots from the first that does not hold."""
+        if self.plan.head == "fused":
+            state = self._see(state, x, n, rows)
+        seen = state.seen if self.plan.head == "fused" else None
+        states, positions, state = self._read(state, x, torch.minimum(state.read, n), end, rows, seen)
+        where = (positions >= n[:, None]) & (positions < end[:, None]) & rows[:, None]
+        self.counts.add(rows, needed=(1 if self.plan.head == "causal" else 2) * end)
+        inside = (torch.arange(_width(n, end), device=n.device) < (end - n)[:, None]) & rows[:, None]
+        return _padded(self.model.log_probs(states, where, self.plan.head), inside), state
+
+    def look(
+        self, state: Progress, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], size: int, rows: Bool[Tensor, " B"]
+    ) -> tuple[tuple[Any, Tensor, int], Progress]:
+        """Encodes the window; a block of which nothing stands yet has been seen by the target already."""
+        start, end = self.plan.window(n, size)
+        self.counts.add(rows, needed=2 * end)
+        if self.plan.head == "fused":
+            state = self._see(state, x, n, rows)
+        if isinstance(self.plan.pattern, Infill):
+            state = self._catch_up(state, x, n, rows)
+            self.counts.add(rows, diffusion=1, computed=self.plan.task.lengths)
+            seen = self.model.encode(x, start, self.plan.task.lengths, Infill(), state.caches)
+            return (seen, start, x.shape[1]), state
+        if not self.plan.sliding and bool((n == start)[rows].all()):
+            return (state.seen, start, size), state
+        state = self._catch_up(state, x, start, rows)
+        new = rows if self.plan.sliding else rows & (n != start)
+        self.counts.add(new, diffusion=1, computed=size)
+        canvas = _gather(x, start[:, None] + torch.arange(size, device=x.device), self.model.mask_id)
+        seen = self.model.encode(canvas, start, self.plan.task.lengths, Block(size), state.caches)
+        return (seen, start, size), state
+
+    def drafts(
+        self,
+        look: tuple[Any, Tensor, int],
+        x: Int[Tensor, "B T"],
+        at: Int[Tensor, " B"],
+        end: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+    ) -> Float[Tensor, "B m V"]:
+        """The draft head over the window."""
+        seen, start, width = look
+        positions = start[:, None] + torch.arange(width, device=x.device)
+        where = (positions >= at[:, None]) & (positions < end[:, None]) & rows[:, None]
+        inside = (torch.arange(_width(at, end), device=x.device) < (end - at)[:, None]) & rows[:, None]
+        return _padded(self.model.log_probs(self.model.draft(seen, x), where, "draft"), inside)
+
+    def keep(self, state: Progress, below: Int[Tensor, " B"]) -> Progress:
+        """Going back is a smaller number."""
+        return replace(state, read=torch.minimum(state.read, below))
+
+    def _see(self, state: Progress, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], rows: Bool[Tensor, " B"]) -> Progress:
+        """The canvas that the target at n is fused with: encoded once per block, once per template.
+
+        A row whose block goes on gets the same states again when another row enters a block.
+        """
+        task, pattern = self.plan.task, self.plan.pattern
+        if isinstance(pattern, Infill):
+            start = torch.zeros_like(n)
+            new = rows & (state.seen_start < 0)
+            if new.any():
+                state = self._catch_up(state, x, first_open(task, task.tokens), new)
+                seen = self.model.encode(task.tokens, start, task.lengths, pattern, state.caches)
+                self.counts.add(new, diffusion=1, computed=task.lengths)
+                state = replace(state, seen=seen, seen_start=start)
+            return state
+        start = pattern.start(n)
+        new = rows & (state.seen_start != start)
+        if new.any():
+            state = self._catch_up(state, x, start, new)
+            masked = torch.full((len(x), pattern.size), self.model.mask_id, device=x.device)
+            seen = self.model.encode(masked, start, task.lengths, pattern, state.caches)
+            self.counts.add(new, diffusion=1, computed=pattern.size)
+            state = replace(state, seen=seen, seen_start=start)
+        return state
+
+    def _catch_up(
+        self, state: Progress, x: Int[Tensor, "B T"], slot: Int[Tensor, " B"], rows: Bool[Tensor, " B"]
+    ) -> Progress:
+        """Reads what is missing of the slots up to and including `slot`."""
+        behind = rows & (state.read <= slot)
+        if behind.any():
+            _, _, state = self._read(state, x, state.read, slot + 1, behind)
+        return state
+
+    def _read(
+        self,
+        state: Progress,
+        x: Int[Tensor, "B T"],
+        start: Int[Tensor, " B"],
+        end: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+        seen: Any = None,
+    ) -> tuple[Any, Int[Tensor, "B n"], Progress]:
+        """One pass of the causal branch over slots `start` to `end - 1`, as wide as the widest row needs."""
+        positions = start[:, None] + torch.arange(int((end - start)[rows].max()), device=x.device)
+        positions = positions.clamp(max=x.shape[1])
+        states = self.model.read(x, positions, state.caches, seen)
+        self.counts.add(rows, causal=1, computed=end - start)
+        read = torch.where(rows, torch.maximum(state.read, end), torch.minimum(state.read, start))
+        return states, positions, replace(state, read=read)
+
+
+def _gather(x: Int[Tensor, "B T"], positions: Int[Tensor, "B n"], beyond: int) -> Int[Tensor, "B n"]:
+    """`x` at `positions`, `beyond` past its end."""
+    inside = positions < x.shape[1]
+    return torch.where(inside, x.gather(1, positions.clamp(max=x.shape[1] - 1)), beyond)
+
+
+def reader_for(model: LanguageModel, plan: Plan, counts: Counts, drafting: bool, cache: bool) -> Reader:
+    """Cached where the model can, the reference where it cannot or `cache` is off."""
+    if cache and hasattr(model, "incremental"):
+        incremental = cast(Incremental, model)
+        if incremental.incremental(plan.pattern) or (plan.head == "causal" and not drafting):
+            return CachedReader(incremental, plan, counts)
+    return FullReader(model, plan, counts)

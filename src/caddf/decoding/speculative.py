@@ -1,0 +1,111 @@
+"""Lossless block speculation: the diffusion branch drafts, the target verifies (Leviathan et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from caddf.categorical import inverse_cdf
+from caddf.decoding.left_to_right import Plan, Target, first_open, reader_for
+from caddf.decoding.task import Counts, Frame, Task
+from caddf.interface import LanguageModel
+
+
+def verify(
+    p: Float[Tensor, "B n V"], q: Float[Tensor, "B n V"], drafts: Int[Tensor, "B n"], u: Float[Tensor, "B n"]
+) -> Bool[Tensor, "B n"]:
+    """Accepts a draft with probability min(1, p/q); with `residual` for the rest, what stands is distributed as p."""
+    p_d, q_d = (probs.gather(-1, drafts[..., None])[..., 0] for probs in (p, q))
+    return u * q_d < p_d
+
+
+def residual(p: Float[Tensor, "B V"], q: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+    """(p - q)+, unnormalised: what a rejected draft is replaced from; p itself where nothing was drafted (q = 0)."""
+    rest = (p - q).clamp(min=0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p = q up to rounding: nothing is left of it
+
+
+@dataclass(frozen=True)
+class Speculative:
+    """Each round one diffusion pass drafts a window and one causal pass verifies it: the target's distribution exactly.
+
+    target: `causal` (the causal branch's own head; the window slides and a round that is accepted whole adds a token)
+        or `fused` (in blocks of `block_size`, each fused with its all-masked start; templates always).
+    block_size: None is the model's own. cache: off reads whole rows each time, for comparison.
+    """
+
+    target: Target = "causal"
+    block_size: int | None = None
+    cache: bool = True
+
+    def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
+        """A frame per round."""
+        x, counts = task.tokens.clone(), counts or Counts.zeros(len(task.tokens))
+        size, at = self.block_size or model.block_size, torch.arange(x.shape[1], device=x.device)
+        plan = Plan.of(model, task, self.target, size)
+        reader = reader_for(model, plan, counts, drafting=True, cache=self.cache)
+        state = reader.start()
+        while (rows := task.unfinished(x)).any():
+            n = first_open(task, x)
+            before = x
+
+            # Draft: q at the masked positions of the window, all at once, or one after the other where drafts chain.
+            look, state = reader.look(state, x, n, size, rows)
+            end = torch.where(rows, plan.window(n, size)[1], n)
+            count = int((end - n).max())
+            place = n[:, None] + torch.arange(count, device=x.device)
+            drafting = (place < end[:, None]) & _at(task.wanted, place)
+            q = torch.zeros(len(x), count, model.vocab_size, dtype=torch.float64, device=x.device)
+            step = 1 if model.chained else max(count, 1)
+            for j in range(0, count, step):
+                now = drafting[:, j : j + step]
+                log_q = reader.drafts(look, x, n + j, torch.minimum(n + j + step, end).clamp(min=n + j), rows)
+                q[:, j : j + step] = task.warp(log_q) * now[..., None]
+                u = task.generators.uniform(now).to(x.device)
+                x = _put(x, place[:, j : j + step], now, inverse_cdf(q[:, j : j + step], u))
+
+            # Verify in one pass of the target; what is given counts as accepted, a sliding window shows one token more.
+            shown = torch.where(rows, torch.minimum(end + plan.sliding, task.lengths), n)
+            log_p, state = reader.target(state, x, n, shown, rows)
+            p = task.warp(log_p)
+            u = task.generators.uniform(drafting).to(x.device)
+            accepted = ~drafting | verify(p[:, :count], q, _at(x, place).clamp(max=model.vocab_size - 1), u)
+            accepted &= place < end[:, None]
+            stop = n + accepted.long().cumprod(1).sum(1)
+
+            # Correct the first rejected draft, or add the bonus token; drafts behind it are forgotten.
+            more = stop < shown
+            p_stop, q_stop = (_row(part, stop - n) for part in (p, q))
+            u = task.generators.uniform(more).to(x.device)
+            token = inverse_cdf(residual(p_stop, q_stop), u)
+            drafts = torch.where((at >= n[:, None]) & (at < end[:, None]) & task.wanted, x, task.mask_id)
+            x = torch.where(task.wanted & (at >= stop[:, None]) & rows[:, None], task.mask_id, x)
+            here = (at == stop[:, None]) & more[:, None]
+            x = torch.where(here, token[:, None], x)
+            state = reader.keep(state, stop + 1)
+            counts.add(rows, rounds=1)
+            yield Frame(x, (x != before) & rows[:, None], counts, drafts, here & (stop < end)[:, None])
+
+
+def _at(values: Tensor, place: Int[Tensor, "B n"]) -> Tensor:
+    """`values` at the positions `place`; 0 or False beyond the row."""
+    inside = place < values.shape[1]
+    return values.gather(1, place.clamp(max=values.shape[1] - 1)) * inside
+
+
+def _put(
+    x: Int[Tensor, "B T"], place: Int[Tensor, "B n"], where: Bool[Tensor, "B n"], tokens: Int[Tensor, "B n"]
+) -> Int[Tensor, "B T"]:
+    """`x` with `tokens` at the marked of the positions `place`."""
+    extended = torch.cat([x, x.new_zeros(len(x), 1)], 1)
+    return extended.scatter(1, torch.where(where, place, x.shape[1]), tokens)[:, :-1]
+
+
+def _row(probs: Float[Tensor, "B n V"], index: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+    """The probabilities at one index of each row, 0 beyond the last."""
+    padded = torch.cat([probs, probs.new_zeros(len(probs), 1, probs.shape[2])], 1)
+    return padded[torch.arange(len(probs)), index.clamp(max=probs.shape[1])]

@@ -1,0 +1,268 @@
+"""Prompt to a stream of frames: text, what was drafted and accepted on the way, and what it cost."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from caddf.categorical import RowGenerators, Warp
+from caddf.decoding import DECODERS, Autoregressive, Decoder, Frame, Speculative, Task
+from caddf.errors import InputError
+from caddf.experiment import TextModel
+from caddf.tokenizer import Tokenizer
+
+MASK = re.compile(r"\[MASK(?::(\d+))?\]")
+"""A hole of a template: `[MASK]` is one token wide, `[MASK:24]` twenty-four."""
+
+Kind = Literal["given", "open", "kept", "fresh", "corrected", "rejected"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt or template as tokens, `[M]` where a token is wanted; `prompt` is what the user gave."""
+
+    prompt: str
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of all rows after a step of the decoder.
+
+    `seconds` is the time spent decoding so far, not that of whoever looks at the frames.
+    """
+
+    frame: Frame
+    rows: list[Row]
+    task: Task
+    tokenizer: Tokenizer
+    stop: tuple[str, ...]
+    seed: int
+    seconds: float
+    cost: float
+
+    @property
+    def text(self) -> str:
+        """The first row's text so far: a prompt's continuation, or a template with its holes filled."""
+        return self.texts[0]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Every row's text so far; `[M]` shows as an underscore."""
+        return [self._text(r) for r in range(len(self.rows))]
+
+    def pieces(self, row: int = 0) -> list[tuple[str, Kind]]:
+        """The canvas token by token, with what became of each; a rejected draft comes before its correction."""
+        frame = self.frame
+        tokens: list[tuple[str, Kind]] = []
+        wanted = self.task.wanted[row].tolist()
+        for i in range(int(self.task.lengths[row])):
+            token = int(frame.tokens[row, i])
+            draft = self.task.mask_id if frame.drafts is None else int(frame.drafts[row, i])
+            if draft not in (self.task.mask_id, token):
+                tokens.append((self._show(draft), "rejected"))
+            kind: Kind = "kept"
+            if not wanted[i]:
+                kind = "given"
+            elif token == self.task.mask_id:
+                kind = "open"
+            elif frame.corrected is not None and frame.corrected[row, i]:
+                kind = "corrected"
+            elif frame.fresh[row, i]:
+                kind = "fresh"
+            tokens.append((self._show(token), kind))
+        return tokens
+
+    def results(self) -> list[dict[str, Any]]:
+        """Text and statistics of every row, as plain values for JSON.
+
+        `tokens` counts the new ones; `tokens_per_second` is of this row, over the time of the whole batch;
+        `tokens_per_evaluation` counts a diffusion pass at its floating-point operations per position over the causal
+        branch's; `cache_hit_rate` is the share of the token-positions of a decoder without caches that came from one.
+        """
+        return [self._result(r) for r in range(len(self.rows))]
+
+    def _result(self, r: int) -> dict[str, Any]:
+        counts = self.frame.counts
+        causal, diffusion, computed, needed = (
+            int(getattr(counts, name)[r]) for name in ("causal", "diffusion", "computed", "needed")
+        )
+        tokens = len(self._new(r))
+        passes = causal + diffusion * (self.cost if causal else 1.0)
+        return {
+            "text": self.texts[r],
+            "prompt": self.rows[r].prompt,
+            "tokens": tokens,
+            "tokens_per_second": tokens / self.seconds if self.seconds > 0 else 0.0,
+            "evaluations": {"causal": causal, "diffusion": diffusion},
+            "tokens_per_evaluation": tokens / passes if passes else 0.0,
+            "rounds": int(counts.rounds[r]),
+            "cache_hit_rate": 1 - computed / needed if needed else 0.0,
+            "seed": self.seed + r,
+        }
+
+    def _new(self, r: int) -> list[int]:
+        """The new tokens that stand: in a continuation those before the first `[M]` or `<|endoftext|>`."""
+        tokens = self.frame.tokens[r, : int(self.task.lengths[r])]
+        new = tokens[self.task.wanted[r, : len(tokens)]].tolist()
+        if self.task.template:
+            return [token for token in new if token != self.task.mask_id]
+        ends = (i for i, token in enumerate(new) if token in (self.task.mask_id, self.tokenizer.eos_id))
+        return new[: next(ends, len(new))]
+
+    def _text(self, r: int) -> str:
+        if not self.task.template:
+            text = self.tokenizer.decode(self._new(r))
+            return text[: first_stop(text, self.stop)]
+        parts: list[str] = []
+        run: list[int] = []
+        for token in [*self.frame.tokens[r, : int(self.task.lengths[r])].tolist(), self.task.mask_id]:
+            if token == self.task.mask_id:
+                parts += [self.tokenizer.decode(run), "_"]
+                run = []
+            else:
+                run.append(token)
+        return "".join(parts[:-1])
+
+    def _show(self, token: int) -> str:
+        return "_" if token == self.task.mask_id else self.tokenizer.decode([token])
+
+
+def first_stop(text: str, stop: tuple[str, ...]) -> int:
+    """Where the first stop string of `text` starts, or the length of `text`."""
+    return min((at for word in stop if (at := text.find(word)) >= 0), default=len(text))
+
+
+def decoder_of(name: str, settings: dict[str, Any]) -> Decoder:
+    """The decoder of that name with these settings; raises `InputError` for a name or setting that is not there."""
+    if name not in DECODERS:
+        raise InputError(f"decoder is {name}; it must be one of {', '.join(DECODERS)}")
+    known = [field.name for field in dataclasses.fields(DECODERS[name])]  # type: ignore[arg-type]
+    for setting in settings:
+        if setting not in known:
+            has = f"has {', '.join(known)}" if known else "has none"
+            raise InputError(f"{setting} is set, but the decoder {name} has no such setting; it {has}")
+    return DECODERS[name](**settings)
+
+
+def generate(
+    model: TextModel,
+    prompt: str | Sequence[str] | None = None,
+    *,
+    template: str | Sequence[str] | None = None,
+    decoder: str = "speculative",
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    **settings: Any,
+) -> Iterator[Snapshot]:
+    """Continues prompts, or fills the holes of templates, frame by frame; the last frame is complete.
+
+    `prompt` and `template` are a text or several, one row of a batch each; row r draws from `seed + r` and gets what it
+    would get alone. `decoder` is a name of `caddf.decoding.DECODERS` and `settings` are its own. `<|endoftext|>` or one
+    of the strings of `stop` ends a row. In a template `<|endoftext|>` is never drawn.
+
+    Raises `InputError`, before anything is decoded, for settings that are wrong, a prompt that does not fit the
+    context, and a template without a hole.
+    """
+    if (prompt is None) == (template is None):
+        raise InputError("give either a prompt or a template")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    words = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in words:
+        raise InputError("stop holds an empty string, which every text contains; give the text that ends a row")
+    filling = template is not None
+    chosen = decoder_of(decoder, settings)
+    given = template if filling else prompt
+    assert given is not None
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts:
+        raise InputError("no prompt is given; a batch needs at least one row")
+    # Left to right the attention window slides over what is longer than the context; a canvas cannot.
+    longest = None if isinstance(chosen, Autoregressive | Speculative) and not filling else model.context
+    if filling:
+        rows = [_template(model, text) for text in texts]
+    else:
+        rows = [_prompt(model, text, max_new_tokens, longest) for text in texts]
+    banned = (model.tokenizer.eos_id,) if filling else ()
+    warp = Warp(temperature, top_k, top_p, min_p, banned)
+    return _stream(model, rows, chosen, warp, filling, words, seed)
+
+
+def _prompt(model: TextModel, text: str, new: int, longest: int | None) -> Row:
+    tokens = model.tokenizer.encode(text)
+    if len(tokens) >= model.context:
+        raise InputError(f"the prompt has {len(tokens)} tokens; it must be shorter than the context, {model.context}")
+    if longest is not None and len(tokens) + new > longest:
+        raise InputError(
+            f"the prompt's {len(tokens)} tokens and max_new_tokens {new} make {len(tokens) + new}; this decoder needs "
+            f"them to fit the context, {longest}"
+        )
+    return Row(text, tokens + [model.model.mask_id] * new)
+
+
+def _template(model: TextModel, text: str) -> Row:
+    tokens: list[int] = []
+    at = 0
+    for hole in MASK.finditer(text):
+        tokens += model.tokenizer.encode(text[at : hole.start()])
+        tokens += [model.model.mask_id] * int(hole[1] or 1)
+        at = hole.end()
+    tokens += model.tokenizer.encode(text[at:])
+    if model.model.mask_id not in tokens:
+        raise InputError("the template has no [MASK] to fill; write [MASK:24] for a hole of 24 tokens")
+    if len(tokens) > model.context:
+        raise InputError(f"the template has {len(tokens)} tokens; it must fit the context, {model.context}")
+    return Row(text, tokens)
+
+
+def _stream(
+    model: TextModel, rows: list[Row], decoder: Decoder, warp: Warp, filling: bool, stop: tuple[str, ...], seed: int
+) -> Iterator[Snapshot]:
+    lengths = torch.tensor([len(row.tokens) for row in rows], device=model.device)
+    mask_id, eos_id = model.model.mask_id, model.tokenizer.eos_id
+    tokens = torch.full((len(rows), int(lengths.max())), mask_id, device=model.device)
+    for r, row in enumerate(rows):
+        tokens[r, : len(row.tokens)] = torch.tensor(row.tokens)
+    wanted = tokens == mask_id
+
+    def finished(x: Int[Tensor, "B L"]) -> Bool[Tensor, " B"]:
+        """A row whose new text, up to its first open position, holds `<|endoftext|>` or a stop string."""
+        if filling:
+            return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        reached = (x != mask_id).long().cumprod(1).bool() & wanted
+        ended = (reached & (x == eos_id)).any(1)
+        for r in range(len(x)) if stop else ():
+            text = model.tokenizer.decode(x[r, reached[r]].tolist())
+            ended[r] |= first_stop(text, stop) < len(text)
+        return ended
+
+    task = Task(tokens, lengths, mask_id, RowGenerators(seed, len(rows)), warp, finished, filling)
+    flops = model.model.flops_per_position()
+    cost = flops["diffusion"] / flops["causal"] if "causal" in flops else 1.0
+    seconds = 0.0
+    frames = decoder(model.model, task)
+    while True:
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            frame = next(frames, None)
+        seconds += time.perf_counter() - begun
+        if frame is None:
+            return
+        frame = dataclasses.replace(frame, counts=copy.deepcopy(frame.counts))  # the decoder goes on counting
+        yield Snapshot(frame, rows, task, model.tokenizer, stop, seed, seconds, cost)

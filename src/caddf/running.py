@@ -1,0 +1,213 @@
+"""A training run from its settings: everything is checked and built, then the loop goes, or goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from rich.console import Console
+from torch import nn
+
+from caddf.checkpoint import read_json, write_json_atomic, write_text_atomic
+from caddf.data import Batches, Split, TokenSet
+from caddf.errors import InputError
+from caddf.evaluation import block_nll, causal_nll, diffusion_bound
+from caddf.experiment import DEFAULT_METHOD, METHODS, ModelSettings, TextModel, describe, initialise_from
+from caddf.generation import generate
+from caddf.models.backbone import DualBranch
+from caddf.training import Result, TrainConfig, train
+from caddf.training.config import Device, Precision
+
+SETTINGS, IDENTITY = "config.yaml", "data.json"
+TrainingDType = Literal["auto", "float32", "bfloat16", "float64"]
+PRECISIONS: dict[str, Precision] = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}
+OWN = ("device", "precision", "seed")
+"""Settings of the loop that a run sets once for all its parts."""
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """The evaluation during training, which decides which checkpoint is the best.
+
+    likelihood: what is measured (nats per token); auto is block, or the diffusion bound without a causal branch.
+    windows: how many windows of the validation split.
+    samples: Monte-Carlo samples per window, for the diffusion bound.
+    sample_tokens: length of the sample of text.
+    """
+
+    likelihood: Literal["auto", "causal", "block", "diffusion"] = "auto"
+    windows: int = 32
+    samples: int = 4
+    sample_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "samples", "sample_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"validation.{name} is {getattr(self, name)}; it must be 1 or more")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All that decides a run; saved as `config.yaml` in its folder, and read from there to resume it.
+
+    device, dtype and seed stand here once for all parts; `train` has the same in the words of the loop.
+    """
+
+    data: str
+    method: str = DEFAULT_METHOD
+    init_from: str | None = None
+    device: Device = "auto"
+    dtype: TrainingDType = "auto"
+    seed: int = 0
+    model: ModelSettings = field(default_factory=ModelSettings)
+    objective: Any = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+
+    def __post_init__(self) -> None:
+        precision = PRECISIONS[self.dtype]
+        own = dataclasses.replace(self.train, device=self.device, precision=precision, seed=self.seed)
+        object.__setattr__(self, "train", own)
+
+    def save(self, run: Path) -> None:
+        """Writes `config.yaml`, which `caddf train --config` takes too."""
+        values = dataclasses.asdict(self)
+        for name in OWN:
+            del values["train"][name]
+        write_text_atomic(run / SETTINGS, yaml.safe_dump(values, sort_keys=False))
+
+    @classmethod
+    def load(cls, run: Path) -> RunSettings:
+        """Reads a run's `config.yaml`; raises `InputError` where there is none or it does not fit."""
+        try:
+            values = yaml.safe_load((run / SETTINGS).read_text(encoding="utf-8"))
+            sections = {
+                "model": ModelSettings,
+                "objective": METHODS[values["method"]].settings,
+                "train": TrainConfig,
+                "validation": ValidationSettings,
+            }
+            return cls(**{key: sections[key](**v) if key in sections else v for key, v in values.items()})
+        except OSError:
+            raise InputError(f"{run} is no run: it has no {SETTINGS}; start one with caddf train --out {run}") from None
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{run / SETTINGS} does not fit this version: {error}") from None
+
+
+def start(settings: RunSettings, run: Path, console: Console) -> Result:
+    """Trains into the new folder `run`; raises `InputError` before it is made if anything does not fit."""
+    if run.exists():
+        raise InputError(f"out is {run}, which exists; give a new folder, or go on with caddf train --resume {run}")
+    data = TokenSet.open(settings.data)
+    data.split("train").windows(settings.model.context or settings.model.preset.context)
+    settings = dataclasses.replace(settings, data=str(Path(settings.data).resolve()))
+    go = _prepare(settings, data, run, console)
+    run.mkdir(parents=True)
+    settings.save(run)
+    write_json_atomic(run / IDENTITY, _identity(data))
+    return go(False)
+
+
+def resume(run: Path, console: Console) -> Result:
+    """Goes on from the latest checkpoint of `run`, with its own settings; raises `InputError` if its data changed."""
+    settings = RunSettings.load(run)
+    data = TokenSet.open(settings.data)
+    if _identity(data) != read_json(run / IDENTITY):
+        raise InputError(f"{settings.data} is not the data that {run} was started on; its tokens have changed")
+    return _prepare(settings, data, run, console)(not _is_empty(run))
+
+
+def _prepare(settings: RunSettings, data: TokenSet, run: Path, console: Console) -> Callable[[bool], Result]:
+    """Builds model, objective and data, and returns what trains them."""
+    config = settings.train.resolved(settings.model.preset)
+    tokenizer = data.tokenizer
+    torch.manual_seed(config.seed)
+    model = DualBranch(settings.model.config(tokenizer.vocab_size, tokenizer.eos_id))
+    if settings.init_from is not None:
+        kept = initialise_from(model, settings.init_from)
+        console.print(f"weights from {settings.init_from}" + (f"; {len(kept)} tensors start anew" if kept else ""))
+    method = METHODS[settings.method]
+    batches = Batches(data.split("train").tokens, model.config.context, config.rows_per_pass, config.seed)
+    about = describe(settings.model, settings.method, settings.objective, _identity(data))
+
+    def go(resumed: bool) -> Result:
+        return train(
+            run,
+            model,
+            method.build(settings.objective, model.config),
+            batches,
+            config,
+            describe={**about, "model": model.config.to_dict()},
+            tokenizer_file=data.folder / "tokenizer.json",
+            validate=_validation(settings.validation, data, model, config.seed),
+            sample=_sampling(settings.validation, data, config.seed),
+            console=console,
+            resume=resumed,
+        )
+
+    return go
+
+
+def _validation(
+    settings: ValidationSettings, data: TokenSet, model: DualBranch, seed: int
+) -> Callable[[nn.Module], float] | None:
+    """The measure of a checkpoint (nats per token), or None where the data have no validation split."""
+    if "validation" not in data.manifest["splits"]:
+        return None
+    context, windows = (
+        model.config.context,
+        _some_windows(data.split("validation"), model.config.context, settings.windows),
+    )
+    likelihood = settings.likelihood
+    if likelihood == "auto":
+        likelihood = "diffusion" if model.causal is None else "block"
+
+    def validate(model: nn.Module) -> float:
+        assert isinstance(model, DualBranch)
+        device, total = next(model.parameters()).device, 0.0
+        generator = torch.Generator().manual_seed(seed)
+        for x0 in windows.to(device).split(8):
+            if likelihood == "diffusion":
+                nats = diffusion_bound(model, x0, settings.samples, generator).mean(-1)
+            else:
+                nats = causal_nll(model, x0) if likelihood == "causal" else block_nll(model, x0, model.block_size)
+            total += float(nats.sum())
+        return total / len(windows) / context
+
+    return validate
+
+
+def _some_windows(split: Split, length: int, count: int) -> torch.Tensor:
+    """`count` windows spread evenly over the split."""
+    windows = split.windows(length)
+    index = torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()
+    return torch.from_numpy(windows[index.numpy()].astype("int64"))
+
+
+def _sampling(settings: ValidationSettings, data: TokenSet, seed: int) -> Callable[[nn.Module], str]:
+    """A sample of text from nothing."""
+
+    def sample(model: nn.Module) -> str:
+        assert isinstance(model, DualBranch)
+        decoder = "ancestral" if model.causal is None else "autoregressive"
+        new = min(settings.sample_tokens, model.config.context)
+        *_, last = generate(TextModel(model, data.tokenizer), "", decoder=decoder, max_new_tokens=new, seed=seed)
+        return last.text
+
+    return sample
+
+
+def _identity(data: TokenSet) -> dict[str, Any]:
+    """What tells one token set from another: the tokenizer and the hash of each split."""
+    hashes = {name: split["sha256"] for name, split in data.manifest["splits"].items()}
+    return {"tokenizer": data.tokenizer.fingerprint, "splits": hashes}
+
+
+def _is_empty(run: Path) -> bool:
+    """Whether the run was stopped before its first checkpoint was on disk."""
+    return not any((run / "checkpoints").glob("step-*"))

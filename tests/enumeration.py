@@ -1,0 +1,65 @@
+"""Known sources over V^L: everything about them is a sum over a float64 table."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def sequences(vocab_size: int, length: int) -> Int[Tensor, "N L"]:
+    """All V^L sequences, in the order of a flattened table."""
+    return torch.cartesian_prod(*[torch.arange(vocab_size)] * length).reshape(-1, length)
+
+
+def masks(length: int) -> Bool[Tensor, "M L"]:
+    """All 2^L sets of masked positions."""
+    return torch.tensor(list(itertools.product([False, True], repeat=length)))
+
+
+def random_source(vocab_size: int, length: int, seed: int = 0) -> Float[Tensor, "..."]:
+    """A joint distribution p0 with all probabilities above 0, far from independent tokens."""
+    logits = torch.randn((vocab_size,) * length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.softmax(2 * logits.flatten(), 0).view_as(logits)
+
+
+def two_bits() -> Float[Tensor, "2 2"]:
+    """Two identical fair bits: the truth is ln 2 per sequence."""
+    return torch.eye(2, dtype=torch.float64) / 2
+
+
+def entropy(p0: Float[Tensor, "..."]) -> float:
+    """Nats per sequence."""
+    return -torch.xlogy(p0, p0).sum().item()
+
+
+def support(p0: Float[Tensor, "..."]) -> tuple[Int[Tensor, "N L"], Float[Tensor, " N"]]:
+    """The sequences of probability above 0, and their probabilities."""
+    probs = p0.flatten()
+    return sequences(p0.shape[0], p0.ndim)[probs > 0], probs[probs > 0]
+
+
+def exact_denoiser(p0: Float[Tensor, "..."]) -> Callable[[Tensor], Tensor]:
+    """`x_t [B, L] -> log p0(x_i | unmasked part) [B, L, V]`; uniform where p0 excludes the unmasked part."""
+    size, every, probs = p0.shape[0], sequences(p0.shape[0], p0.ndim), p0.flatten()
+    is_token = torch.nn.functional.one_hot(every, size).double()
+
+    def denoise(x_t: Tensor) -> Tensor:
+        agrees = ((x_t[:, None] == every) | (x_t[:, None] == size)).all(-1)
+        joint = torch.einsum("bn,nlv->blv", agrees * probs, is_token)
+        total = joint.sum(-1, keepdim=True)
+        return torch.where(total > 0, joint / total, 1 / size).log()
+
+    return denoise
+
+
+def random_denoiser(vocab_size: int, length: int, seed: int = 0) -> Callable[[Tensor], Tensor]:
+    """`x_t -> log-probabilities` random for each x_t: the conditionals of no joint, like a network's."""
+    contexts = (vocab_size + 1) ** torch.arange(length)
+    shape = ((vocab_size + 1) ** length, length, vocab_size)
+    logits = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    table = torch.log_softmax(1.5 * logits, -1)
+    return lambda x_t: table[x_t @ contexts]

@@ -1,0 +1,480 @@
+"""Likelihoods and bounds against enumeration over all sequences and masks (float64, V and L tiny).
+
+Chance tests compare a Monte-Carlo mean with its exact value at `SIGMAS` standard errors: under a normal law one such
+comparison fails by chance with probability 6e-7. Seeds are fixed, so what passes once passes always.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from enumeration import entropy, exact_denoiser, masks, random_denoiser, random_source, sequences, support, two_bits
+from torch import Tensor
+
+from caddf import evaluation
+from caddf.errors import InputError
+from caddf.evaluation import likelihood as lk
+from caddf.interface import AnyOrder, Infill, LanguageModel, as_model
+from caddf.models.backbone import DualBranch
+from caddf.models.config import BranchConfig, ModelConfig
+from caddf.schedules import SCHEDULES, LogLinear
+
+SIGMAS = 5
+V, L = 2, 4
+SOURCE = random_source(V, L)
+CONFIGS = [
+    {"causal": None, "exchange": "one_way"},
+    *(
+        {"fusion": fusion, "exchange": exchange, "draft": draft}
+        for fusion, exchange in (("late", "mutual"), ("late", "one_way"), ("layers", "one_way"), ("none", "one_way"))
+        for draft in ("factorised", "chained")
+    ),
+]
+
+
+def network(**settings: object) -> DualBranch:
+    """A random network in float64, its weights large enough to be far from uniform."""
+    torch.manual_seed(1)
+    values = {"causal": BranchConfig(2, 8, 2), **settings}
+    model = DualBranch(ModelConfig(V, L, BranchConfig(1, 8, 2), block_size=2, **values)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return model
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def masked_nats(model: LanguageModel, x0: Tensor, where: Tensor, infill: bool) -> Tensor:
+    """Sum of nats over the masked positions, from `model.nll` (the module under test reads `log_probs`)."""
+    if not where.any():
+        return torch.zeros(len(x0), dtype=torch.float64)
+    where = where.expand_as(x0)
+    canvas = torch.where(where, model.mask_id, x0)
+    states, _ = model(x0, canvas, Infill()) if infill else model(canvas, canvas, AnyOrder())
+    nats = model.nll(states, where, x0, "fused" if infill else model.denoiser)
+    return nats.view(len(x0), -1).sum(-1).detach()
+
+
+def over_masks(model: LanguageModel, x0: Tensor, infill: bool = False) -> Tensor:
+    """[B, 2^L]: `masked_nats` for every set of masked positions."""
+    return torch.stack([masked_nats(model, x0, where, infill) for where in masks(x0.shape[1])], -1)
+
+
+def at(nats: Tensor, masked: float) -> Tensor:
+    """E at lambda of the sums over masked positions."""
+    sizes = masks(L).sum(-1)
+    p = torch.tensor(masked, dtype=torch.float64)
+    return (nats * p**sizes * (1 - p) ** (L - sizes)).sum(-1)
+
+
+def integral(nats: Tensor, low: float, high: float, points: int = 40) -> Tensor:
+    """int_low^high 1/lambda E dlambda: a polynomial, so that Gauss-Legendre is exact up to rounding."""
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    lambdas = (low + high) / 2 + (high - low) / 2 * nodes
+    terms = [w * at(nats, float(x)) / float(x) for x, w in zip(lambdas, weights, strict=True)]
+    return (high - low) / 2 * torch.stack(terms).sum(0)
+
+
+def steps_sum(nats: Tensor, grid: list[float]) -> Tensor:
+    """The finite-step bound, term by term."""
+    return torch.stack([(b - a) / b * at(nats, b) for a, b in itertools.pairwise(grid)]).sum(0)
+
+
+def close_in_mean(samples: Tensor, exact: Tensor) -> None:
+    """Each row's mean over its repetitions (last dimension, independent) equals `exact` within `SIGMAS` errors."""
+    error = samples.std(-1) / samples.shape[-1] ** 0.5
+    assert ((samples.mean(-1) - exact).abs() <= SIGMAS * error + 1e-10).all()
+
+
+def repeat(bound, x0: Tensor, times: int, **settings: object) -> Tensor:
+    """[B, times] independent row means of a bound."""
+    out = bound(x0=x0.repeat_interleave(times, 0), **settings)
+    return out.reshape(len(x0), times, -1).mean(-1)
+
+
+@pytest.fixture(params=["exact", "random"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return as_model(exact_denoiser(SOURCE) if request.param == "exact" else random_denoiser(V, L), V)
+
+
+@pytest.mark.parametrize("settings", CONFIGS, ids=str)
+def test_exact_likelihoods_sum_to_one(settings: dict) -> None:
+    model, every = network(**settings), sequences(V, L)
+    if settings.get("causal", "on") is None:
+        with pytest.raises(InputError, match="causal branch off"):
+            lk.ar_nll(model, every)
+        return
+    for nll in (
+        lk.causal_nll(model, every),
+        lk.ar_nll(model, every),
+        *(lk.block_nll(model, every, k) for k in (1, 2, 3)),
+    ):
+        assert nll.exp().reciprocal().sum().item() == pytest.approx(1, abs=1e-10)
+        assert nll.std() > 0.1  # not the uniform distribution, for which this would hold whatever is read
+
+
+@pytest.mark.parametrize("settings", CONFIGS[1:], ids=str)
+def test_infilling_sums_to_one_over_completions(settings: dict) -> None:
+    model, every = network(**settings), sequences(V, L)
+    for masked in masks(L)[1:]:
+        total = masked_nats(model, every, masked, infill=True).neg().exp()
+        context = (every * ~masked) @ V ** torch.arange(L)
+        for value in context.unique():
+            assert total[context == value].sum().item() == pytest.approx(1, abs=1e-10)
+
+
+def test_exact_denoiser_gives_exact_likelihoods() -> None:
+    x0, p = support(SOURCE)
+    for nll in (
+        lk.causal_nll(exact_denoiser(SOURCE), x0, vocab_size=V),
+        lk.ar_nll(exact_denoiser(SOURCE), x0, vocab_size=V),
+        lk.block_nll(exact_denoiser(SOURCE), x0, 3, vocab_size=V),
+        lk.hybrid_bound(exact_denoiser(SOURCE), x0, 1.0, 1, generator(), vocab_size=V)[:, 0],
+    ):
+        torch.testing.assert_close(nll, -p.log())
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.999), (1e-4, 1), (0.3, 0.8), (0.999, 1), (0.5, 0.5)])
+def test_interval_weights_are_the_integral(low: float, high: float) -> None:
+    model, x0 = network(), sequences(V, L)
+    nats, sizes, weights = over_masks(model, x0), masks(L).sum(-1), lk.interval_weights(L, low, high)
+    means = torch.stack([nats[:, sizes == k].mean(-1) / k for k in range(1, L + 1)], -1)
+    torch.testing.assert_close(means @ weights, integral(nats, low, high), rtol=1e-10, atol=1e-12)
+    assert weights.sum().item() == pytest.approx(L * (high - low), abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values())
+@pytest.mark.parametrize("anchor", [0.0, 0.4])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_step_weights_are_the_sum_over_steps(schedule: type, steps: int, anchor: float) -> None:
+    nats, sizes = over_masks(network(), sequences(V, L)), masks(L).sum(-1)
+    grid = schedule().grid(steps, anchor)
+    assert (grid[0], grid[-1], len(grid)) == (anchor, 1, steps + 1) and (grid.diff() > 0).all()
+    means = torch.stack([nats[:, sizes == k].mean(-1) / k for k in range(1, L + 1)], -1)
+    torch.testing.assert_close(means @ lk.step_weights(L, grid), steps_sum(nats, grid.tolist()))
+
+
+def test_weights_hold_at_a_real_length() -> None:
+    torch.testing.assert_close(lk.interval_weights(1024, 0, 1), torch.ones(1024, dtype=torch.float64))
+    assert lk.interval_weights(1024, 0.999, 1).sum().item() == pytest.approx(1.024, rel=1e-9)
+    fine = lk.step_weights(64, LogLinear().grid(20_000))
+    torch.testing.assert_close(fine, torch.ones(64, dtype=torch.float64), rtol=2e-2, atol=0)
+
+
+def test_diffusion_bound_is_unbiased(model: LanguageModel) -> None:
+    x0 = sequences(V, L)
+    exact = integral(over_masks(model, x0), 0, 1)
+    for samples in (1, 3):
+        close_in_mean(repeat(lk.diffusion_bound, x0, 500, model=model, samples=samples, noise=generator()), exact)
+
+
+@pytest.mark.parametrize("settings", [CONFIGS[0], CONFIGS[1]], ids=str)
+def test_bounds_of_a_network_are_unbiased(settings: dict) -> None:
+    model, x0 = network(**settings), sequences(V, L)
+    nats = over_masks(model, x0)
+    drawn = {"model": model, "samples": 4, "noise": generator()}
+    close_in_mean(repeat(lk.diffusion_bound, x0, 60, **drawn), integral(nats, 0, 1))
+    close_in_mean(repeat(lk.finite_step_bound, x0, 60, **drawn, steps=3), steps_sum(nats, LogLinear().grid(3).tolist()))
+    if "fused" in model.heads:
+        exact = integral(nats, 0.3, 1) + at(over_masks(model, x0, infill=True), 0.3)
+        close_in_mean(repeat(lk.hybrid_bound, x0, 60, **drawn, anchor=0.3), exact)
+        return
+    with pytest.raises(InputError, match="cannot infill"):
+        lk.hybrid_bound(model, x0, 0.3, 1, generator())
+
+
+def test_draws_serve_other_weights() -> None:
+    """With a level and without, the mean is the same; where all nats are the level, no noise is left."""
+    model, x0, times = as_model(random_denoiser(V, L), V), sequences(V, L), 500
+    nats, everything, weights = over_masks(model, x0), torch.ones(L).double(), lk.interval_weights(L, 0.3, 0.9)
+    draws = lk.draw(model, x0.repeat_interleave(times, 0), everything, 2, generator())
+    level = integral(nats, 0, 1) / L
+    for guess in (None, level.repeat_interleave(times)):
+        drawn = draws.average(weights, guess).mean(-1).view(len(x0), times)
+        close_in_mean(drawn, integral(nats, 0.3, 0.9))
+
+    uniform = as_model(lambda x_t: torch.full((*x_t.shape, V), 1 / V, dtype=torch.float64).log(), V)
+    draws = lk.draw(uniform, x0, everything, 2, generator())
+    level = torch.full((len(x0),), math.log(V), dtype=torch.float64)
+    exact = torch.full((len(x0), 2), 0.6 * L * math.log(V), dtype=torch.float64)
+    torch.testing.assert_close(draws.average(weights, level), exact)
+    assert draws.average(weights).std() > 0.1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values())
+def test_every_schedule_gives_the_same_bound(model: LanguageModel, schedule: type) -> None:
+    x0 = sequences(V, L)
+    exact = integral(over_masks(model, x0), 0, 1)
+    drawn = repeat(lk.schedule_bound, x0, 1000, model=model, schedule=schedule(), samples=4, noise=generator())
+    close_in_mean(drawn, exact)
+
+
+def test_schedule_bound_needs_its_end_pieces() -> None:
+    """A schedule that covers [0.2, 0.7] only: the pieces are most of the bound, so a wrong one would show."""
+
+    class Short(LogLinear):
+        def masked(self, t: Tensor) -> Tensor:
+            return 0.2 + 0.5 * t
+
+        def slope(self, t: Tensor) -> Tensor:
+            return torch.full_like(t, 0.5)
+
+    x0, model = sequences(V, L), as_model(random_denoiser(V, L), V)
+    nats = over_masks(model, x0)
+    drawn = repeat(lk.schedule_bound, x0, 1000, model=model, schedule=Short(), samples=2, noise=generator())
+    close_in_mean(drawn, integral(nats, 0, 1))
+    drawn = repeat(lk.truncated, x0, 1000, model=model, schedule=Short(), samples=2, noise=generator())
+    close_in_mean(drawn, integral(nats, 0.2, 0.7))
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.3, 0.8])
+def test_hybrid_bound_is_unbiased(model: LanguageModel, anchor: float) -> None:
+    x0 = sequences(V, L)
+    exact = integral(over_masks(model, x0), anchor, 1)
+    if anchor:
+        exact = exact + at(over_masks(model, x0, infill=True), anchor)
+    close_in_mean(repeat(lk.hybrid_bound, x0, 500, model=model, anchor=anchor, samples=2, noise=generator()), exact)
+
+
+def test_hybrid_bound_ends_in_the_ar_likelihood_and_the_diffusion_bound() -> None:
+    model, x0 = network(), sequences(V, L)
+    hybrid = lk.hybrid_bound(model, x0, 1.0, 3, generator())
+    assert hybrid.shape == (len(x0), 3)
+    assert torch.equal(hybrid, lk.ar_nll(model, x0)[:, None].expand(-1, 3))
+    assert torch.equal(lk.hybrid_bound(model, x0, 0.0, 3, generator()), lk.diffusion_bound(model, x0, 3, generator()))
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.4])
+def test_finite_step_bound_is_unbiased(model: LanguageModel, anchor: float) -> None:
+    x0 = sequences(V, L)
+    exact = steps_sum(over_masks(model, x0), LogLinear().grid(3, anchor).tolist())
+    if anchor:
+        exact = exact + at(over_masks(model, x0, infill=True), anchor)
+    settings = {"model": model, "steps": 3, "anchor": anchor, "noise": generator()}
+    close_in_mean(repeat(lk.finite_step_bound, x0, 500, samples=2, **settings), exact)
+    close_in_mean(repeat(lk.importance_weighted_bound, x0, 1000, paths=1, **settings), exact)
+
+
+def test_finite_steps_fall_to_the_continuous_bound() -> None:
+    x0, p = support(SOURCE)
+    model = as_model(exact_denoiser(SOURCE), V)
+    nats, sizes = over_masks(model, x0), masks(L).sum(-1)
+    means = torch.stack([nats[:, sizes == k].mean(-1) / k for k in range(1, L + 1)], -1)
+    bounds = [p @ means @ lk.step_weights(L, LogLinear().grid(steps)) for steps in (1, 2, 4, 8, 16, 4096)]
+    assert all(coarse - fine > 1e-3 for coarse, fine in itertools.pairwise(bounds[:-1]))
+    assert entropy(SOURCE) < bounds[-1] < entropy(SOURCE) + 1e-3
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+def test_importance_weights_are_unbiased_for_the_chain(anchor: float) -> None:
+    """The mean weight over paths is the chain's own probability of x0, so over all x0 it sums to one."""
+    model, x0, paths = random_denoiser(V, L), sequences(V, L), 1000
+    chain = {"model": model, "vocab_size": V, "steps": 2, "anchor": anchor}
+    weights = repeat(lk.importance_weighted_bound, x0, paths, paths=1, noise=generator(), **chain).neg().exp()
+    close_in_mean(weights.sum(0)[None], torch.ones(1, dtype=torch.float64))
+    # One estimate of so many paths is such a mean.
+    many = lk.importance_weighted_bound(x0=x0, paths=paths, noise=generator(1), **chain).neg().exp()
+    assert ((many - weights.mean(-1)).abs() < SIGMAS * weights.std(-1) * (2 / paths) ** 0.5).all()
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+def test_more_paths_tighten(anchor: float) -> None:
+    """Jensen: over p0, 1 path > 2 paths > 8 paths > entropy, each by more than `SIGMAS` errors."""
+    x0, p = support(SOURCE)
+    chain = {"model": random_denoiser(V, L), "vocab_size": V, "steps": 4, "anchor": anchor}
+    means, errors = [], []
+    for paths in (1, 2, 8):
+        drawn = repeat(lk.importance_weighted_bound, x0, 1000, paths=paths, noise=generator(paths), **chain)
+        means.append(float(p @ drawn.mean(-1)))
+        errors.append(float((p**2 @ drawn.var(-1) / drawn.shape[-1]) ** 0.5))
+    for i in (0, 1):
+        assert means[i] - means[i + 1] > SIGMAS * math.hypot(errors[i], errors[i + 1])
+    assert means[2] - entropy(SOURCE) > SIGMAS * errors[2]
+
+
+@pytest.mark.parametrize("settings", CONFIGS, ids=str)
+def test_bounds_are_above_the_entropy_for_any_network(settings: dict) -> None:
+    """Exact values, so without chance."""
+    model = network(**settings)
+    x0, p = support(SOURCE)
+    nats = over_masks(model, x0)
+    values = [integral(nats, 0, 1), steps_sum(nats, LogLinear().grid(3).tolist())]
+    if "fused" in model.heads:
+        infill = over_masks(model, x0, infill=True)
+        values += [integral(nats, anchor, 1) + at(infill, anchor) for anchor in (0.2, 0.7)]
+        values += [lk.causal_nll(model, x0), lk.ar_nll(model, x0), lk.block_nll(model, x0, 2)]
+    for value in values:
+        assert (p @ value).item() > entropy(SOURCE)
+
+
+def test_exact_denoiser_gives_the_entropy() -> None:
+    """In expectation over p0 the continuous bounds are the entropy: hybrid at every l*, and eq. 9."""
+    x0, p = support(SOURCE)
+    model = as_model(exact_denoiser(SOURCE), V)
+    for anchor in (0.0, 0.3, 0.8, 1.0):
+        drawn = repeat(lk.hybrid_bound, x0, 200, model=model, anchor=anchor, samples=4, noise=generator())
+        error = (p**2 @ drawn.var(-1) / drawn.shape[-1]).sqrt()
+        assert abs(p @ drawn.mean(-1) - entropy(SOURCE)) <= SIGMAS * error + 1e-10
+
+
+def test_two_identical_fair_bits() -> None:
+    """The forbidden average is (ln 2)/2, below the truth; nothing public returns it, and only `truncated` is below."""
+    p0 = two_bits()
+    x0, _ = support(p0)
+    denoiser, truth = exact_denoiser(p0), math.log(2)
+    assert entropy(p0) == pytest.approx(truth)
+
+    # Eq. 9 averaged over lambda with prefix = x0, by hand: with both bits masked the first costs ln 2 and the second,
+    # which sees it, nothing; a single masked bit is known from the canvas.
+    model = as_model(denoiser, 2)
+    neither, second, first, both = (masked_nats(model, x0, where, infill=True)[0] for where in masks(2))
+    assert (neither, second, first, both) == pytest.approx((0, 0, 0, truth))
+    lambdas = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    forbidden = ((lambdas**2 * both + lambdas * (1 - lambdas) * (first + second)) / lambdas).mean().item()
+    assert forbidden == pytest.approx(truth / 2)
+
+    # What follows calls every public likelihood and bound.
+    assert {name for name in evaluation.__all__ if name.endswith(("_nll", "_bound", "score", "truncated"))} == {
+        *("causal_nll", "ar_nll", "block_nll", "score", "diffusion_bound", "schedule_bound", "hybrid_bound"),
+        *("finite_step_bound", "importance_weighted_bound", "truncated"),
+    }
+    at_least = truth - 1e-12
+    repeated = x0.repeat(200, 1)
+    everywhere = {"model": denoiser, "x0": repeated, "vocab_size": 2}
+    drawn = {**everywhere, "samples": 2, "noise": generator()}
+    exact = [lk.causal_nll(**everywhere), lk.ar_nll(**everywhere), lk.block_nll(**everywhere, block_size=2)]
+    exact += [-lk.score(denoiser, repeated, which, 2, vocab_size=2).sum(-1) for which in ("causal", "ar", "block")]
+    for nll in exact:
+        torch.testing.assert_close(nll, torch.full_like(nll, truth))
+    torch.testing.assert_close(lk.diffusion_bound(**drawn).mean(-1), exact[0])  # k = 1 and k = 2, one each
+    for steps, anchor in itertools.product((1, 2, 16), (0.0, 0.5)):
+        assert (
+            lk.importance_weighted_bound(**everywhere, steps=steps, paths=4, noise=generator(), anchor=anchor).min()
+            >= at_least
+        )
+    # The others hold in expectation: each is its exact value, which is at least the truth.
+    close = []
+    for anchor in (0.0, 0.3, 0.7, 1.0):
+        close.append((lk.hybrid_bound(**drawn, anchor=anchor), truth))
+        for steps in (1, 2, 16):
+            pairs = itertools.pairwise(LogLinear().grid(steps, anchor).tolist())
+            both_masked = sum((b - a) / b * b**2 for a, b in pairs)  # and cost 2 ln 2 then, one alone nothing
+            close.append(
+                (lk.finite_step_bound(**drawn, steps=steps, anchor=anchor), truth * (anchor**2 + 2 * both_masked))
+            )
+    close += [(lk.schedule_bound(**drawn, schedule=schedule()), truth) for schedule in SCHEDULES.values()]
+    for nats, exact_value in close:
+        assert exact_value >= at_least
+        close_in_mean(nats.mean(-1)[None], torch.tensor([exact_value], dtype=torch.float64))
+
+    # The published, truncated form is no bound, and misses what it leaves out: lambda in [0.999, 1].
+    stops = lk.truncated(**drawn).mean()
+    assert stops.item() < truth
+    many = lk.truncated(**{**drawn, "samples": 64}).mean(-1)
+    close_in_mean(many[None], torch.tensor([truth * 0.999**2], dtype=torch.float64))
+
+
+def test_a_row_draws_what_it_draws_alone() -> None:
+    model, x0 = network(), sequences(V, L)[:5]
+
+    def noise(rows: range) -> list[torch.Generator]:
+        return [generator(r) for r in rows]
+
+    for bound in (
+        lambda x, n: lk.diffusion_bound(model, x, 3, n),
+        lambda x, n: lk.schedule_bound(model, x, LogLinear(), 3, n),
+        lambda x, n: lk.hybrid_bound(model, x, 0.5, 3, n),
+        lambda x, n: lk.finite_step_bound(model, x, 4, 3, n),
+        lambda x, n: lk.importance_weighted_bound(model, x, 4, 3, n, anchor=0.3),
+    ):
+        together = bound(x0, noise(range(5)))
+        alone = torch.cat([bound(x0[r : r + 1], noise(range(r, r + 1))) for r in range(5)])
+        torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_counts_are_stratified_and_masks_uniform() -> None:
+    weights = torch.tensor([0.0, 1.0, 1.0, 2.0], dtype=torch.float64) / 4
+    masked = lk.draw_masks(torch.Size((3000, 3)), weights, 4, generator())
+    assert masked.sum(-1).sort(0).values[:, 0].tolist() == [1, 2, 3, 3]
+    assert (masked.sum(-1) == torch.tensor([1, 2, 3, 3])[:, None]).all()
+    share = masked[0].double().mean(0)  # 1000 expected of 3000 each; sd 0.0086
+    assert ((share - 1 / 3).abs() < SIGMAS * 0.0087).all()
+
+
+def test_score() -> None:
+    model, x0 = network(), sequences(V, L)
+    for which in ("causal", "ar", "block"):
+        rows = lk.score(model, x0, which, 2)
+        assert rows.shape == x0.shape and rows.dtype == torch.float64 and not rows.requires_grad
+        listed = lk.score(model, [[0, 1, 1], [1]], which, 2)
+        assert [len(row) for row in listed] == [3, 1]
+        for row, tokens in zip(listed, ([0, 1, 1], [1]), strict=True):
+            torch.testing.assert_close(row, lk.score(model, torch.tensor([tokens]), which, 2)[0])
+        # What follows does not change what came before: the states of an all-masked canvas do not know its length.
+        torch.testing.assert_close(lk.score(model, x0[:, :2], which, 2), rows[:, :2])
+
+
+@pytest.mark.parametrize("elements", [1, 40])
+def test_reading_in_chunks_changes_nothing(elements: int) -> None:
+    model, x0 = network(), sequences(V, L)
+    where = masks(L)
+    states, _ = model(x0, torch.where(where, V, x0), Infill())
+    whole, parts = lk.read(model, states, where, x0, "fused"), lk.read(model, states, where, x0, "fused", elements)
+    assert torch.equal(whole.nats, parts.nats) and torch.equal(whole.best, parts.best)
+    assert (whole.best[~where] == -1).all() and (whole.nats[~where] == 0).all()
+    torch.testing.assert_close(whole.nats[where], model.nll(states, where, x0, "fused").detach())
+
+
+def test_estimate() -> None:
+    nats = torch.tensor([[6.0, 10.0], [16.0, 16.0]])
+    result = lk.estimate(nats, 4, 16)
+    assert (result.nll, result.tokens, result.rows, result.samples) == (3.0, 8, 2, 2)
+    assert result.standard_error == pytest.approx(1.0)  # rows of 2 and 4 nats per token: sd sqrt(2), over sqrt(2)
+    assert result.ppl == pytest.approx(math.exp(3))
+    assert result.bits_per_byte == pytest.approx(24 / math.log(2) / 16)
+    assert {"nll", "standard_error", "ppl", "bits_per_byte"} <= set(result.to_dict())
+    assert lk.estimate(torch.tensor([8.0]), 4).standard_error is None
+    assert lk.estimate(torch.tensor([8.0]), 4).bits_per_byte is None
+    assert lk.estimate(torch.tensor([8.0, 2.0]), torch.tensor([4, 1])).nll == pytest.approx(2)
+    assert lk.estimate(torch.tensor([8.0, 2.0]), torch.tensor([4, 1])).standard_error == 0
+
+
+def test_standard_error_covers_the_truth() -> None:
+    """Of 400 estimates over 100 windows about 95% lie within two errors; fewer than 88% has odds below 1e-6."""
+    model = as_model(exact_denoiser(SOURCE), V)
+    x0, p = support(SOURCE)
+    rows = p.multinomial(400 * 100, replacement=True, generator=generator())
+    nats = lk.diffusion_bound(model, x0[rows], 2, generator()).view(400, 100, 2)
+    estimates = [lk.estimate(part, L) for part in nats]
+    covered = sum(abs(e.nll - entropy(SOURCE) / L) < 2 * e.standard_error for e in estimates)
+    assert covered / 400 > 0.88
+
+
+def test_bad_input() -> None:
+    model, x0 = network(), sequences(V, L)
+    with pytest.raises(InputError, match="holds the id 2"):
+        lk.ar_nll(model, torch.full((1, L), V))
+    with pytest.raises(InputError, match="int64"):
+        lk.diffusion_bound(model, x0.int(), 1, generator())
+    with pytest.raises(InputError, match=r"anchor is 1\.5"):
+        lk.hybrid_bound(model, x0, 1.5, 1, generator())
+    with pytest.raises(InputError, match="anchor is -1"):
+        lk.importance_weighted_bound(model, x0, 2, 1, generator(), anchor=-1)
+    with pytest.raises(InputError, match="samples is 0"):
+        lk.diffusion_bound(model, x0, 0, generator())
+    with pytest.raises(InputError, match="steps is 0"):
+        lk.finite_step_bound(model, x0, 0, 1, generator())
+    with pytest.raises(InputError, match="paths is 0"):
+        lk.importance_weighted_bound(model, x0, 1, 0, generator())
+    with pytest.raises(InputError, match="generators"):
+        lk.diffusion_bound(model, x0, 1, [generator()])
+    with pytest.raises(InputError, match="likelihood is diffusion"):
+        lk.score(model, x0, "diffusion")
+    with pytest.raises(InputError, match="block_size is 0"):
+        lk.block_nll(model, x0, 0)
