@@ -233,6 +233,22 @@ def test_cached_equals_uncached(kind, decoder, target, template):
     assert (cached.counts.computed <= uncached.counts.computed).all()
 
 
+@pytest.mark.parametrize("target", ["causal", "fused"])
+@pytest.mark.parametrize("decoder", [Autoregressive, Speculative])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_beyond_the_context_attention_slides(kind, decoder, target):
+    model, short = dual(kind, 11, 4, context=8), torch.full((2, 30), 11)
+    cached, uncached = (last(decoder(target=target, cache=c)(model, task(model, short))) for c in (True, False))
+    assert torch.equal(cached.tokens, uncached.tokens)
+
+
+@pytest.mark.parametrize("name", ["ancestral", "hybrid"])
+def test_a_canvas_ends_at_the_context(name):
+    model = dual("mutual", 11, 4, context=8)
+    with pytest.raises(InputError, match="a row has 9 tokens"):
+        last(DECODERS[name]()(model, task(model, torch.full((1, 9), 11))))
+
+
 @pytest.mark.parametrize("template", [False, True])
 @pytest.mark.parametrize("target", ["causal", "fused"])
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -103,9 +103,14 @@ class DualBranch(nn.Module):
         self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, h_trans: Tensor | None
     ) -> Canvas:
         """h_cad of the canvas as `pattern` arranges it."""
-        positions = torch.arange(canvas.shape[1], device=canvas.device)
+        positions, context = torch.arange(canvas.shape[1], device=canvas.device), self.config.context
         exchange = [] if h_trans is None else self.diffusion.exchange(h_trans, positions)
         if not isinstance(pattern, Block):
+            if len(positions) > context:
+                raise InputError(
+                    f"a row has {len(positions)} tokens; a canvas that is read in both directions ends at the context, "
+                    f"{context} (blocks go on)"
+                )
             exchanged = None
             if isinstance(pattern, Infill):  # causal states up to the first masked position, which are free of x0 there
                 first = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1)
@@ -118,12 +123,13 @@ class DualBranch(nn.Module):
         noised, own = F.pad(canvas, (0, len(whole) - len(positions)), value=self.mask_id), pattern.index(whole)
         same = own[:, None] == own
         if self.diffusion.mutual:  # the prefix reaches a block through the causal states up to its start
-            exchanged = positions <= pattern.start(whole)[:, None]
+            start = pattern.start(whole)[:, None]
+            exchanged = (positions <= start) & (positions > start - context)
             return Canvas(self.diffusion(noised, whole, same, exchange, exchanged), whole, same[: len(positions)])
         # [x0 ; x_t]: clean tokens see clean blocks up to their own, noised ones earlier clean blocks and their own.
         both, at = torch.cat([prefix, noised], 1), torch.cat([positions, whole])
         clean = torch.cat([index[:, None] >= index, index.new_zeros(len(index), len(whole), dtype=torch.bool)], 1)
-        visible = torch.cat([clean, torch.cat([own[:, None] > index, same], 1)])
+        visible = torch.cat([clean, torch.cat([own[:, None] > index, same], 1)]) & (at > at[:, None] - context)
         read = visible[len(positions) :][: len(positions)]
         return Canvas(self.diffusion(both, at, visible), at, read)
 
@@ -201,7 +207,8 @@ class DualBranch(nn.Module):
         if caches.exchange is not None:
             upto = min(int(until.max()) + 1, caches.exchange.length)
             exchange = [caches.exchange.read(layer, upto) for layer in range(len(self.diffusion.layers))]
-            exchanged = torch.arange(upto, device=canvas.device) <= until[:, None, None, None]
+            slots, last = torch.arange(upto, device=canvas.device), until[:, None, None, None]
+            exchanged = (slots <= last) & (slots > last - self.config.context)
         return Canvas(self.diffusion(canvas, positions, visible, exchange, exchanged), positions, visible)
 
     def draft(self, seen: Canvas, tokens: Int[Tensor, "B T"]) -> States:

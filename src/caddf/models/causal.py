@@ -45,6 +45,7 @@ class CausalBranch(nn.Module):
 
         Without a cache the slots are 0 to n-1. With one, the slots' keys and values are written into it and every slot
         before them is read from it. `source` is the canvas states, their rotation and what each slot may see of them.
+        Beyond the context attention slides: a slot sees the last `context` slots, at distances known from training.
         Raises `InputError` where a learned table ends.
         """
         x = self.embedding(inputs)
@@ -53,17 +54,17 @@ class CausalBranch(nn.Module):
                 raise InputError(f"position {last} is beyond the learned positions; the context is {self.context}")
             x = x + self.table(positions)
         turn = self.rotary(positions) if self.table is None else None
-        visible, upto = None, 0
-        if cache is not None:
-            upto = int(positions.max()) + 1
-            visible = torch.arange(upto, device=inputs.device) <= positions[:, None, :, None]
+        visible, upto = None, int(positions.max()) + 1 if cache is not None else inputs.shape[1]
+        if cache is not None or upto > self.context:
+            slots, at = torch.arange(upto, device=inputs.device), positions[..., None, :, None]
+            visible = (slots <= at) & (slots > at - self.context)
         for i, layer in enumerate(self.layers):
             h = layer.attention_norm(x)
             keys_values: KeysValues = layer.attention.keys_values(h, turn)
             if cache is not None:
                 cache.write(i, positions, *keys_values)
                 keys_values = cache.read(i, upto)
-            x = x + layer.attention(h, turn, keys_values, visible, causal=cache is None)
+            x = x + layer.attention(h, turn, keys_values, visible, causal=visible is None)
             if source is not None:
                 states, source_turn, seen = source
                 looked_up = layer.cross.keys_values(states, source_turn)

@@ -122,7 +122,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "debug": Preset(BranchConfig(2, 32, 2), BranchConfig(1, 32, 2), 32, 8, 100, 10, 3e-3, "bpe:512"),
-    "demo": Preset(BranchConfig(4, 192, 6), BranchConfig(2, 128, 4), 256, 16, 800, 80, 2e-3, "bpe:4096"),
+    "demo": Preset(BranchConfig(4, 192, 6), BranchConfig(2, 128, 4), 256, 8, 800, 80, 2e-3, "bpe:4096"),
     "tiny": Preset(BranchConfig(6, 384, 6), BranchConfig(3, 256, 4), 1024, 16, 20_000, 500, 1e-3, "bpe:8192"),
     # Table 5.
     "small": Preset(BranchConfig(12, 768, 12), BranchConfig(6, 512, 8), 1024, 128, 250_000, 10_000, 1e-4, "gpt2"),

@@ -1,0 +1,38 @@
+# make demo | test | setup | clean: each works on a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+CADDF := $(BIN)/caddf
+
+.PHONY: setup demo test lint wheel clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "PYTHON is $$($(PYTHON) --version 2>&1); it must be 3.11, 3.12 or 3.13 (make PYTHON=python3.11 ...)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hub,dev]'
+	@touch $@
+
+# Python's own standard library is the corpus: real text that is already on the machine.
+demo: setup
+	rm -rf demo
+	$(CADDF) data prepare --input stdlib:3000000 --tokenizer bpe:2048 --out demo/data
+	$(CADDF) train --data demo/data --out demo/run --model.size demo --train.steps 300
+	$(CADDF) evaluate demo/run --data demo/data --max-windows 16
+	$(CADDF) generate demo/run --prompt 'def __init__(self, ' --max-new-tokens 96 --temperature 0.7 --show
+	$(CADDF) generate demo/run --template 'def read(self, path):[MASK:24]return data' --decoder confidence --show
+
+test: setup lint
+	$(BIN)/pytest -q -n 2
+
+lint: setup
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+
+wheel: setup
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf .venv demo build dist
