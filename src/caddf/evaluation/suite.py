@@ -52,7 +52,7 @@ class EvaluationConfig:
     nfe: tuple[int, ...] = (4, 32)
     importance_steps: int = 4
     paths: int = 2
-    max_windows: int | None = None
+    max_windows: int | None = 200
     block_size: int | None = None
     seed: int = 0
 

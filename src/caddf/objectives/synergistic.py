@@ -14,7 +14,7 @@ from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, Block, Head, Infill, LanguageModel, Pattern
 from caddf.objectives.any_order import AnyOrderLoss
 from caddf.objectives.dce import Denoising, LambdaDCE, TimeDCE
-from caddf.objectives.loss import Loss, nats_at
+from caddf.objectives.loss import Loss, Times, nats_at
 from caddf.schedules import SCHEDULES
 
 
@@ -23,7 +23,9 @@ class SynergisticConfig:
     """Shares of the rows of a batch, and weights of the heads.
 
     denoise, infill, block: shares of the rows; they are normalised to sum to one.
-    denoising: the denoising loss; `schedule` is for t-DCE.
+    denoising: the denoising loss.
+    schedule: of t-DCE.
+    times: how the noise levels of a batch are drawn.
     all_masked: share of infill canvases that are all masked, which is where decoding starts.
     revealed: share of blocks whose first tokens are revealed, as after an accepted draft; the rest is all masked.
     draft_weight, causal_weight: weights of the draft head's and the causal head's loss beside the fused head's.
@@ -34,6 +36,7 @@ class SynergisticConfig:
     block: float = 0.6
     denoising: Literal["lambda-dce", "t-dce", "ao"] = "lambda-dce"
     schedule: Literal["loglinear", "geometric", "cosine"] = "loglinear"
+    times: Times = "stratified"
     all_masked: float = 0.5
     revealed: float = 0.3
     draft_weight: float = 0.5
@@ -63,9 +66,9 @@ class Synergistic:
     def __init__(self, config: SynergisticConfig, block_size: int) -> None:
         self.config, self.block_size = config, block_size
         forms: dict[str, Denoising] = {
-            "lambda-dce": LambdaDCE(),
-            "t-dce": TimeDCE(SCHEDULES[config.schedule]()),
-            "ao": AnyOrderLoss(),
+            "lambda-dce": LambdaDCE(config.times),
+            "t-dce": TimeDCE(SCHEDULES[config.schedule](), config.times),
+            "ao": AnyOrderLoss(config.times),
         }
         self.denoising = forms[config.denoising]
 
