@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CADDF := $(BIN)/caddf
+# Threads that wait sleep: a busy machine slows training down in proportion, not tenfold.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup demo test lint wheel clean
 
@@ -18,7 +20,7 @@ setup: .venv/installed
 demo: setup
 	rm -rf demo
 	$(CADDF) data prepare --input stdlib:3000000 --tokenizer bpe:2048 --out demo/data
-	$(CADDF) train --data demo/data --out demo/run --model.size demo --train.steps 300
+	$(CADDF) train --data demo/data --out demo/run --model.size demo --train.steps 600 --train.batch_size 4
 	$(CADDF) evaluate demo/run --data demo/data --max-windows 16
 	$(CADDF) generate demo/run --prompt 'def __init__(self, ' --max-new-tokens 96 --temperature 0.7 --show
 	$(CADDF) generate demo/run --template 'def read(self, path):[MASK:24]return data' --decoder confidence --show

@@ -56,4 +56,4 @@ class Caches:
     """
 
     causal: KVCache
-    exchange: KVCache | None
+    exchange: KVCache | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -91,21 +91,23 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
         )
         for x in likelihoods.get("importance_weighted", [])
     ]
-    for name, x, about in rows:
-        per_byte = "" if x["bits_per_byte"] is None else f"{x['bits_per_byte']:.4f}"
-        table.add_row(name, f"{x['nll']:.4f}", f"{x['standard_error']:.4f}", f"{x['ppl']:.2f}", per_byte, about)
+    for name, x, about in rows:  # a single window has no standard error, and a foreign vocabulary no bytes
+        error, per_byte = ("" if x[key] is None else f"{x[key]:.4f}" for key in ("standard_error", "bits_per_byte"))
+        table.add_row(name, f"{x['nll']:.4f}", error, f"{x['ppl']:.2f}", per_byte, about)
     console.print(table)
     accuracy = ", ".join(f"{name} {value:.3f}" for name, value in result["accuracy"].items())
-    console.print(f"accuracy: {accuracy}")
+    _line(console, f"accuracy: {accuracy}")
     mtp = result["mtp"]
     if "accuracy" in mtp:
         agreement = f", agreement with the fused head {mtp['agreement']:.3f}" if "agreement" in mtp else ""
-        console.print(
-            f"multi-token prediction, blocks of {mtp['block_size']}: accuracy {mtp['accuracy']:.3f}{agreement}"
+        _line(
+            console,
+            f"multi-token prediction, blocks of {mtp['block_size']}: accuracy {mtp['accuracy']:.3f}{agreement}",
         )
-    console.print(
+    _line(
+        console,
         f"{result['tokens']:,} tokens in {result['windows']} windows of {result['split']}, "
-        f"{result['samples']} Monte-Carlo samples a window"
+        f"{result['samples']} Monte-Carlo samples a window",
     )
 
 
@@ -119,32 +121,36 @@ def canvas(snapshot: Snapshot) -> Text:
     return text
 
 
-def watch(frames: Iterator[Snapshot], live: bool) -> Snapshot:
-    """The last frame; on the way there, with `live`, the canvas is shown on standard error."""
-    last = None
-    if not live:
-        for last in frames:  # noqa: B007
-            pass
-    else:
-        with Live(console=Console(stderr=True), refresh_per_second=12) as shown:
-            for last in frames:
-                shown.update(canvas(last))
-    assert last is not None
+def plain(snapshot: Snapshot) -> Iterator[str]:
+    """Every row's canvas as it stands, on a line of its own: for logs."""
+    for row in range(len(snapshot.rows)):
+        yield "".join(piece for piece, kind in snapshot.pieces(row) if kind != "rejected").replace("\n", "\\n")
+
+
+def watch(frames: Iterator[Snapshot], show: bool) -> Snapshot:
+    """The last frame; on the way there, with `show`, the canvas fills on standard error: in place, or line by line."""
+    console = Console(stderr=True)
+    with Live(console=console, refresh_per_second=12) if show and console.is_terminal else nullcontext() as live:
+        for last in frames:
+            if live is not None:
+                live.update(canvas(last))
+            elif show:
+                for row in plain(last):
+                    _line(console, row)
     return last
 
 
-def generation(console: Console, results: dict[str, Any] | list[dict[str, Any]]) -> None:
+def generation(console: Console, last: Snapshot) -> None:
     """Prompt, text and statistics of each row."""
-    for each in results if isinstance(results, list) else [results]:
-        whole = each["text"] if "[MASK" in each["prompt"] else each["prompt"] + each["text"]
-        console.print(whole, markup=False, highlight=False)
+    for each in last.results():
+        _line(console, each["text"] if last.task.template else each["prompt"] + each["text"])
         passes = each["evaluations"]
-        console.print(
+        _line(
+            console,
             f"{each['tokens']} tokens, {each['tokens_per_second']:.1f}/s, {each['rounds']} rounds, evaluations: "
             f"{passes['causal']} causal and {passes['diffusion']} diffusion, {each['tokens_per_evaluation']:.2f} "
             f"tokens per evaluation, cache hit rate {each['cache_hit_rate']:.1%}, seed {each['seed']}",
             style="dim",
-            highlight=False,
         )
 
 
@@ -160,6 +166,12 @@ def info(console: Console, accounts: dict[str, Any]) -> None:
     for name, size in accounts["memory"].items():
         memory.add_row(name.replace("_", " "), f"{size / 2**20:,.1f}")
     console.print(memory)
-    console.print(
-        f"context {accounts['context']}, vocabulary {accounts['vocab_size']:,}, block size {accounts['block_size']}"
+    _line(
+        console,
+        f"context {accounts['context']}, vocabulary {accounts['vocab_size']:,}, block size {accounts['block_size']}",
     )
+
+
+def _line(console: Console, text: str, style: str | None = None) -> None:
+    """Text as it is: no markup, and no line broken to the terminal's width."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -17,6 +17,7 @@ from caddf.checkpoint import atomic_folder, load_model_config, load_state, save_
 from caddf.errors import InputError
 from caddf.models.backbone import DualBranch
 from caddf.models.config import PRESETS, ModelConfig, Preset
+from caddf.models.gpt2 import causal_state, is_gpt2
 from caddf.objectives import Objective, Synergistic, SynergisticConfig
 from caddf.tokenizer import Tokenizer
 
@@ -62,7 +63,7 @@ class ModelSettings:
         exchange = self.exchange or ("mutual" if self.fusion == "late" and self.causal == "on" else "one_way")
         return ModelConfig(
             vocab_size=vocab_size,
-            context=self.context or self.preset.context,
+            context=self.preset.context if self.context is None else self.context,
             diffusion=self.preset.diffusion,
             causal=causal if self.causal == "on" else None,
             bos_id=bos_id,
@@ -114,7 +115,7 @@ DEFAULT_METHOD = "caddf-lambda-dce"
 class TextModel:
     """A model with its tokenizer: what is loaded, saved and shared.
 
-    `about` is what its `config.json` says besides: the method, the step, the data.
+    `about` is what its `config.json` says besides: the method, the size, the objective, the data.
     """
 
     model: DualBranch
@@ -166,11 +167,13 @@ class TextModel:
 
         Raises `InputError` where there is none, or it is truncated, foreign, or of another version.
         """
+        kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if kind not in (torch.float32, torch.bfloat16, torch.float64):
+            raise InputError(f"dtype is {dtype}; it must be one of {', '.join(get_args(DType))}")
         folder = model_folder(source, revision, token)
         about = load_model_config(folder)
         model = DualBranch(ModelConfig.from_dict(about["model"]))
         load_state(model, folder)
-        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         model.to(device=resolve_device(device), dtype=kind).eval().requires_grad_(False)
         return cls(model, Tokenizer.load(folder), {key: value for key, value in about.items() if key != "model"})
 
@@ -208,30 +211,41 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def initialise_from(model: DualBranch, source: str | Path) -> list[str]:
+def check_seed(seed: int) -> None:
+    """Raises `InputError` for a seed that not every generator takes; rows and processes add their index to it."""
+    if not 0 <= seed < 2**62:
+        raise InputError(f"seed is {seed}; it must be 0 or more, and less than 2**62")
+
+
+def initialise_from(model: DualBranch, source: str | Path, tokenizer: Tokenizer) -> list[str]:
     """Takes the weights of another checkpoint, or a GPT-2's for the causal branch; returns what was left as it was.
 
-    Raises `InputError` where the shapes do not fit, or nothing does.
+    Raises `InputError` where branches, shapes or the tokenizer differ.
     """
-    from caddf.models.gpt2 import causal_state, is_gpt2
-
     folder = model_folder(source)
     if is_gpt2(folder):
-        state = causal_state(folder, model.config)
+        state = causal_state(folder, model)
     else:
         other = DualBranch(ModelConfig.from_dict(load_model_config(folder)["model"]))
+        for branch in ("causal", "diffusion"):
+            theirs, ours = getattr(other.config, branch), getattr(model.config, branch)
+            if None not in (theirs, ours) and theirs != ours:
+                raise InputError(f"init_from is {source}, whose {branch} branch is {theirs}; this model's is {ours}")
+        if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+            raise InputError(
+                f"init_from is {source}, which has another tokenizer than the data; prepare them with "
+                f"--tokenizer {folder / 'tokenizer.json'}"
+            )
         load_state(other, folder)
         state = other.state_dict()
     own = model.state_dict()
-    for name, tensor in state.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise InputError(
-                f"init_from is {source}: its {name} has shape {tuple(tensor.shape)}, this model's "
-                f"{tuple(own[name].shape)}; sizes and vocabulary must agree"
-            )
     taken = {name: tensor for name, tensor in state.items() if name in own}
-    if not taken:
-        raise InputError(f"init_from is {source}, which has no weights that this model has")
+    for name, tensor in taken.items():
+        if own[name].shape != tensor.shape:
+            raise InputError(
+                f"init_from is {source}, whose {name} has shape {tuple(tensor.shape)}; this model's has "
+                f"{tuple(own[name].shape)}"
+            )
     model.load_state_dict(taken, strict=False)
     return sorted(own.keys() - taken.keys())
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from caddf.categorical import RowGenerators, Warp
 from caddf.decoding import DECODERS, Autoregressive, Decoder, Frame, Speculative, Task
 from caddf.errors import InputError
-from caddf.experiment import TextModel
+from caddf.experiment import TextModel, check_seed
 from caddf.tokenizer import Tokenizer
 
 MASK = re.compile(r"\[MASK(?::(\d+))?\]")
@@ -176,6 +176,9 @@ def generate(
     would get alone. `decoder` is a name of `caddf.decoding.DECODERS` and `settings` are its own. `<|endoftext|>` or one
     of the strings of `stop` ends a row. In a template `<|endoftext|>` is never drawn.
 
+    Text needs a tokenizer: a plain function `x_t -> log-probabilities` is given to a decoder of `caddf.decoding`
+    itself, as `caddf.interface.as_model(function, V)`, with a `Task` of token ids.
+
     Raises `InputError`, before anything is decoded, for settings that are wrong, a prompt that does not fit the
     context, and a template without a hole.
     """
@@ -186,6 +189,9 @@ def generate(
     words = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in words:
         raise InputError("stop holds an empty string, which every text contains; give the text that ends a row")
+    check_seed(seed)
+    if (size := settings.get("block_size")) is not None and not 1 <= size <= model.context:
+        raise InputError(f"block_size is {size}; it must lie between 1 and the context, {model.context}")
     filling = template is not None
     chosen = decoder_of(decoder, settings)
     given = template if filling else prompt
@@ -220,8 +226,11 @@ def _template(model: TextModel, text: str) -> Row:
     tokens: list[int] = []
     at = 0
     for hole in MASK.finditer(text):
+        width = int(hole[1] or 1)
+        if not 1 <= width <= model.context:
+            raise InputError(f"the template's {hole[0]} is {width} wide; it must lie between 1 and {model.context}")
         tokens += model.tokenizer.encode(text[at : hole.start()])
-        tokens += [model.model.mask_id] * int(hole[1] or 1)
+        tokens += [model.model.mask_id] * width
         at = hole.end()
     tokens += model.tokenizer.encode(text[at:])
     if model.model.mask_id not in tokens:

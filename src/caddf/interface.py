@@ -24,9 +24,14 @@ from caddf.errors import InputError
 Head = Literal["fused", "draft", "causal"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnyOrder:
-    """Eq. 5: `prefix` and `canvas` are the same `x_t`; every output depends on its unmasked part alone."""
+    """Eq. 5: `prefix` and `canvas` are the same `x_t`; every output depends on its unmasked part alone.
+
+    `level` is sbar(t) of each row, for networks that are told the time; the dual branch needs no time.
+    """
+
+    level: Float[Tensor, " B"] | None = None
 
 
 @dataclass(frozen=True)

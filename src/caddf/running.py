@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +15,20 @@ import yaml
 from rich.console import Console
 from torch import nn
 
-from caddf.checkpoint import read_json, write_json_atomic, write_text_atomic
+from caddf.checkpoint import atomic_folder, read_json, write_json_atomic, write_text_atomic
 from caddf.data import Batches, Split, TokenSet
 from caddf.errors import InputError
 from caddf.evaluation import block_nll, causal_nll, diffusion_bound
-from caddf.experiment import DEFAULT_METHOD, METHODS, ModelSettings, TextModel, describe, initialise_from
+from caddf.experiment import (
+    DEFAULT_METHOD,
+    METHODS,
+    ModelSettings,
+    TextModel,
+    check_seed,
+    describe,
+    initialise_from,
+    resolve_device,
+)
 from caddf.generation import generate
 from caddf.models.backbone import DualBranch
 from caddf.training import Result, TrainConfig, train
@@ -70,6 +81,7 @@ class RunSettings:
     validation: ValidationSettings = field(default_factory=ValidationSettings)
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         precision = PRECISIONS[self.dtype]
         own = dataclasses.replace(self.train, device=self.device, precision=precision, seed=self.seed)
         object.__setattr__(self, "train", own)
@@ -95,7 +107,7 @@ class RunSettings:
             return cls(**{key: sections[key](**v) if key in sections else v for key, v in values.items()})
         except OSError:
             raise InputError(f"{run} is no run: it has no {SETTINGS}; start one with caddf train --out {run}") from None
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{run / SETTINGS} does not fit this version: {error}") from None
 
 
@@ -103,14 +115,20 @@ def start(settings: RunSettings, run: Path, console: Console) -> Result:
     """Trains into the new folder `run`; raises `InputError` before it is made if anything does not fit."""
     if run.exists():
         raise InputError(f"out is {run}, which exists; give a new folder, or go on with caddf train --resume {run}")
+    settings = dataclasses.replace(settings, data=_absolute(settings.data))
+    if settings.init_from is not None:
+        settings = dataclasses.replace(settings, init_from=_absolute(settings.init_from))
     data = TokenSet.open(settings.data)
-    data.split("train").windows(settings.model.context or settings.model.preset.context)
-    settings = dataclasses.replace(settings, data=str(Path(settings.data).resolve()))
-    go = _prepare(settings, data, run, console)
-    run.mkdir(parents=True)
-    settings.save(run)
-    write_json_atomic(run / IDENTITY, _identity(data))
-    return go(False)
+    go = _prepare(settings, data, run, console, resumed=False)
+    with atomic_folder(run) as partial:
+        settings.save(partial)
+        write_json_atomic(partial / IDENTITY, _identity(data))
+    try:
+        return go()
+    except InputError:
+        if _is_empty(run):
+            shutil.rmtree(run)
+        raise
 
 
 def resume(run: Path, console: Console) -> Result:
@@ -119,53 +137,54 @@ def resume(run: Path, console: Console) -> Result:
     data = TokenSet.open(settings.data)
     if _identity(data) != read_json(run / IDENTITY):
         raise InputError(f"{settings.data} is not the data that {run} was started on; its tokens have changed")
-    return _prepare(settings, data, run, console)(not _is_empty(run))
+    return _prepare(settings, data, run, console, resumed=not _is_empty(run))()
 
 
-def _prepare(settings: RunSettings, data: TokenSet, run: Path, console: Console) -> Callable[[bool], Result]:
-    """Builds model, objective and data, and returns what trains them."""
+def _prepare(settings: RunSettings, data: TokenSet, run: Path, console: Console, resumed: bool) -> Callable[[], Result]:
+    """Builds model, objective and data, and returns what trains them; raises `InputError` where they do not fit."""
+    resolve_device(settings.device)
     config = settings.train.resolved(settings.model.preset)
     tokenizer = data.tokenizer
+    model_config = settings.model.config(tokenizer.vocab_size, tokenizer.eos_id)
+    batches = Batches(data.split("train").tokens, model_config.context, config.rows_per_pass, config.seed)
     torch.manual_seed(config.seed)
-    model = DualBranch(settings.model.config(tokenizer.vocab_size, tokenizer.eos_id))
-    if settings.init_from is not None:
-        kept = initialise_from(model, settings.init_from)
-        console.print(f"weights from {settings.init_from}" + (f"; {len(kept)} tensors start anew" if kept else ""))
+    model = DualBranch(model_config)
+    if settings.init_from is not None and not resumed:
+        kept = initialise_from(model, settings.init_from, tokenizer)
+        said = f"weights from {settings.init_from}" + (f"; {len(kept)} tensors start anew" if kept else "")
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     method = METHODS[settings.method]
-    batches = Batches(data.split("train").tokens, model.config.context, config.rows_per_pass, config.seed)
     about = describe(settings.model, settings.method, settings.objective, _identity(data))
 
-    def go(resumed: bool) -> Result:
-        return train(
-            run,
-            model,
-            method.build(settings.objective, model.config),
-            batches,
-            config,
-            describe={**about, "model": model.config.to_dict()},
-            tokenizer_file=data.folder / "tokenizer.json",
-            validate=_validation(settings.validation, data, model, config.seed),
-            sample=_sampling(settings.validation, data, config.seed),
-            console=console,
-            resume=resumed,
-        )
-
-    return go
+    return partial(
+        train,
+        run,
+        model,
+        method.build(settings.objective, model_config),
+        batches,
+        config,
+        describe={**about, "model": model_config.to_dict()},
+        tokenizer_file=data.folder / "tokenizer.json",
+        validate=_validation(settings.validation, data, model, config.seed),
+        sample=_sampling(settings.validation, data, config.seed),
+        console=console,
+        resume=resumed,
+    )
 
 
 def _validation(
     settings: ValidationSettings, data: TokenSet, model: DualBranch, seed: int
 ) -> Callable[[nn.Module], float] | None:
     """The measure of a checkpoint (nats per token), or None where the data have no validation split."""
-    if "validation" not in data.manifest["splits"]:
-        return None
-    context, windows = (
-        model.config.context,
-        _some_windows(data.split("validation"), model.config.context, settings.windows),
-    )
     likelihood = settings.likelihood
     if likelihood == "auto":
         likelihood = "diffusion" if model.causal is None else "block"
+    elif likelihood != "diffusion" and model.causal is None:
+        raise InputError(f"validation.likelihood is {likelihood}; with model.causal off there is diffusion alone")
+    if "validation" not in data.manifest["splits"]:
+        return None
+    context = model.config.context
+    windows = _some_windows(data.split("validation"), context, settings.windows)
 
     def validate(model: nn.Module) -> float:
         assert isinstance(model, DualBranch)
@@ -206,6 +225,11 @@ def _identity(data: TokenSet) -> dict[str, Any]:
     """What tells one token set from another: the tokenizer and the hash of each split."""
     hashes = {name: split["sha256"] for name, split in data.manifest["splits"].items()}
     return {"tokenizer": data.tokenizer.fingerprint, "splits": hashes}
+
+
+def _absolute(place: str) -> str:
+    """A path that holds wherever the run is resumed from; a name on the hub stays what it is."""
+    return str(Path(place).resolve()) if Path(place).exists() else place
 
 
 def _is_empty(run: Path) -> bool:

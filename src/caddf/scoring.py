@@ -15,7 +15,7 @@ from caddf.data import TokenSet
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
 from caddf.evaluation.likelihood import Likelihood, Model
-from caddf.experiment import TextModel
+from caddf.experiment import TextModel, check_seed
 
 
 def windows_of(model: TextModel, data: TokenSet, split: str) -> Int[Tensor, "N L"]:
@@ -43,24 +43,20 @@ def evaluate(
     `data` is a token set (or its folder), scored in windows of the model's context, or a tensor of windows. A plain
     function `x_t -> log-probabilities` may stand in the model's place, with `vocab_size` and a tensor of windows.
     """
-    if not isinstance(model, TextModel):
-        if not isinstance(data, Tensor):
-            raise InputError("data is a token set, but the model has no tokenizer; give windows of tokens [N, L]")
-        return evaluation.evaluate(
-            model, data, settings or EvaluationConfig(), vocab_size=vocab_size, progress=progress
-        )
+    settings = settings or EvaluationConfig()
+    check_seed(settings.seed)
     if not isinstance(data, Tensor):
-        token_set = data if isinstance(data, TokenSet) else TokenSet.open(data)
-        data = windows_of(model, token_set, split)
-    if settings is None:
-        settings = EvaluationConfig(block_size=model.model.block_size)
+        if not isinstance(model, TextModel):
+            raise InputError("data is a token set, but the model has no tokenizer; give windows of tokens [N, L]")
+        data = windows_of(model, data if isinstance(data, TokenSet) else TokenSet.open(data), split)
+    length = data.shape[-1]
+    if settings.block_size is not None and settings.block_size > length:
+        raise InputError(f"block_size is {settings.block_size}; it must lie between 1 and the window, {length}")
+    if not isinstance(model, TextModel):
+        return evaluation.evaluate(model, data, settings, vocab_size=vocab_size, progress=progress)
+    lengths = model.tokenizer.byte_lengths
     return evaluation.evaluate(
-        model.model,
-        data,
-        settings,
-        byte_lengths=model.tokenizer.byte_lengths,
-        device=model.device,
-        progress=progress,
+        model.model, data, settings, byte_lengths=lengths, device=model.device, progress=progress
     )
 
 
@@ -77,5 +73,5 @@ def score(
         if not 0 < len(tokens) <= model.context:
             raise InputError(f"a text has {len(tokens)} tokens; to be scored it must have 1 to {model.context}")
         x0 = torch.tensor([tokens], device=model.device)
-        scores.append(evaluation.score(model.model, x0, likelihood, block_size or model.model.block_size)[0].cpu())
+        scores.append(evaluation.score(model.model, x0, likelihood, block_size)[0].cpu())
     return scores

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from caddf.data.named import named
 from caddf.data.sources import Source
 from caddf.data.token_set import FORMAT, MANIFEST, SPLITS, VERSION, TokenSet, tokens_path
 from caddf.errors import InputError
@@ -38,16 +39,18 @@ def prepare(
     column: str = "text",
     streaming: bool = False,
     max_documents: int | None = None,
+    data_root: str | Path | None = None,
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> TokenSet:
     """Tokenises text into the folder `out`; the tokenizer sees training documents only.
 
-    Either `train` is given, with `validation` and `test` if there are any, or `input`, whose documents are shuffled by
-    `seed` and split 90/5/5; if it is a single document, its paragraphs (blocks up to a blank line) are the documents.
-    Sources, `column`, `streaming` and `max_documents` (of each source) are as in `Source`, tokenizers as in
-    `Tokenizer.build`. Documents are read several times rather than kept in memory.
+    Either `train` is given, with `validation` and `test` if there are any, or `input`. A data set by name as `input` is
+    its own splits, as many as there are. Other documents are shuffled by `seed` and split 90/5/5; if there is but one,
+    its paragraphs (blocks up to a blank line) are the documents. Without training documents the tokenizer must be one
+    that needs none. Sources, `column`, `streaming`, `data_root` and `max_documents` (of each source) are as in
+    `Source`, tokenizers as in `Tokenizer.build`. Documents are read several times rather than kept in memory.
 
     Raises `InputError` before any long work where settings or input are bad, and leaves nothing behind on any error.
     `overwrite` replaces a token set, never another folder.
@@ -61,25 +64,37 @@ def prepare(
         )
     given = {"train": train, "validation": validation, "test": test}
     if input is not None and any(given.values()):
-        raise InputError("input is given together with train, validation or test; input alone is split 90/5/5")
-    if input is None and train is None:
-        raise InputError("neither input nor train is given; give input (stdlib needs no files) or train")
+        raise InputError("input is given together with train, validation or test; input alone is split")
+    known = None if input is None else named(str(input), "train", data_root)
+    if known is not None and "@" not in str(input):
+        given = {split: f"{input}@{split}" for split in known.splits()}
+        input = None
+        if not given:
+            raise InputError(f"{known.name} has no files in {data_root}; docs/evaluation.md says what they are called")
+    specs = {name: str(spec) for name, spec in given.items() if spec is not None}
+    trained = isinstance(tokenizer, str) and bpe_size(tokenizer) is not None
+    if input is None and "train" not in specs and (trained or not specs):
+        raise InputError(
+            "neither input nor train is given; give input (stdlib needs no files) or train"
+            if known is None
+            else f"tokenizer is {tokenizer}, and {known.name} has no training documents; give a ready-made one"
+        )
     if seed < 0:
         raise InputError(f"seed is {seed}; it must be 0 or more")
-    if isinstance(tokenizer, str) and not bpe_size(tokenizer):
+    if isinstance(tokenizer, str) and not trained:
         tokenizer = Tokenizer.build(tokenizer)
 
     def source(spec: str | Path, split: str) -> Source:
-        return Source(str(spec), column, split, streaming, max_documents)
+        return Source(str(spec), column, split, streaming, max_documents, data_root=data_root)
 
     report = progress or (lambda stage, documents: None)
     splits: dict[str, Iterable[str]]
     if input is not None:
         splits = dict(_split(source(input, "train"), seed, report))
-        specs = dict.fromkeys(SPLITS, str(input))
+        places = dict.fromkeys(SPLITS, source(input, "train").place)
     else:
-        specs = {name: str(spec) for name, spec in given.items() if spec is not None}
         splits = {name: source(spec, name) for name, spec in specs.items()}
+        places = {name: source(spec, name).place for name, spec in specs.items()}
         for documents in splits.values():
             _count(documents, report)
 
@@ -108,7 +123,7 @@ def prepare(
         for name, documents in splits.items():
             watched = _watched(documents, f"tokenising {name}", report)
             counts = _write(tokens_path(partial, name), watched, tokenizer, dtype)
-            manifest["splits"][name] = {"source": specs[name], **counts}
+            manifest["splits"][name] = {"source": places[name], **counts}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         _move(partial, out)
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -236,6 +235,35 @@ class DualBranch(nn.Module):
                 caches.exchange.write(layer, positions, keys, values)
         return h_trans
 
+    # Block diffusion over the diffusion branch's own cache: blocks before are clean, and their keys and values stay.
+
+    def allocate_blocks(self, rows: int, length: int) -> KVCache | None:
+        """An empty cache for the slots 0 to `length - 1`; None where drafts read more than their branch's blocks."""
+        if self.diffusion.mutual or self.chain is not None:
+            return None
+        config = self.config.diffusion
+        size, like = config.width // config.heads, self.diffusion.embedding.weight
+        return KVCache.allocate(config.layers, rows, config.heads, length, size, like)
+
+    def read_blocks(
+        self, canvas: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], pattern: Block, cache: KVCache
+    ) -> States:
+        """Draft states at `positions` of `canvas`, each seeing its own block and, in `cache`, those before it.
+
+        What is read is written into `cache`: a block is read while it has masks in it, and once more when it has none
+        (in the pass that first reads the next block), before later blocks may see it.
+        """
+        x, turn = self.diffusion.embedding(canvas), self.diffusion.rotary(positions)
+        upto = int(positions.max()) + 1
+        slots, at = torch.arange(upto, device=canvas.device), positions[:, None, :, None]
+        visible = (pattern.index(slots) <= pattern.index(at)) & (slots > at - self.config.context)
+        for i, layer in enumerate(self.diffusion.layers):
+            h = layer.attention_norm(x)
+            cache.write(i, positions, *layer.attention.keys_values(h, turn))
+            x = x + layer.attention(h, turn, cache.read(i, upto), visible)
+            x = x + layer.mlp(layer.mlp_norm(x))
+        return States(None, self.diffusion.norm(x), None)
+
     # Heads.
 
     def log_probs(self, states: States, where: Bool[Tensor, "B L"], head: Head = "fused") -> Float[Tensor, "N V"]:
@@ -298,27 +326,9 @@ class DualBranch(nn.Module):
             flops["fusion"] = 2.0 * counts["fusion"] + 4 * context * causal.width * (1 + crossed)
         return flops
 
-    def accounts(self) -> dict[str, Any]:
-        """Parameters per part, FLOPs per token, and memory in bytes, as plain values.
-
-        `training_state` is weights, gradients, two moments and the average of the weights, in float32, without
-        activations; `caches_per_row` is what one row of decoding keeps over the whole context, in bfloat16.
-        """
-        counts, config = self.parameter_counts(), self.config
-        kept = 0
-        if config.causal is not None:
-            kept = 2 * config.causal.layers * config.causal.width
-            kept += 2 * config.diffusion.layers * config.diffusion.width if self.diffusion.mutual else 0
-        return {
-            "parameters": counts,
-            "flops_per_token": self.flops_per_position(),
-            "memory": {
-                "weights_float32": 4 * counts["total"],
-                "weights_bfloat16": 2 * counts["total"],
-                "training_state": 20 * counts["total"],
-                "caches_per_row": 2 * kept * config.context,
-            },
-            "context": config.context,
-            "vocab_size": config.vocab_size,
-            "block_size": config.block_size,
-        }
+    def cached_per_position(self) -> int:
+        """Numbers that decoding keeps of each position: keys and values of the causal layers and of the exchange."""
+        if self.causal is None:
+            return 0
+        branches = [self.causal.config, *([self.config.diffusion] if self.diffusion.mutual else [])]
+        return sum(2 * branch.layers * branch.width for branch in branches)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from caddf.checkpoint import load_tensors, read_json
 from caddf.errors import InputError
-from caddf.models.config import ModelConfig
+from caddf.models.backbone import DualBranch
 
 
 def is_gpt2(folder: Path) -> bool:
@@ -17,42 +19,75 @@ def is_gpt2(folder: Path) -> bool:
     return (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == "gpt2"
 
 
-def causal_state(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The causal branch's weights by their names here; raises `InputError` where the branch is built differently."""
-    if config.causal is None or config.causal.positions != "learned" or not config.causal.bias:
+def causal_state(folder: Path, model: DualBranch) -> dict[str, Tensor]:
+    """GPT-2's weights under the names that `model` has for them; the rows of `[M]` and beyond stay `model`'s.
+
+    Raises `InputError` where the causal branch is built differently, or the weights are truncated or foreign.
+    """
+    if model.causal is None or model.causal.config.positions != "learned" or not model.causal.config.bias:
         raise InputError(
             f"init_from is {folder}, a GPT-2; it needs a causal branch with learned positions and biases "
             "(model.positions learned, model.bias true)"
         )
-    path = folder / "model.safetensors"
-    given = load_tensors(path) if path.is_file() else torch.load(folder / "pytorch_model.bin", weights_only=True)
-    given = {name.removeprefix("transformer."): tensor for name, tensor in given.items()}
-    width = config.causal.width
-    table = torch.zeros(config.rows, width)
-    known = given["wte.weight"][: config.vocab_size]
-    table[: len(known)] = known
+    config, found = model.causal.config, read_json(folder / "config.json")
+    needed = {
+        "n_layer": config.layers,
+        "n_embd": config.width,
+        "n_head": config.heads,
+        "vocab_size": model.vocab_size,
+    }
+    for name, value in needed.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"init_from is {folder}, a GPT-2 whose {name} is {found.get(name)}; this model's is {value}"
+            )
+    if found.get("n_positions", 0) < model.causal.context:
+        raise InputError(
+            f"init_from is {folder}, a GPT-2 of {found.get('n_positions')} positions; the context is "
+            f"{model.causal.context}: set model.context"
+        )
+    given = _weights(folder)
+    try:
+        return {f"causal.{name}": tensor.contiguous() for name, tensor in _renamed(given, model).items()}
+    except KeyError as missing:
+        raise InputError(f"init_from is {folder}, a GPT-2 without {missing}; it is truncated or foreign") from None
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / "pytorch_model.bin"
+    if path.is_file() and not (folder / "model.safetensors").is_file():
+        try:
+            given = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            raise InputError(f"{path} is truncated or no file of weights") from None
+    else:
+        given = load_tensors(folder / "model.safetensors")
+    return {name.removeprefix("transformer."): tensor for name, tensor in given.items()}
+
+
+def _renamed(given: dict[str, Tensor], model: DualBranch) -> dict[str, Tensor]:
+    """GPT-2 keeps its matrices as [in, out], and queries, keys and values in one."""
+    assert model.causal is not None
+    embedding = model.causal.embedding.weight.detach().clone()
+    embedding[: model.vocab_size] = given["wte.weight"]
     state = {
-        "embedding.weight": table,
-        "table.weight": given["wpe.weight"][: config.context],
+        "embedding.weight": embedding,
+        "table.weight": given["wpe.weight"][: model.causal.context],
         "norm.weight": given["ln_f.weight"],
         "norm.bias": given["ln_f.bias"],
     }
-    for i in range(config.causal.layers):
-        if f"h.{i}.ln_1.weight" not in given:
-            raise InputError(
-                f"init_from is {folder}, which has {i} layers; the causal branch has {config.causal.layers}"
-            )
+    for i in range(model.causal.config.layers):
         old, new = f"h.{i}", f"layers.{i}"
         for kind in ("weight", "bias"):
-            # GPT-2 keeps its matrices as [in, out], and queries, keys and values in one.
-            query, key_value = given[f"{old}.attn.c_attn.{kind}"].split([width, 2 * width], -1)
+            turned = partial(torch.movedim, source=0, destination=-1)  # of a bias: itself
+            query, key, value = given[f"{old}.attn.c_attn.{kind}"].chunk(3, -1)
             state |= {
-                f"{new}.attention.query.{kind}": query.T,
-                f"{new}.attention.key_value.{kind}": key_value.T,
-                f"{new}.attention.out.{kind}": given[f"{old}.attn.c_proj.{kind}"].T,
-                f"{new}.mlp.up.{kind}": given[f"{old}.mlp.c_fc.{kind}"].T,
-                f"{new}.mlp.down.{kind}": given[f"{old}.mlp.c_proj.{kind}"].T,
+                f"{new}.attention.query.{kind}": turned(query),
+                f"{new}.attention.key_value.{kind}": turned(torch.cat([key, value], -1)),
+                f"{new}.attention.out.{kind}": turned(given[f"{old}.attn.c_proj.{kind}"]),
+                f"{new}.mlp.up.{kind}": turned(given[f"{old}.mlp.c_fc.{kind}"]),
+                f"{new}.mlp.down.{kind}": turned(given[f"{old}.mlp.c_proj.{kind}"]),
                 f"{new}.attention_norm.{kind}": given[f"{old}.ln_1.{kind}"],
                 f"{new}.mlp_norm.{kind}": given[f"{old}.ln_2.{kind}"],
             }
-    return {f"causal.{name}": tensor.contiguous() for name, tensor in state.items()}
+    return state

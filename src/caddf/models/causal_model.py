@@ -1,0 +1,125 @@
+"""The causal branch as a model of its own: what a GPT-2 is, behind the same signature."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from caddf.caches import Caches, KVCache
+from caddf.errors import InputError
+from caddf.interface import Block, Head, Infill, Pattern
+from caddf.models.backbone import States
+from caddf.models.causal import CausalBranch
+from caddf.models.config import BranchConfig
+from caddf.models.layers import head_log_probs, head_nll
+
+
+@dataclass(frozen=True)
+class CausalConfig:
+    """A causal Transformer alone; the settings are those of `ModelConfig`."""
+
+    vocab_size: int
+    context: int
+    branch: BranchConfig
+    bos_id: int = 0
+    rows: int = 0
+    block_size: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            object.__setattr__(self, "rows", -(-(self.vocab_size + 1) // 8) * 8)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and YAML."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CausalConfig:
+        """The inverse of `to_dict`; raises `InputError` on unknown or missing settings."""
+        try:
+            return cls(**{**values, "branch": BranchConfig(**values["branch"])})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the model's settings do not fit this version: {error}") from None
+
+
+class CausalModel(nn.Module):
+    """GPT-2 (Radford et al. 2019), a `caddf.interface.LanguageModel` that has the causal head alone."""
+
+    heads: frozenset[Head] = frozenset({"causal"})
+    denoiser: Head = "causal"
+    chained = False
+
+    def __init__(self, config: CausalConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = self.mask_id = config.vocab_size
+        self.block_size = config.block_size
+        self.causal = CausalBranch(config.branch, config.rows, config.context)
+
+    def forward(
+        self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Caches | None = None
+    ) -> tuple[States, Caches | None]:
+        """States of all positions; the canvas is not read. Raises `InputError` under `AnyOrder`, which it cannot do."""
+        if not isinstance(pattern, Infill | Block):
+            raise InputError("a causal model reads left to right; it has no any-order reading")
+        inputs = F.pad(prefix[:, :-1], (1, 0), value=self.config.bos_id)
+        positions = torch.arange(prefix.shape[1], device=prefix.device)
+        if caches is None:
+            return States(None, None, self.causal(inputs, positions)), None
+        return States(None, None, self.causal(inputs, positions.expand_as(inputs), caches.causal)), caches
+
+    def incremental(self, pattern: Pattern) -> bool:
+        """No canvas to encode: only the causal head reads over caches."""
+        return False
+
+    def allocate(self, rows: int, length: int) -> Caches:
+        """Empty caches for `rows` rows and the slots 0 to `length - 1`."""
+        branch, like = self.config.branch, self.causal.embedding.weight
+        size = branch.width // branch.heads
+        return Caches(KVCache.allocate(branch.layers, rows, branch.heads, length, size, like))
+
+    def read(
+        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"], caches: Caches, seen: None = None
+    ) -> States:
+        """States of the slots `positions`, whose keys and values go into `caches`."""
+        index = (positions - 1).clamp(0, tokens.shape[1] - 1)
+        inputs = torch.where(positions > 0, tokens.gather(1, index), self.config.bos_id)
+        return States(None, None, self.causal(inputs, positions, caches.causal))
+
+    def log_probs(self, states: States, where: Bool[Tensor, "B L"], head: Head = "causal") -> Float[Tensor, "N V"]:
+        """Log-probabilities (nats) at the positions in `where`, normalised over V in float32 or better."""
+        return head_log_probs(*self._head(states, where, head))
+
+    def nll(
+        self, states: States, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "causal"
+    ) -> Float[Tensor, " N"]:
+        """`-log_probs` (nats) of `targets` at the positions in `where`, in chunks of logits."""
+        return head_nll(*self._head(states, where, head), targets[where])
+
+    def _head(self, states: States, where: Bool[Tensor, "B L"], head: Head) -> tuple[Tensor, Tensor]:
+        if head != "causal" or states.causal is None:
+            raise InputError(f"head is {head}; a causal model has the head causal alone")
+        return states.causal[where], self.causal.embedding.weight[: self.vocab_size]
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters per part, and in all."""
+        tables = [self.causal.embedding, *([self.causal.table] if self.causal.table is not None else [])]
+        embeddings = sum(table.weight.numel() for table in tables)
+        total = sum(p.numel() for p in self.parameters())
+        return {"embeddings": embeddings, "causal": total - embeddings, "total": total}
+
+    def flops_per_position(self, context: int | None = None) -> dict[str, float]:
+        """Floating-point operations of a forward pass per position, its head included."""
+        branch, seen = self.config.branch, context or self.config.context
+        matrices = self.parameter_counts()["causal"] + self.vocab_size * branch.width
+        return {"causal": 2.0 * matrices + 2 * seen * branch.width * branch.layers}
+
+    def cached_per_position(self) -> int:
+        """Numbers that decoding keeps of each position: keys and values."""
+        return 2 * self.config.branch.layers * self.config.branch.width

@@ -1,0 +1,153 @@
+"""Prompt or template to frames: what comes out, what ends it, and what is refused before anything is decoded."""
+
+import pytest
+import torch
+
+from caddf import InputError, TextModel, generate
+from caddf.categorical import RowGenerators
+from caddf.decoding import DECODERS, Autoregressive, FirstHitting, Speculative, Task
+from caddf.experiment import ModelSettings
+from caddf.interface import as_model
+from caddf.models.backbone import DualBranch
+from caddf.tokenizer import Tokenizer
+
+
+def text_model(**settings):
+    """A random model over bytes, sharp enough for its draws to differ."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.plain_bytes()
+    config = ModelSettings(size="debug", **settings).config(tokenizer.vocab_size, tokenizer.eos_id)
+    model = DualBranch(config).double().eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False).mul_(3)
+    return TextModel(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return text_model()
+
+
+def last(*arguments, **settings):
+    *_, frame = generate(*arguments, **settings)
+    return frame
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_frames_fill_the_prompt_and_then_the_template(model, decoder):
+    frames = list(generate(model, "ab", decoder=decoder, max_new_tokens=6, seed=3))
+    assert [frame.texts[0] == frame.text for frame in frames] == [True] * len(frames)
+    (result,) = frames[-1].results()
+    assert result["text"] == frames[-1].text and result["prompt"] == "ab" and result["seed"] == 3
+    assert result["tokens"] <= 6 and result["tokens_per_second"] > 0 and result["tokens_per_evaluation"] > 0
+    assert 0 <= result["cache_hit_rate"] < 1
+    assert result["evaluations"]["causal"] + result["evaluations"]["diffusion"] > 0
+
+    filled = last(model, template="ab[MASK:5]cd[MASK]", decoder=decoder)
+    raw = filled.frame.tokens[0].tolist()
+    assert raw[:2] == [*b"ab"] and raw[7:9] == [*b"cd"] and len(raw) == 10
+    assert model.model.mask_id not in raw and model.tokenizer.eos_id not in raw
+    assert filled.results()[0]["tokens"] == 6
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_row_gets_what_it_would_get_alone(model, decoder):
+    prompts = ["a", "a longer one"]
+    batch = last(model, prompts, decoder=decoder, max_new_tokens=9, seed=5)
+    alone = [last(model, prompt, decoder=decoder, max_new_tokens=9, seed=5 + r) for r, prompt in enumerate(prompts)]
+    assert batch.texts == [frame.text for frame in alone]
+    for row, frame in zip(batch.results(), alone, strict=True):
+        (single,) = frame.results()
+        for key in ("tokens", "evaluations", "rounds", "cache_hit_rate", "seed"):
+            assert row[key] == single[key], key
+
+
+@pytest.mark.parametrize("target", ["causal", "fused"])
+@pytest.mark.parametrize("prompt", ["", "x", "def f(self):"])
+def test_greedy_speculation_writes_what_autoregression_writes(model, target, prompt):
+    same = dict(target=target, temperature=0.0, max_new_tokens=20)
+    drafted = last(model, prompt, decoder="speculative", **same)
+    assert drafted.text == last(model, prompt, decoder="autoregressive", **same).text
+    assert drafted.text == last(model, prompt, decoder="speculative", seed=9, **same).text
+
+
+def test_end_of_text_ends_a_row(model):
+    longest = last(model, "x", decoder="autoregressive", max_new_tokens=200, seed=1)
+    raw = longest.frame.tokens[0].tolist()[1:]
+    assert model.tokenizer.eos_id in raw  # 1 in 257 a token, and the seed is one that has it
+    end = raw.index(model.tokenizer.eos_id)
+    assert longest.results()[0]["tokens"] == end and set(raw[end + 1 :]) <= {model.model.mask_id}
+
+
+def test_stop_ends_a_row_and_is_cut_off(model):
+    whole = last(model, "x", decoder="autoregressive", max_new_tokens=20).text
+    stop = whole[7:9]
+    for decoder in ("autoregressive", "speculative"):
+        stopped = last(model, "x", decoder=decoder, max_new_tokens=20, stop=["never", stop], seed=0)
+        assert stop not in stopped.text and "never" not in stopped.text
+    cut = last(model, "x", decoder="autoregressive", max_new_tokens=20, stop=stop)
+    assert cut.text == whole[: whole.index(stop)] and cut.results()[0]["tokens"] < 20
+
+
+def test_pieces_say_what_became_of_each_token(model):
+    frames = list(generate(model, "ab", decoder="speculative", max_new_tokens=12))
+    kinds = {kind for frame in frames for _, kind in frame.pieces()}
+    assert kinds == {"given", "open", "kept", "fresh", "corrected", "rejected"}  # a random model's drafts are rejected
+    for frame in frames:
+        shown = [piece for piece, kind in frame.pieces() if kind != "rejected"]
+        assert len(shown) == 14 and shown[:2] == ["a", "b"]
+        assert shown.count("_") >= sum(kind == "open" for _, kind in frame.pieces())
+
+
+def test_left_to_right_goes_beyond_the_context(model):
+    assert last(model, "x", decoder="autoregressive", max_new_tokens=50, seed=2).frame.tokens.shape == (1, 51)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({}, "give either a prompt or a template"),
+        ({"prompt": "a", "template": "b[MASK]"}, "give either a prompt or a template"),
+        ({"prompt": []}, "no prompt is given"),
+        ({"template": "no hole"}, r"no \[MASK\] to fill"),
+        ({"template": "[MASK:0]"}, "it must lie between 1 and 32"),
+        ({"template": f"[MASK:{10**12}]"}, "it must lie between 1 and 32"),
+        ({"template": "[MASK:30]abc"}, "the template has 33 tokens; it must fit the context, 32"),
+        ({"prompt": "a" * 32}, "the prompt has 32 tokens; it must be shorter than the context, 32"),
+        ({"prompt": "a", "decoder": "ancestral", "max_new_tokens": 32}, "make 33; this decoder needs them to fit"),
+        ({"prompt": "a", "decoder": "beam"}, "decoder is beam; it must be one of ancestral"),
+        ({"prompt": "a", "steps": 3}, "steps is set, but the decoder speculative has no such setting; it has target"),
+        ({"prompt": "a", "block_size": 33}, "block_size is 33; it must lie between 1 and the context, 32"),
+        ({"prompt": "a", "block_size": 0}, "block_size is 0; it must lie between 1"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"prompt": "a", "stop": ["x", ""]}, "stop holds an empty string"),
+        ({"prompt": "a", "seed": -1}, "seed is -1; it must be 0 or more"),
+        ({"prompt": "a", "seed": 2**63}, "seed is 9223372036854775808"),
+        ({"prompt": "a", "temperature": float("nan")}, "temperature is nan"),
+        ({"prompt": "a", "top_p": 0.0}, "top_p is 0.0"),
+        ({"prompt": "a\udc80"}, "lone surrogate"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_frame(model, given, sentence):
+    with pytest.raises(InputError, match=sentence):
+        generate(model, given.pop("prompt", None), **given)
+
+
+def test_without_a_causal_branch_nothing_reads_left_to_right():
+    model = text_model(causal="off")
+    assert last(model, "a", decoder="ancestral", max_new_tokens=4).results()[0]["evaluations"]["causal"] == 0
+    with pytest.raises(InputError, match="this model does not read left to right"):
+        last(model, "a", max_new_tokens=4)
+
+
+@pytest.mark.parametrize("decoder", [Autoregressive(), Speculative(target="fused", block_size=2), FirstHitting()])
+def test_a_plain_function_is_decoded_from(decoder):
+    """Token v follows v - 1: the function is sure of it, so every decoder writes the same."""
+
+    def counting(x_t):
+        guess = (torch.arange(x_t.shape[1]) % 5).expand_as(x_t)
+        return torch.nn.functional.one_hot(guess, 5).double().log()
+
+    task = Task(torch.full((1, 7), 5), torch.tensor([7]), 5, RowGenerators(0, 1))
+    *_, frame = decoder(as_model(counting, 5), task)
+    assert frame.tokens.tolist() == [[0, 1, 2, 3, 4, 0, 1]]

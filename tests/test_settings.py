@@ -1,0 +1,116 @@
+"""Settings as options: names, types, defaults and help come from the dataclasses, errors come out as sentences."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import pytest
+
+from caddf.errors import InputError
+from caddf.evaluation import EvaluationConfig
+from caddf.experiment import METHODS, ModelSettings
+from caddf.running import ValidationSettings
+from caddf.settings import add_choices, add_options, add_section, documented, new_parser, options, parse, section
+from caddf.training import TrainConfig
+
+
+@dataclass(frozen=True)
+class Oven:
+    """How it is baked.
+
+    Some words before: they are of no field.
+
+    heat: of the oven, in kelvin; it
+        is high. shelf, door: where `heat` goes.
+    fan: what turns.
+    """
+
+    heat: float = 450.0
+    shelf: int | None = None
+    door: Literal["open", "shut"] = "shut"
+    fan: bool = False
+    hours: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True)
+class Grill:
+    """Bars.
+
+    heat: of the coals.
+    """
+
+    heat: float = 900.0
+
+
+def oven_parser():
+    parser = new_parser("bake", "[OPTIONS]", "about baking")
+    add_section(parser, "oven", Oven, {"heat": 500.0}, skip=("fan",))
+    return parser
+
+
+def test_documented_reads_labels_at_line_starts_and_after_full_stops():
+    assert documented(Oven) == {
+        "heat": "of the oven, in kelvin; it is high",
+        "shelf": "where heat goes",
+        "door": "where heat goes",
+        "fan": "what turns",
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [ModelSettings, TrainConfig, ValidationSettings, EvaluationConfig, *{m.settings for m in METHODS.values()}],
+)
+def test_every_setting_is_explained(settings):
+    assert documented(settings).keys() == {field.name for field in fields(settings)}
+
+
+def test_section_has_the_fields_types_and_defaults():
+    assert section(Oven, parse(oven_parser(), ["--oven.shelf", "3"]).oven) == Oven(500.0, 3)
+    with pytest.raises(InputError, match=r"no setting --oven\.fan"):
+        parse(oven_parser(), ["--oven.fan", "true"])
+
+
+def test_options_are_flat_and_leave_out_what_is_not_set():
+    parser = new_parser("bake", "[OPTIONS]", "about baking")
+    add_options(parser, Oven)
+    assert options(Oven, parse(parser, ["--hours", "[3]"])) == {
+        "heat": 450.0,
+        "door": "shut",
+        "fan": False,
+        "hours": (3,),
+    }
+
+
+def test_choices_share_names_and_leave_defaults_to_each():
+    parser = new_parser("bake", "[OPTIONS]", "about baking")
+    add_choices(parser, "of some", {"oven": Oven, "grill": Grill}, skip=("fan",))
+    assert options(Oven, parse(parser, [])) == {}
+    assert options(Grill, parse(parser, ["--heat", "7"])) == {"heat": 7.0}
+    assert "of the oven, in kelvin; it is high [oven, grill]" in " ".join(parser.format_help().split())
+
+
+def test_help_has_every_text_and_default():
+    text = " ".join(oven_parser().format_help().split())
+    assert text.startswith("usage: bake [OPTIONS] about baking")
+    assert "oven: How it is baked:" in text
+    assert "--oven.heat FLOAT of the oven, in kelvin; it is high (default: 500.0)" in text
+    assert "--oven.shelf INT where heat goes --oven.door {open,shut} where heat goes (default: shut)" in text
+    assert "--oven.hours [INT,...]" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--oven.heat", "hot"], "oven.heat is hot; it must be a number"),
+        (["--oven.heat", "nan"], "oven.heat is nan; it must be a number"),
+        (["--oven.shelf", "1.5"], "oven.shelf is 1.5; it must be a whole number"),
+        (["--oven.door", "ajar"], "oven.door is ajar; it must be one of open, shut"),
+        (["--oven.hours", "4"], "oven.hours is 4; it must be a list, as in [1,2]"),
+        (["--oven.lamp", "1"], "there is no setting --oven.lamp; bake --help explains every setting"),
+        (["--oven.heat"], "--oven.heat is given without a value; bake --help explains every setting"),
+    ],
+)
+def test_errors_are_sentences(arguments, sentence):
+    with pytest.raises(InputError) as error:
+        parse(oven_parser(), arguments)
+    assert str(error.value) == sentence
