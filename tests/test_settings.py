@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 
+from caddf.decoding import DECODERS
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
 from caddf.experiment import METHODS, ModelSettings
@@ -58,7 +59,7 @@ def test_documented_reads_labels_at_line_starts_and_after_full_stops():
 
 @pytest.mark.parametrize(
     "settings",
-    [ModelSettings, TrainConfig, ValidationSettings, EvaluationConfig, *{m.settings for m in METHODS.values()}],
+    [ModelSettings, TrainConfig, ValidationSettings, EvaluationConfig, *{m.settings for m in METHODS.values()}, *DECODERS.values()],
 )
 def test_every_setting_is_explained(settings):
     assert documented(settings).keys() == {field.name for field in fields(settings)}

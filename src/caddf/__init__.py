@@ -6,11 +6,36 @@
 ...     print(frame.text)
 >>> caddf.evaluate(model, "data")["likelihoods"]["causal"]["ppl"]
 >>> caddf.score(model, ["How likely is this?"])[0].sum()
+
+Names are imported when they are first used, so that importing the package costs nothing.
 """
 
-from caddf.errors import InputError
-from caddf.experiment import TextModel, load
-from caddf.generation import generate
-from caddf.scoring import evaluate, score
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from caddf.errors import InputError
+    from caddf.experiment import TextModel, load
+    from caddf.generation import generate
+    from caddf.scoring import evaluate, score
 
 __all__ = ["InputError", "TextModel", "evaluate", "generate", "load", "score"]
+
+_HOME = {
+    "InputError": "errors",
+    "TextModel": "experiment",
+    "load": "experiment",
+    "generate": "generation",
+    "evaluate": "scoring",
+    "score": "scoring",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'caddf' has no attribute {name!r}")
+    return getattr(import_module(f"caddf.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rich.console import Console
 from caddf import display
 from caddf.checkpoint import load_model_config
 from caddf.data import TokenSet, prepare
+from caddf.data.named import NAMED
 from caddf.decoding import DECODERS
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
@@ -50,15 +53,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     words = 2 if arguments[:1] == ["data"] else 1
     name = " ".join(arguments[:words])
-    if name in ("", "-h", "--help", "help", "data", "data -h", "data --help"):
-        print(_usage())
-        return 0
-    if name == "--version":
-        from importlib.metadata import version
-
-        print(version("caddf"))
-        return 0
     try:
+        if name in ("", "-h", "--help", "help", "data", "data -h", "data --help"):
+            print(_usage(), flush=True)
+            return 0
+        if name == "--version":
+            print(version("caddf"))
+            return 0
         if name not in VERBS:
             raise InputError(f"there is no command {name!r}; the commands are {', '.join(VERBS)}")
         verb = VERBS[name]
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"caddf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
         return 1
     except OSError as error:
         if error.filename is None:
@@ -101,23 +103,23 @@ def _json_option(parser: ArgumentParser) -> None:
 
 
 def _data_prepare(parser: ArgumentParser, arguments: list[str]) -> int:
-    source = "text, JSONL (.gz, .xz, .zst too), parquet, a folder, stdlib[:BYTES], or hf:NAME[:CONFIG][@SPLIT]"
+    source = (
+        "text, JSONL (.gz, .xz, .zst too), parquet, a folder, stdlib[:BYTES], hf:NAME[:CONFIG][@SPLIT], or a data set: "
+        + ", ".join(NAMED)
+    )
     add = parser.add_argument
     add("--input", type=str | None, help=f"documents to split 90/5/5: {source}")
     for name in ("train", "validation", "test"):
         add(f"--{name}", type=str | None, help=f"documents of the {name} split, likewise")
     add("--out", type=str, required=True, help="folder of the token set")
     add("--tokenizer", type=str, default="bpe:8192", help="bpe:N, bytes, gpt2, gpt2:FOLDER, or a saved tokenizer")
+    add("--data-root", type=str | None, help="folder of local copies of data sets by name")
     add("--column", type=str, default="text", help="where JSONL, parquet and data sets keep the text")
     add("--streaming", action="store_true", help="read a data set without storing it")
     add("--max-documents", type=int | None, help="read no more documents of each source")
     add("--seed", type=int, default=0, help="of the split")
     add("--overwrite", action="store_true", help="replace a token set")
     values = vars(parse(parser, arguments))
-    if values["input"] is None and values["train"] is None:
-        raise InputError(
-            "neither input nor train is given; give --input FILE, or --train FILE (--input stdlib needs no file)"
-        )
     out = values.pop("out")
     with display.stages() as progress:
         token_set = prepare(out, progress=progress, **values)

@@ -112,13 +112,24 @@ class Snapshot:
         }
 
     def _new(self, r: int) -> list[int]:
-        """The new tokens that stand: in a continuation those before the first `[M]` or `<|endoftext|>`."""
+        """The new tokens that stand: in a continuation those before the first `[M]` or `<|endoftext|>`.
+
+        What a step drew behind a stop string does not count; the token that completes the stop string does.
+        """
         tokens = self.frame.tokens[r, : int(self.task.lengths[r])]
         new = tokens[self.task.wanted[r, : len(tokens)]].tolist()
         if self.task.template:
             return [token for token in new if token != self.task.mask_id]
         ends = (i for i, token in enumerate(new) if token in (self.task.mask_id, self.tokenizer.eos_id))
-        return new[: next(ends, len(new))]
+        new = new[: next(ends, len(new))]
+        if self.stop and self._stopped(new):
+            ends = (i for i in range(1, len(new)) if self._stopped(new[:i]))
+            new = new[: next(ends, len(new))]
+        return new
+
+    def _stopped(self, tokens: list[int]) -> bool:
+        text = self.tokenizer.decode(tokens)
+        return first_stop(text, self.stop) < len(text)
 
     def _text(self, r: int) -> str:
         if not self.task.template:

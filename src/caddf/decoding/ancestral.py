@@ -26,8 +26,11 @@ class Ancestral:
     """The n-step chain: exact for the chain, and for the continuous process as n grows.
 
     A masked position is revealed between lambda_t and lambda_s with probability (lambda_t - lambda_s) / lambda_t, which
-    is to say at a time drawn uniformly beforehand; what stands there is drawn from q(x0_i | x_t). `until` stops at that
-    lambda and leaves what is still masked there.
+    is to say at a time drawn uniformly beforehand; what stands there is drawn from q(x0_i | x_t).
+
+    steps: of the reverse chain.
+    schedule: whose evenly spaced times are the chain's levels.
+    until: the lambda at which it stops, leaving what is still masked there.
     """
 
     steps: int = 64

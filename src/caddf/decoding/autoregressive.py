@@ -18,7 +18,8 @@ class Autoregressive:
     """Draws x_n ~ p(. | x_<n) for n = 1, 2, ...; exact for the target's likelihood (SPEC of eq. 6).
 
     target: `causal` (the causal branch's own head) or `fused` (in blocks of `block_size`; templates always).
-    block_size: None is the model's own. cache: off reads whole rows each time, for comparison.
+    block_size: k; not set, the model's own.
+    cache: false reads whole rows each time, for comparison.
     """
 
     target: Target = "causal"

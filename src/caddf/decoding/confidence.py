@@ -49,7 +49,8 @@ class SurestFirst:
 class Confidence(SurestFirst):
     """Sureness is the probability of the arg max (Chang et al. 2022; Nie et al. 2025).
 
-    `threshold` commits all that is surer; `steps`, in its place, commits an equal share of the positions each step.
+    threshold: commit all that is surer.
+    steps: commit an equal share of the positions each step instead.
     """
 
     threshold: float = 0.9
@@ -74,7 +75,10 @@ class Confidence(SurestFirst):
 
 @dataclass(frozen=True)
 class Margin(Confidence):
-    """Sureness is the gap between the two most probable tokens (Kim et al. 2025)."""
+    """Sureness is the gap between the two most probable tokens (Kim et al. 2025).
+
+    threshold, steps: as for confidence.
+    """
 
     threshold: float = 0.8
 
@@ -89,7 +93,9 @@ class EntropyBound(SurestFirst):
     """Commits the positions of lowest entropy while their joint dependence stays bounded (Ben-Hamu et al. 2025).
 
     The sum of their entropies less the largest of them bounds the mutual information that drawing them independently
-    ignores; it stays at most `bound` nats.
+    ignores.
+
+    bound: nats of dependence that may be ignored.
     """
 
     bound: float = 0.5

@@ -16,7 +16,7 @@ from caddf.interface import LanguageModel
 class FirstHitting:
     """Reveals one position at a time, in the order of the jump times: exact for the continuous chain, any schedule.
 
-    `until` stops at that lambda and leaves what is still masked there (0: nothing).
+    until: the lambda at which it stops, leaving what is still masked there.
     """
 
     until: float = 0.0

@@ -18,9 +18,12 @@ from caddf.interface import LanguageModel
 class Hybrid:
     """Diffusion from lambda 1 down to `anchor`, then infilling of what is still masked (eq. 6) over that canvas.
 
-    Exact for the hybrid bound at l* = `anchor`: with `steps` None anchors come by first hitting, else in n steps (whose
-    bound is the left-endpoint sum). `anchor` 1 is left to right alone, 0 is diffusion alone. `speculate` drafts and
-    verifies the infilling, which changes its speed and not its distribution.
+    Exact for the hybrid bound at l* = `anchor`, or with `steps` for its n-step form (the left-endpoint sum).
+
+    anchor: share still masked when infilling starts; 1 is left to right alone, 0 is diffusion alone.
+    steps: of the chain that sets the anchors; not set, they come by first hitting.
+    speculate: draft and verify the infilling, which changes its speed and not its distribution.
+    cache: false reads whole rows each time, for comparison.
     """
 
     anchor: float = 0.75

@@ -35,7 +35,8 @@ class Speculative:
 
     target: `causal` (the causal branch's own head; the window slides and a round that is accepted whole adds a token)
         or `fused` (in blocks of `block_size`, each fused with its all-masked start; templates always).
-    block_size: None is the model's own. cache: off reads whole rows each time, for comparison.
+    block_size: k; not set, the model's own.
+    cache: false reads whole rows each time, for comparison.
     """
 
     target: Target = "causal"

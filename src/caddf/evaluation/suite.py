@@ -41,8 +41,8 @@ class EvaluationConfig:
         for the finite-step bounds and for the infilling of the hybrid bounds.
     anchors: the hybrid bounds' l*. nfe: numbers of steps of the finite-step bounds.
     importance_steps, paths: of the importance-weighted bound, which costs up to their product in passes (0 paths: off).
-    max_windows: score so many windows, chosen with `seed`; None scores all.
-    block_size: k of the block likelihood and of multi-token prediction; None is the model's own.
+    max_windows: score so many windows, chosen with `seed`; null scores all.
+    block_size: k of the block likelihood and of multi-token prediction; not set, the model's own.
     seed: of all noise, window by window.
     """
 
