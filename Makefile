@@ -23,7 +23,7 @@ demo: setup
 	$(CADDF) train --data demo/data --out demo/run --model.size demo --train.steps 600 --train.batch_size 4
 	$(CADDF) evaluate demo/run --data demo/data --max-windows 16
 	$(CADDF) generate demo/run --prompt 'def __init__(self, ' --max-new-tokens 96 --temperature 0.7 --show
-	$(CADDF) generate demo/run --template 'def read(self, path):[MASK:24]return data' --decoder confidence --show
+	$(CADDF) generate demo/run --template 'def read(self, path):[MASK:24]return data' --decoder ancestral --steps 8 --show
 
 test: setup lint
 	$(BIN)/pytest -q -n 2

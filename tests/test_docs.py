@@ -26,7 +26,7 @@ def run(source: str, **names) -> dict:
 @pytest.fixture
 def model() -> DualBranch:
     torch.manual_seed(0)
-    return DualBranch(ModelSettings(size="debug").config(vocab_size=20, bos_id=0))
+    return DualBranch(ModelSettings(size="debug").dual(vocab_size=20, bos_id=0))
 
 
 def test_contributing_adds_an_objective(model):

@@ -21,7 +21,7 @@ BYTES = Tokenizer.plain_bytes()
 
 
 def dual_branch(**settings):
-    return DualBranch(ModelSettings(size="debug", **settings).config(BYTES.vocab_size, BYTES.eos_id))
+    return DualBranch(ModelSettings(size="debug", **settings).dual(BYTES.vocab_size, BYTES.eos_id))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_folder_that_exists_is_not_written_to(model, saved):
 
 def test_tokenizer_and_model_must_have_one_vocabulary(model):
     with pytest.raises(InputError, match="the tokenizer has 257 tokens, the model 300"):
-        TextModel(DualBranch(ModelSettings(size="debug").config(300, 0)), BYTES)
+        TextModel(DualBranch(ModelSettings(size="debug").dual(300, 0)), BYTES)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_every_method_builds_an_objective_that_trains(method, model):
 def test_presets_of_table_5_have_its_padded_vocabulary():
     for size, layers, width, other in (("small", 12, 768, 512), ("medium", 20, 1440, 1024)):
         with torch.device("meta"):
-            model = DualBranch(ModelSettings(size=size).config(50_257, bos_id=50_256))
+            model = DualBranch(ModelSettings(size=size).dual(50_257, bos_id=50_256))
         counts = model.parameter_counts()
         assert counts["embeddings"] == 50_265 * (width + other) and model.mask_id == 50_257
         assert counts["causal"] == layers * (12 * width**2 + 2 * width) + width  # matrices and the norms' scales
@@ -306,7 +306,7 @@ def test_presets_of_table_5_have_its_padded_vocabulary():
 
 def test_a_context_of_zero_is_not_the_presets():
     with pytest.raises(InputError, match="context is 0"):
-        ModelSettings(size="debug", context=0).config(257, 0)
+        ModelSettings(size="debug", context=0).dual(257, 0)
 
 
 def test_saved_weights_are_the_models_own(model, saved):

@@ -16,7 +16,7 @@ def text_model(**settings):
     """A random model over bytes, sharp enough for its draws to differ."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.plain_bytes()
-    config = ModelSettings(size="debug", **settings).config(tokenizer.vocab_size, tokenizer.eos_id)
+    config = ModelSettings(size="debug", **settings).dual(tokenizer.vocab_size, tokenizer.eos_id)
     model = DualBranch(config).double().eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False).mul_(3)
@@ -137,7 +137,8 @@ def test_without_a_causal_branch_nothing_reads_left_to_right():
     model = text_model(causal="off")
     assert last(model, "a", decoder="ancestral", max_new_tokens=4).results()[0]["evaluations"]["causal"] == 0
     with pytest.raises(InputError, match="this model does not read left to right"):
-        last(model, "a", max_new_tokens=4)
+        last(model, "a", decoder="speculative", max_new_tokens=4)
+    assert last(model, "a", max_new_tokens=4).text == last(model, "a", decoder="ancestral", max_new_tokens=4).text
 
 
 @pytest.mark.parametrize("decoder", [Autoregressive(), Speculative(target="fused", block_size=2), FirstHitting()])

@@ -80,7 +80,7 @@ def test_a_finished_run_is_finished(run):
         ({"init_from": "nowhere"}, "nowhere does not exist"),
         (
             {"model": ModelSettings(size="debug", causal="off"), "validation": ValidationSettings("block")},
-            r"validation\.likelihood is block; with model\.causal off there is diffusion alone",
+            r"validation\.likelihood is block; this model has diffusion",
         ),
     ],
 )

@@ -19,7 +19,7 @@ FEW = EvaluationConfig(samples=2, anchors=(0.5,), nfe=(2,), paths=0)
 def model():
     torch.manual_seed(0)
     tokenizer = Tokenizer.plain_bytes()
-    config = ModelSettings(size="debug").config(tokenizer.vocab_size, tokenizer.eos_id)
+    config = ModelSettings(size="debug").dual(tokenizer.vocab_size, tokenizer.eos_id)
     return TextModel(DualBranch(config).double().eval().requires_grad_(False), tokenizer)
 
 

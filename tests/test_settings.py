@@ -59,7 +59,14 @@ def test_documented_reads_labels_at_line_starts_and_after_full_stops():
 
 @pytest.mark.parametrize(
     "settings",
-    [ModelSettings, TrainConfig, ValidationSettings, EvaluationConfig, *{m.settings for m in METHODS.values()}, *DECODERS.values()],
+    [
+        ModelSettings,
+        TrainConfig,
+        ValidationSettings,
+        EvaluationConfig,
+        *dict.fromkeys(m.settings for m in METHODS.values()),
+        *DECODERS.values(),
+    ],
 )
 def test_every_setting_is_explained(settings):
     assert documented(settings).keys() == {field.name for field in fields(settings)}

@@ -24,11 +24,9 @@ from caddf.data.named import NAMED
 from caddf.decoding import DECODERS
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
-from caddf.experiment import DEFAULT_METHOD, METHODS, DType, ModelSettings, load, model_folder
+from caddf.experiment import DEFAULT_METHOD, METHODS, DType, ModelSettings, load, model_folder, network_of
 from caddf.generation import generate
 from caddf.models.accounts import accounts
-from caddf.models.backbone import DualBranch
-from caddf.models.config import ModelConfig
 from caddf.running import OWN, RunSettings, TrainingDType, ValidationSettings, resume, start
 from caddf.scoring import evaluate
 from caddf.settings import add_choices, add_options, add_section, new_parser, options, parse, section
@@ -123,7 +121,7 @@ def _data_prepare(parser: ArgumentParser, arguments: list[str]) -> int:
     out = values.pop("out")
     with display.stages() as progress:
         token_set = prepare(out, progress=progress, **values)
-    display.token_set(Console(), token_set)
+    display.token_set(display.output(), token_set)
     return 0
 
 
@@ -166,7 +164,7 @@ def _train(parser: ArgumentParser, arguments: list[str]) -> int:
             dtype=values.dtype,
             seed=values.seed,
             model=section(ModelSettings, values.model),
-            objective=section(METHODS[method].settings, values.objective),
+            objective=section(METHODS[method].settings, values.get("objective")),
             train=section(TrainConfig, values.train),
             validation=section(ValidationSettings, values.validation),
         )
@@ -244,7 +242,7 @@ def _evaluate(parser: ArgumentParser, arguments: list[str]) -> int:
     if values.json:
         print(json.dumps(result))
     else:
-        display.evaluation(Console(), result)
+        display.evaluation(display.output(), result)
     return 0
 
 
@@ -254,7 +252,7 @@ def _generate(parser: ArgumentParser, arguments: list[str]) -> int:
     add("--prompt", type=str, action="append", help="text to continue; again for a batch")
     add("--template", type=str, action="append",
         help="text with holes to fill, 'def f(x):[MASK:24]return y'; again for a batch")  # fmt: skip
-    add("--decoder", type=str, default="speculative", help=", ".join(DECODERS))
+    add("--decoder", type=str | None, help=f"{', '.join(DECODERS)}; not set, the method's (CAD-DF: speculative)")
     add("--max-new-tokens", type=int, default=64, help="length of a continuation")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="draw from the k most probable tokens; 0 is off")
@@ -294,33 +292,48 @@ def _generate(parser: ArgumentParser, arguments: list[str]) -> int:
         results = last.results()
         print(json.dumps(results[0] if len(results) == 1 else results))
     else:
-        display.generation(Console(), last)
+        display.generation(display.output(), last)
     return 0
 
 
 def _info(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("run", type=str | None, nargs="?", help="a run, a model folder, or a hub name")
+    parser.add_argument("--config", type=str, default=DEFAULT_METHOD, help=f"a method: {', '.join(METHODS)}")
     parser.add_argument("--vocab-size", type=int | None, help="V, without a run; not set, the preset's")
     _json_option(parser)
     add_section(parser, "model", ModelSettings)
     values = parse(parser, arguments)
     if values.run is None:
-        settings = section(ModelSettings, values.model)
-        about = {"size": settings.size}
+        if values.config not in METHODS:
+            raise InputError(f"config is {values.config!r}; it must be a method: {', '.join(METHODS)}")
+        settings, method = section(ModelSettings, values.model), METHODS[values.config]
         vocab_size = settings.preset.vocab_size if values.vocab_size is None else values.vocab_size
-        config = settings.config(vocab_size, bos_id=0)
-    elif any(argument.startswith(("--model.", "--vocab-size")) for argument in arguments):
+        config = method.configure(settings, vocab_size, 0)
+        about = {"method": values.config, "architecture": method.architecture, "size": settings.size}
+        about["model"] = config.to_dict()
+    elif any(argument.startswith(("--model.", "--vocab-size", "--config")) for argument in arguments):
         raise InputError(f"run is {values.run}, beside settings of a model; a run has its own: give one or the other")
     else:
         about = load_model_config(model_folder(values.run))
-        config = ModelConfig.from_dict(about.pop("model"))
     with torch.device("meta"):
-        model = DualBranch(config)
+        model = network_of(about)
     result = {**about, **accounts(model)}
     if values.json:
         print(json.dumps(result))
     else:
-        display.info(Console(), result)
+        display.info(display.output(), result)
+    return 0
+
+
+def _methods(parser: ArgumentParser, arguments: list[str]) -> int:
+    _json_option(parser)
+    values = parse(parser, arguments)
+    columns = ("objective", "likelihood", "sampler", "decoder", "source")
+    rows = {name: {column: getattr(method, column) for column in columns} for name, method in METHODS.items()}
+    if values.json:
+        print(json.dumps(rows))
+    else:
+        display.methods(display.output(), rows)
     return 0
 
 
@@ -339,5 +352,6 @@ VERBS = {
         "continue a prompt, or fill the holes of a template",
         _generate,
     ),
+    "methods": Verb("[--json]", "what can be trained: objective, likelihood, sampler and source", _methods),
     "info": Verb("[RUN] [OPTIONS]", "parameters, floating-point operations and memory of a model", _info),
 }

@@ -25,6 +25,12 @@ STYLES = {
 }
 
 
+def output() -> Console:
+    """Standard output; where it is no terminal, wide enough for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
 @contextmanager
 def stages() -> Iterator[Callable[[str, int], None]]:
     """Progress of work whose length is not known, on standard error: a stage and a count."""
@@ -82,7 +88,9 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
         (f"hybrid {x['lambda']:g}", x, f"upper bound: infills from lambda {x['lambda']:g}")
         for x in likelihoods.get("hybrid", [])
     ]
-    rows += [(f"NFE {x['steps']}", x, f"upper bound of {x['steps']} denoising steps") for x in likelihoods["nfe"]]
+    rows += [
+        (f"NFE {x['steps']}", x, f"upper bound of {x['steps']} denoising steps") for x in likelihoods.get("nfe", [])
+    ]
     rows += [
         (
             f"IW {x['paths']}x{x['steps']}",
@@ -175,3 +183,11 @@ def info(console: Console, accounts: dict[str, Any]) -> None:
 def _line(console: Console, text: str, style: str | None = None) -> None:
     """Text as it is: no markup, and no line broken to the terminal's width."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def methods(console: Console, rows: dict[str, dict[str, str]]) -> None:
+    """Every method, with its objective, likelihood, sampler and source."""
+    table = Table("method", *next(iter(rows.values())))
+    for name, row in rows.items():
+        table.add_row(name, *row.values())
+    console.print(table)

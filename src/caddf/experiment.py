@@ -15,10 +15,21 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from caddf.checkpoint import atomic_folder, load_model_config, load_state, save_model
 from caddf.errors import InputError
+from caddf.evaluation.block import block_diffusion_bound
+from caddf.evaluation.suite import Bound
 from caddf.models.backbone import DualBranch
-from caddf.models.config import PRESETS, ModelConfig, Preset
+from caddf.models.causal_model import CausalConfig, CausalModel
+from caddf.models.config import PRESETS, BranchConfig, ModelConfig, Preset
 from caddf.models.gpt2 import causal_state, is_gpt2
-from caddf.objectives import Objective, Synergistic, SynergisticConfig
+from caddf.models.matching import count, matched
+from caddf.objectives import (
+    AutoregressiveLoss,
+    BlockDiffusion,
+    DenoisingConfig,
+    Objective,
+    Synergistic,
+    SynergisticConfig,
+)
 from caddf.tokenizer import Tokenizer
 
 Size = Literal["debug", "demo", "tiny", "small", "medium"]
@@ -29,9 +40,10 @@ GPT2_ROWS = 50_265
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The model: a preset's sizes, and the choices of Table 4 and section 4.
+    """The model: a preset's sizes, and the choices of Table 4 and section 4 (those are the dual branch's alone).
 
-    size: debug, demo, tiny, or Table 5's small and medium.
+    size: debug, demo, tiny, or Table 5's small and medium; other methods get as many parameters as the dual branch.
+    match: parameters in all, which width and depth are brought to within 2%; not set, the preset's sizes as they are.
     causal: off leaves the diffusion branch with its draft head alone.
     fusion: late (eq. 10, after the last causal layer), layers (eq. 7 too), or none (no cross-attention).
     exchange: mutual (the diffusion branch reads the causal branch's states too) or one_way; not set, mutual with fusion
@@ -43,6 +55,7 @@ class ModelSettings:
     """
 
     size: Size = "demo"
+    match: int | None = None
     causal: Literal["on", "off"] = "on"
     fusion: Literal["late", "layers", "none"] = "late"
     exchange: Literal["one_way", "mutual"] | None = None
@@ -52,50 +65,135 @@ class ModelSettings:
     positions: Literal["rotary", "learned"] = "rotary"
     bias: bool = False
 
+    def __post_init__(self) -> None:
+        if self.match is not None and self.match < 1:
+            raise InputError(f"model.match is {self.match}; it must be 1 parameter or more")
+
     @property
     def preset(self) -> Preset:
         """Sizes and published training settings."""
         return PRESETS[self.size]
 
-    def config(self, vocab_size: int, bos_id: int) -> ModelConfig:
-        """The model over a vocabulary of `vocab_size` tokens; raises `InputError` where choices do not go together."""
-        causal = dataclasses.replace(self.preset.causal, positions=self.positions, bias=self.bias)
+    @property
+    def length(self) -> int:
+        """The context."""
+        return self.preset.context if self.context is None else self.context
+
+    def dual(self, vocab_size: int, bos_id: int) -> ModelConfig:
+        """CAD-DF over a vocabulary of `vocab_size` tokens; raises `InputError` where choices do not go together."""
         exchange = self.exchange or ("mutual" if self.fusion == "late" and self.causal == "on" else "one_way")
-        return ModelConfig(
+        causal = dataclasses.replace(self.preset.causal, positions=self.positions, bias=self.bias)
+        whole = ModelConfig(
             vocab_size=vocab_size,
-            context=self.preset.context if self.context is None else self.context,
+            context=self.length,
             diffusion=self.preset.diffusion,
             causal=causal if self.causal == "on" else None,
             bos_id=bos_id,
-            rows=GPT2_ROWS if vocab_size == 50_257 else 0,
+            rows=rows_of(vocab_size),
             fusion=self.fusion,
             exchange=exchange,
             draft=self.draft,
             block_size=self.block_size,
         )
+        if self.match is None:
+            return whole
+
+        def scaled(branch: BranchConfig) -> ModelConfig:
+            """The causal branch (or the only one) as given, the other in proportion."""
+            if whole.causal is None:
+                return dataclasses.replace(whole, diffusion=branch)
+            share, other = branch.width / causal.width, self.preset.diffusion
+            size = max(2, round(other.width * share / other.heads / 2) * 2)
+            depth = max(1, round(other.layers * branch.layers / causal.layers))
+            return dataclasses.replace(
+                whole, causal=branch, diffusion=dataclasses.replace(other, width=size * other.heads, layers=depth)
+            )
+
+        return scaled(matched(lambda branch: DualBranch(scaled(branch)), whole.causal or whole.diffusion, self.match))
+
+    def parameters(self, vocab_size: int) -> int:
+        """What a method with one branch gets: `match`, or as many parameters as the dual branch of this size has."""
+        if self.match is not None:
+            return self.match
+        plain = ModelSettings(self.size, context=self.context)
+        return count(lambda: DualBranch(plain.dual(vocab_size, 0)))
+
+
+def rows_of(vocab_size: int) -> int:
+    """Rows of an embedding table: Table 5's over GPT-2's vocabulary; 0 leaves it to the model."""
+    return GPT2_ROWS if vocab_size == 50_257 else 0
+
+
+def causal_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> CausalConfig:
+    """A causal Transformer alone, of the preset's shape."""
+
+    def config(branch: BranchConfig) -> CausalConfig:
+        return CausalConfig(vocab_size, settings.length, branch, bos_id, rows_of(vocab_size), settings.block_size)
+
+    base = dataclasses.replace(settings.preset.causal, positions=settings.positions, bias=settings.bias)
+    return config(matched(lambda branch: CausalModel(config(branch)), base, settings.parameters(vocab_size)))
+
+
+def masked_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> ModelConfig:
+    """A bidirectional denoiser without time: the diffusion branch alone, of the preset's causal shape."""
+
+    def config(branch: BranchConfig) -> ModelConfig:
+        return ModelConfig(
+            vocab_size, settings.length, branch, None, bos_id, rows_of(vocab_size), exchange="one_way",
+            block_size=settings.block_size,
+        )  # fmt: skip
+
+    base = settings.preset.causal
+    return config(matched(lambda branch: DualBranch(config(branch)), base, settings.parameters(vocab_size)))
+
+
+Network = DualBranch | CausalModel
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of network: the class of its settings (`to_dict`, `from_dict`), and the network that they build."""
+
+    config: Any
+    network: Callable[[Any], Network]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "dual": Architecture(ModelConfig, DualBranch),
+    "causal": Architecture(CausalConfig, CausalModel),
+}
 
 
 @dataclass(frozen=True)
 class Method:
     """One way to train a model.
 
-    settings: the class of its objective's settings, and `defaults` for them. build: settings and model to objective.
+    architecture: a name of `ARCHITECTURES`; configure: `(ModelSettings, V, bos_id)` to its settings.
+    settings: the class of its objective's settings, with `defaults`; build: those and the network's to objective.
+    bound: settings to its diffusion bound, where that is not the time-free denoiser's. decoder: what `generate` uses.
     objective, likelihood, sampler, source: what a table of methods says of it.
     """
 
+    architecture: str
+    configure: Callable[[ModelSettings, int, int], Any]
     settings: type
-    build: Callable[[Any, ModelConfig], Objective]
+    build: Callable[[Any, Any], Objective]
+    decoder: str
     objective: str
     likelihood: str
     sampler: str
     source: str
+    bound: Callable[[Any], Bound] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
 def _synergistic(denoising: str) -> Method:
     return Method(
+        architecture="dual",
+        configure=ModelSettings.dual,
         settings=SynergisticConfig,
         build=lambda settings, model: Synergistic(settings, model.block_size),
+        decoder="speculative",
         objective=f"{denoising} + infill + block + causal (eqs. 6, 8, 9)",
         likelihood="exact causal, ar, block; hybrid and diffusion bounds",
         sampler="speculative, and all others",
@@ -104,11 +202,61 @@ def _synergistic(denoising: str) -> Method:
     )
 
 
+def _masked(form: str, objective: str, source: str, **defaults: Any) -> Method:
+    return Method(
+        architecture="dual",
+        configure=masked_config,
+        settings=DenoisingConfig,
+        build=lambda settings, model: settings.build(),
+        decoder="ancestral",
+        objective=objective,
+        likelihood="diffusion bound (eq. 9)",
+        sampler="ancestral, evaluated when a token changes",
+        source=source,
+        defaults={"form": form, **defaults},
+    )
+
+
 METHODS: dict[str, Method] = {
     "caddf-lambda-dce": _synergistic("lambda-dce"),
     "caddf-t-dce": _synergistic("t-dce"),
+    "gpt2": Method(
+        architecture="causal",
+        configure=causal_config,
+        settings=AutoregressiveLoss,
+        build=lambda settings, model: settings,
+        decoder="autoregressive",
+        objective="cross-entropy",
+        likelihood="exact causal",
+        sampler="autoregressive, KV cache",
+        source="Radford et al. 2019",
+    ),
+    "radd-t-dce": _masked("t-dce", "t-DCE (eq. 8)", "Ou et al. 2025"),
+    "radd-lambda-dce": _masked("lambda-dce", "lambda-DCE (eq. 9)", "Ou et al. 2025"),
+    "radd-ao": _masked("ao", "any-order autoregressive", "Ou et al. 2025"),
+    "mdlm": _masked("t-dce", "t-DCE, log-linear (SUBS)", "Sahoo et al. 2024"),
+    "bd3lm": Method(
+        architecture="dual",
+        configure=masked_config,
+        settings=BlockDiffusion,
+        build=lambda settings, model: settings,
+        decoder="block",
+        objective="lambda-DCE in blocks, [x_t ; x0]",
+        likelihood="block diffusion bound",
+        sampler="block by block, with a block cache",
+        source="Arriola et al. 2025",
+        bound=lambda settings: block_diffusion_bound,
+    ),
 }
 DEFAULT_METHOD = "caddf-lambda-dce"
+
+
+def network_of(about: dict[str, Any]) -> Network:
+    """The network that a model folder's `config.json` describes, with new weights; raises `InputError`."""
+    name = about.get("architecture", "dual")
+    if name not in ARCHITECTURES:
+        raise InputError(f"architecture is {name}; this version has {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name].network(ARCHITECTURES[name].config.from_dict(about["model"]))
 
 
 @dataclass
@@ -118,7 +266,7 @@ class TextModel:
     `about` is what its `config.json` says besides: the method, the size, the objective, the data.
     """
 
-    model: DualBranch
+    model: Network
     tokenizer: Tokenizer
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -128,6 +276,25 @@ class TextModel:
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.model.vocab_size}; "
                 "they must be those that were saved together"
             )
+
+    @property
+    def method(self) -> Method | None:
+        """How it was trained, where `about` says so."""
+        return METHODS.get(self.about.get("method", ""))
+
+    @property
+    def bound(self) -> Bound | None:
+        """Its own diffusion bound, where that is not the time-free denoiser's."""
+        if self.method is None or self.method.bound is None:
+            return None
+        return self.method.bound(self.method.settings(**self.about["objective"]))
+
+    @property
+    def decoder(self) -> str:
+        """The decoder that fits it: its method's, but for ablations that cannot read left to right."""
+        if self.method is None or (self.method.decoder == "speculative" and "fused" not in self.model.heads):
+            return "speculative" if "fused" in self.model.heads else "ancestral"
+        return self.method.decoder
 
     @property
     def context(self) -> int:
@@ -172,7 +339,7 @@ class TextModel:
             raise InputError(f"dtype is {dtype}; it must be one of {', '.join(get_args(DType))}")
         folder = model_folder(source, revision, token)
         about = load_model_config(folder)
-        model = DualBranch(ModelConfig.from_dict(about["model"]))
+        model = network_of(about)
         load_state(model, folder)
         model.to(device=resolve_device(device), dtype=kind).eval().requires_grad_(False)
         return cls(model, Tokenizer.load(folder), {key: value for key, value in about.items() if key != "model"})
@@ -217,18 +384,20 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed is {seed}; it must be 0 or more, and less than 2**62")
 
 
-def initialise_from(model: DualBranch, source: str | Path, tokenizer: Tokenizer) -> list[str]:
+def initialise_from(model: Network, source: str | Path, tokenizer: Tokenizer) -> list[str]:
     """Takes the weights of another checkpoint, or a GPT-2's for the causal branch; returns what was left as it was.
 
     Raises `InputError` where branches, shapes or the tokenizer differ.
     """
     folder = model_folder(source)
     if is_gpt2(folder):
+        if not isinstance(model, DualBranch):
+            raise InputError(f"init_from is {source}, a GPT-2, which starts the causal branch of the dual branch alone")
         state = causal_state(folder, model)
     else:
-        other = DualBranch(ModelConfig.from_dict(load_model_config(folder)["model"]))
+        other = network_of(load_model_config(folder))
         for branch in ("causal", "diffusion"):
-            theirs, ours = getattr(other.config, branch), getattr(model.config, branch)
+            theirs, ours = getattr(other.config, branch, None), getattr(model.config, branch, None)
             if None not in (theirs, ours) and theirs != ours:
                 raise InputError(f"init_from is {source}, whose {branch} branch is {theirs}; this model's is {ours}")
         if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
@@ -254,6 +423,7 @@ def describe(settings: ModelSettings, method: str, objective: Any, data: dict[st
     """What a checkpoint says of where it comes from."""
     return {
         "method": method,
+        "architecture": METHODS[method].architecture,
         "size": settings.size,
         "objective": dataclasses.asdict(objective),
         "data": data,

@@ -171,7 +171,7 @@ def generate(
     prompt: str | Sequence[str] | None = None,
     *,
     template: str | Sequence[str] | None = None,
-    decoder: str = "speculative",
+    decoder: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -184,8 +184,8 @@ def generate(
     """Continues prompts, or fills the holes of templates, frame by frame; the last frame is complete.
 
     `prompt` and `template` are a text or several, one row of a batch each; row r draws from `seed + r` and gets what it
-    would get alone. `decoder` is a name of `caddf.decoding.DECODERS` and `settings` are its own. `<|endoftext|>` or one
-    of the strings of `stop` ends a row. In a template `<|endoftext|>` is never drawn.
+    would get alone. `decoder` is a name of `caddf.decoding.DECODERS` (not set, the method's), `settings` are its own.
+    `<|endoftext|>` or one of the strings of `stop` ends a row. In a template `<|endoftext|>` is never drawn.
 
     Text needs a tokenizer: a plain function `x_t -> log-probabilities` is given to a decoder of `caddf.decoding`
     itself, as `caddf.interface.as_model(function, V)`, with a `Task` of token ids.
@@ -204,7 +204,7 @@ def generate(
     if (size := settings.get("block_size")) is not None and not 1 <= size <= model.context:
         raise InputError(f"block_size is {size}; it must lie between 1 and the context, {model.context}")
     filling = template is not None
-    chosen = decoder_of(decoder, settings)
+    chosen = decoder_of(decoder or model.decoder, settings)
     given = template if filling else prompt
     assert given is not None
     texts = [given] if isinstance(given, str) else list(given)
@@ -274,7 +274,7 @@ def _stream(
 
     task = Task(tokens, lengths, mask_id, RowGenerators(seed, len(rows)), warp, finished, filling)
     flops = model.model.flops_per_position()
-    cost = flops["diffusion"] / flops["causal"] if "causal" in flops else 1.0
+    cost = flops.get("diffusion", 0.0) / flops["causal"] if "causal" in flops else 1.0
     seconds = 0.0
     frames = decoder(model.model, task)
     while True:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
@@ -19,10 +19,13 @@ from caddf.checkpoint import atomic_folder, read_json, write_json_atomic, write_
 from caddf.data import Batches, Split, TokenSet
 from caddf.errors import InputError
 from caddf.evaluation import block_nll, causal_nll, diffusion_bound
+from caddf.evaluation.suite import Bound
 from caddf.experiment import (
+    ARCHITECTURES,
     DEFAULT_METHOD,
     METHODS,
     ModelSettings,
+    Network,
     TextModel,
     check_seed,
     describe,
@@ -30,7 +33,6 @@ from caddf.experiment import (
     resolve_device,
 )
 from caddf.generation import generate
-from caddf.models.backbone import DualBranch
 from caddf.training import Result, TrainConfig, train
 from caddf.training.config import Device, Precision
 
@@ -145,15 +147,15 @@ def _prepare(settings: RunSettings, data: TokenSet, run: Path, console: Console,
     resolve_device(settings.device)
     config = settings.train.resolved(settings.model.preset)
     tokenizer = data.tokenizer
-    model_config = settings.model.config(tokenizer.vocab_size, tokenizer.eos_id)
+    method = METHODS[settings.method]
+    model_config = method.configure(settings.model, tokenizer.vocab_size, tokenizer.eos_id)
     batches = Batches(data.split("train").tokens, model_config.context, config.rows_per_pass, config.seed)
     torch.manual_seed(config.seed)
-    model = DualBranch(model_config)
+    model = ARCHITECTURES[method.architecture].network(model_config)
     if settings.init_from is not None and not resumed:
         kept = initialise_from(model, settings.init_from, tokenizer)
         said = f"weights from {settings.init_from}" + (f"; {len(kept)} tensors start anew" if kept else "")
         console.print(said, markup=False, highlight=False, soft_wrap=True)
-    method = METHODS[settings.method]
     about = describe(settings.model, settings.method, settings.objective, _identity(data))
 
     return partial(
@@ -165,36 +167,43 @@ def _prepare(settings: RunSettings, data: TokenSet, run: Path, console: Console,
         config,
         describe={**about, "model": model_config.to_dict()},
         tokenizer_file=data.folder / "tokenizer.json",
-        validate=_validation(settings.validation, data, model, config.seed),
-        sample=_sampling(settings.validation, data, config.seed),
+        validate=_validation(settings, data, model),
+        sample=_sampling(settings, data, about),
         console=console,
         resume=resumed,
     )
 
 
-def _validation(
-    settings: ValidationSettings, data: TokenSet, model: DualBranch, seed: int
-) -> Callable[[nn.Module], float] | None:
+def _validation(settings: RunSettings, data: TokenSet, model: Network) -> Callable[[nn.Module], float] | None:
     """The measure of a checkpoint (nats per token), or None where the data have no validation split."""
-    likelihood = settings.likelihood
-    if likelihood == "auto":
-        likelihood = "diffusion" if model.causal is None else "block"
-    elif likelihood != "diffusion" and model.causal is None:
-        raise InputError(f"validation.likelihood is {likelihood}; with model.causal off there is diffusion alone")
+    method, wanted = METHODS[settings.method], settings.validation
+    if wanted.likelihood == "auto":
+        likelihood = "block" if "fused" in model.heads else "causal" if "causal" in model.heads else "diffusion"
+    else:
+        likelihood = wanted.likelihood
+    needs = {
+        "block": "fused" in model.heads,
+        "causal": "causal" in model.heads,
+        "diffusion": model.denoiser != "causal",
+    }
+    if not needs[likelihood]:
+        has = [name for name, there in needs.items() if there]
+        raise InputError(f"validation.likelihood is {likelihood}; this model has {', '.join(has)}")
     if "validation" not in data.manifest["splits"]:
         return None
     context = model.config.context
-    windows = _some_windows(data.split("validation"), context, settings.windows)
+    windows = _some_windows(data.split("validation"), context, wanted.windows)
+    bound: Bound = diffusion_bound if method.bound is None else method.bound(settings.objective)
 
-    def validate(model: nn.Module) -> float:
-        assert isinstance(model, DualBranch)
-        device, total = next(model.parameters()).device, 0.0
-        generator = torch.Generator().manual_seed(seed)
+    def validate(module: nn.Module) -> float:
+        device, total = next(module.parameters()).device, 0.0
+        generator = torch.Generator().manual_seed(settings.seed)
+        smooth = cast(Network, module)
         for x0 in windows.to(device).split(8):
             if likelihood == "diffusion":
-                nats = diffusion_bound(model, x0, settings.samples, generator).mean(-1)
+                nats = bound(smooth, x0, wanted.samples, generator).mean(-1)
             else:
-                nats = causal_nll(model, x0) if likelihood == "causal" else block_nll(model, x0, model.block_size)
+                nats = causal_nll(smooth, x0) if likelihood == "causal" else block_nll(smooth, x0, smooth.block_size)
             total += float(nats.sum())
         return total / len(windows) / context
 
@@ -208,14 +217,13 @@ def _some_windows(split: Split, length: int, count: int) -> torch.Tensor:
     return torch.from_numpy(windows[index.numpy()].astype("int64"))
 
 
-def _sampling(settings: ValidationSettings, data: TokenSet, seed: int) -> Callable[[nn.Module], str]:
-    """A sample of text from nothing."""
+def _sampling(settings: RunSettings, data: TokenSet, about: dict[str, Any]) -> Callable[[nn.Module], str]:
+    """A sample of text from nothing, by the method's own decoder."""
 
-    def sample(model: nn.Module) -> str:
-        assert isinstance(model, DualBranch)
-        decoder = "ancestral" if model.causal is None else "autoregressive"
-        new = min(settings.sample_tokens, model.config.context)
-        *_, last = generate(TextModel(model, data.tokenizer), "", decoder=decoder, max_new_tokens=new, seed=seed)
+    def sample(module: nn.Module) -> str:
+        model = TextModel(cast(Network, module), data.tokenizer, about)
+        new = min(settings.validation.sample_tokens, model.context)
+        *_, last = generate(model, "", max_new_tokens=new, seed=settings.seed)
         return last.text
 
     return sample

@@ -56,7 +56,7 @@ def evaluate(
         return evaluation.evaluate(model, data, settings, vocab_size=vocab_size, progress=progress)
     lengths = model.tokenizer.byte_lengths
     return evaluation.evaluate(
-        model.model, data, settings, byte_lengths=lengths, device=model.device, progress=progress
+        model.model, data, settings, byte_lengths=lengths, bound=model.bound, device=model.device, progress=progress
     )
 
 

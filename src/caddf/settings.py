@@ -135,9 +135,9 @@ def _metavar(kind: Any) -> str:
     return "{true,false}" if kind is bool else kind.__name__.upper()
 
 
-def section(settings: type, values: Namespace) -> Any:
-    """The settings of a section's namespace, checked."""
-    return settings(**vars(values))
+def section(settings: type, values: Namespace | None) -> Any:
+    """The settings of a section's namespace, checked; a section without settings has none."""
+    return settings(**vars(values or Namespace()))
 
 
 def options(settings: type, values: Namespace) -> dict[str, Any]:

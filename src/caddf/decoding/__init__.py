@@ -2,6 +2,7 @@
 
 from caddf.decoding.ancestral import Ancestral
 from caddf.decoding.autoregressive import Autoregressive
+from caddf.decoding.block import SemiAutoregressive
 from caddf.decoding.confidence import Confidence, EntropyBound, Margin
 from caddf.decoding.first_hitting import FirstHitting
 from caddf.decoding.hybrid import Hybrid
@@ -14,6 +15,7 @@ DECODERS: dict[str, type[Decoder]] = {
     "confidence": Confidence,
     "margin": Margin,
     "entropy_bound": EntropyBound,
+    "block": SemiAutoregressive,
     "autoregressive": Autoregressive,
     "hybrid": Hybrid,
     "speculative": Speculative,

@@ -18,7 +18,6 @@ from caddf.evaluation.likelihood import (
     Noise,
     at_least_one,
     block_nll,
-    causal_nll,
     checked,
     draw,
     estimate,
@@ -76,6 +75,8 @@ class EvaluationConfig:
                 raise InputError(f"anchors holds {anchor}; each must lie in [0, 1]")
 
 
+Bound = Callable[[LanguageModel, Tensor, int, Noise], Tensor]
+"""`(model, x0, samples, noise) -> [B, samples]`: nats per sequence whose mean bounds -log p(x0) from above."""
 Rows = dict[tuple[str | float, ...], Tensor]
 """One value per window of each measure: nats per sequence, or a share."""
 
@@ -88,12 +89,14 @@ def evaluate(
     *,
     byte_lengths: Int[Tensor, " V"] | None = None,
     vocab_size: int | None = None,
+    bound: Bound | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Likelihoods (nats per token), accuracies and multi-token prediction over `windows`, as plain values for JSON.
 
-    Likelihoods that the model does not have are absent. Bits per byte need `byte_lengths`, the bytes of each token.
+    Likelihoods that the model does not have are absent. `bound` is the diffusion bound of a model that is no time-free
+    denoiser, and then the only one of its kind. Bits per byte need `byte_lengths`, the bytes of each token.
     `device` is where the model is; `progress` is told the windows done and their number. A window's noise comes from
     `settings.seed` and its index alone. Raises `InputError` where there are no windows, or they are no tokens.
     """
@@ -110,7 +113,7 @@ def evaluate(
     for indices in chosen.split(settings.batch_size):
         x0 = windows[indices].long()
         noise = [window_generator(settings.seed, i) for i in indices.tolist()]
-        parts.append(_measure(checked(model, x0, vocab_size), x0.to(device), settings, block_size, noise))
+        parts.append(_measure(checked(model, x0, vocab_size), x0.to(device), settings, block_size, noise, bound))
         if byte_lengths is not None:
             text_bytes += int(byte_lengths[x0].sum())
         done += len(indices)
@@ -127,40 +130,56 @@ def window_generator(seed: int, index: int) -> torch.Generator:
 
 
 def _measure(
-    model: LanguageModel, x0: Int[Tensor, "B L"], settings: EvaluationConfig, block_size: int, noise: Noise
+    model: LanguageModel,
+    x0: Int[Tensor, "B L"],
+    settings: EvaluationConfig,
+    block_size: int,
+    noise: Noise,
+    bound: Bound | None,
 ) -> Rows:
     """Every measure of one batch."""
-    length, few = x0.shape[1], max(1, settings.samples // 4)
     rows: Rows = {}
-    level = None
+    for name in ("causal", "ar"):
+        if {"causal": "causal", "ar": "fused"}[name] in model.heads:
+            exact = read_exact(model, x0, name)
+            rows[name,], rows["accuracy", "ar"] = exact.nats.sum(-1), (exact.best == x0).double().mean(-1)
     if "fused" in model.heads:
-        ar = read_exact(model, x0, "ar")
-        rows["ar",], rows["accuracy", "ar"] = ar.nats.sum(-1), (ar.best == x0).double().mean(-1)
         rows["block",] = block_nll(model, x0, block_size)
-        level = rows["ar",].cpu() / length
+    if bound is not None:
+        rows["diffusion",] = bound(model, x0, settings.samples, noise).mean(-1, keepdim=True)
+    elif model.denoiser != "causal":
+        rows |= _any_order(model, x0, settings, noise, rows.get(("ar",)))
+        if block_size <= x0.shape[1]:
+            drafts = mtp(model, x0, block_size, noise)
+            rows["mtp", "accuracy"] = drafts.accuracy
+            if drafts.agreement is not None:
+                rows["mtp", "agreement"] = drafts.agreement
+    return {name: value.cpu() for name, value in rows.items()}
+
+
+def _any_order(
+    model: LanguageModel, x0: Int[Tensor, "B L"], settings: EvaluationConfig, noise: Noise, ar: Tensor | None
+) -> Rows:
+    """What a time-free denoiser bounds, from one set of draws; `ar` (nats) steadies the parts of the hybrid bounds."""
+    length, few = x0.shape[1], max(1, settings.samples // 4)
+    level = None if ar is None else ar.cpu() / length
     everything = interval_weights(length, 0, 1)
     draws = draw(model, x0, everything, settings.samples, noise)
-    rows["diffusion",] = draws.average(everything)
-    rows["truncated",] = draws.average(interval_weights(length, *LogLinear().limits), level)
-    rows["accuracy", "diffusion"] = draws.right / draws.counts
+    rows: Rows = {
+        ("diffusion",): draws.average(everything),
+        ("truncated",): draws.average(interval_weights(length, *LogLinear().limits), level),
+        ("accuracy", "diffusion"): draws.right / draws.counts,
+    }
     for steps in settings.nfe:
         rows["nfe", steps] = finite_step_bound(model, x0, steps, few, noise)
     if settings.paths:
-        rows["importance_weighted",] = importance_weighted_bound(
-            model, x0, settings.importance_steps, settings.paths, noise
-        )
-    if "fused" in model.heads:
+        steps, paths = settings.importance_steps, settings.paths
+        rows["importance_weighted",] = importance_weighted_bound(model, x0, steps, paths, noise)
+    if ar is not None:
         for anchor in settings.anchors:
             tail = draws.average(interval_weights(length, anchor, 1), level)
             rows["hybrid", anchor] = tail + infilling(model, x0, anchor, few, noise).mean(-1, keepdim=True)
-    if "causal" in model.heads:
-        rows["causal",] = causal_nll(model, x0)
-    if block_size <= length:
-        drafts = mtp(model, x0, block_size, noise)
-        rows["mtp", "accuracy"] = drafts.accuracy
-        if drafts.agreement is not None:
-            rows["mtp", "agreement"] = drafts.agreement
-    return {name: value.cpu() for name, value in rows.items()}
+    return rows
 
 
 def _summary(
@@ -175,11 +194,12 @@ def _summary(
     likelihoods: dict[str, Any] = {name: nats(name) for name in plain if (name,) in rows}
     if any(name[0] == "hybrid" for name in rows):
         likelihoods["hybrid"] = [{"lambda": anchor, **nats("hybrid", anchor)} for anchor in settings.anchors]
-    likelihoods["nfe"] = [{"steps": steps, **nats("nfe", steps)} for steps in settings.nfe]
+    if any(name[0] == "nfe" for name in rows):
+        likelihoods["nfe"] = [{"steps": steps, **nats("nfe", steps)} for steps in settings.nfe]
     if ("importance_weighted",) in rows:
         which = {"steps": settings.importance_steps, "paths": settings.paths}
         likelihoods["importance_weighted"] = [{**which, **nats("importance_weighted")}]
-    windows = len(rows["diffusion",])
+    windows = len(next(iter(rows.values())))
     drafts = {name[1]: value.mean().item() for name, value in rows.items() if name[0] == "mtp"}
     return {
         "likelihoods": likelihoods,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,10 +11,8 @@ from torch import Tensor
 from caddf.errors import InputError
 from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, Block, Head, Infill, LanguageModel, Pattern
-from caddf.objectives.any_order import AnyOrderLoss
-from caddf.objectives.dce import Denoising, LambdaDCE, TimeDCE
+from caddf.objectives.forms import Form, ScheduleName, denoising
 from caddf.objectives.loss import Loss, Times, nats_at
-from caddf.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,8 @@ class SynergisticConfig:
     denoise: float = 0.3
     infill: float = 0.1
     block: float = 0.6
-    denoising: Literal["lambda-dce", "t-dce", "ao"] = "lambda-dce"
-    schedule: Literal["loglinear", "geometric", "cosine"] = "loglinear"
+    denoising: Form = "lambda-dce"
+    schedule: ScheduleName = "loglinear"
     times: Times = "stratified"
     all_masked: float = 0.5
     revealed: float = 0.3
@@ -65,12 +62,7 @@ class Synergistic:
 
     def __init__(self, config: SynergisticConfig, block_size: int) -> None:
         self.config, self.block_size = config, block_size
-        forms: dict[str, Denoising] = {
-            "lambda-dce": LambdaDCE(config.times),
-            "t-dce": TimeDCE(SCHEDULES[config.schedule](), config.times),
-            "ao": AnyOrderLoss(config.times),
-        }
-        self.denoising = forms[config.denoising]
+        self.denoising = denoising(config.denoising, config.schedule, config.times)
 
     def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
         """The mean over rows of each reading's loss (nats per token)."""

@@ -1,0 +1,106 @@
+"""The reverse chains of D3PM (Austin et al. 2021), whose networks are told the time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from caddf.categorical import inverse_cdf
+from caddf.decoding.ancestral import masking_times
+from caddf.decoding.task import Counts, Frame, Task, full_pass
+from caddf.evaluation.d3pm import Absorbing, Uniform
+from caddf.interface import AnyOrder, LanguageModel
+
+
+def denoise_at(
+    model: LanguageModel,
+    task: Task,
+    x: Int[Tensor, "B L"],
+    where: Bool[Tensor, "B L"],
+    level: Float[Tensor, ""],
+    counts: Counts,
+) -> Float[Tensor, "N V"]:
+    """log p~(x0_i | x) at the positions in `where`, row-major, at noise level `level` (sbar)."""
+    work, row_of = where.any(1), where.nonzero()[:, 0]
+    out = None
+    for length in task.lengths[work].unique().tolist():
+        rows = work & (task.lengths == length)
+        part = x[rows, :length]
+        states, _ = model(part, part, AnyOrder(level.expand(len(part)).to(x.device)))
+        log_p = model.log_probs(states, where[rows, :length], model.denoiser)
+        if out is None:
+            out = log_p.new_empty(len(row_of), log_p.shape[-1])
+        out[rows[row_of]] = log_p
+    branches = 2 if "causal" in model.heads else 1
+    counts.add(work, causal=branches - 1, diffusion=1, computed=branches * task.lengths)
+    assert out is not None
+    return out
+
+
+@dataclass(frozen=True)
+class D3PMAbsorbing:
+    """The chain over `[M]` in `steps` steps: exact for it.
+
+    Position i is revealed at a step drawn uniformly beforehand, from p~(x0_i | x_t) at that step; steps that reveal
+    nothing cost nothing.
+    """
+
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        Absorbing(self.steps)  # raises
+
+    def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
+        """A frame for each step that reveals something."""
+        x, counts, chain = task.tokens.clone(), counts or Counts.zeros(len(task.tokens)), Absorbing(self.steps)
+        turn = (masking_times(task) * self.steps).long().clamp(max=self.steps - 1) + 1
+        for t in range(self.steps, 0, -1):
+            active = task.unfinished(x)
+            counts.add(active, needed=full_pass(model, task.lengths))
+            where = task.wanted & (turn == t) & active[:, None]
+            if where.any():
+                p0 = task.warp(denoise_at(model, task, x, where, chain.level(torch.tensor(t)), counts))
+                u = task.generators.uniform(where)[where.cpu()].to(x.device)
+                x = x.masked_scatter(where, inverse_cdf(p0, u))
+                counts.add(where.any(1), rounds=1)
+                yield Frame(x, where, counts)
+
+
+@dataclass(frozen=True)
+class D3PMUniform:
+    """The uniform chain in `steps` steps: exact for it where no tokens are given.
+
+    Starts from uniform tokens and redraws every wanted one at each step, from eq. 4 with the warped p~. Given tokens
+    are held. No token is final before the last step, so an end of text stops nothing.
+    """
+
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        Uniform(self.steps)  # raises
+
+    def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
+        """A frame per step; what it holds is noise until the last."""
+        counts, chain = counts or Counts.zeros(len(task.tokens)), Uniform(self.steps)
+        active = task.unfinished(task.tokens)
+        where = task.wanted & active[:, None]
+        if not where.any():
+            return
+        fresh = (self._draws(task, where) * model.vocab_size).long().clamp(max=model.vocab_size - 1)
+        x, changed = task.tokens.masked_scatter(where, fresh), where
+        for t in range(self.steps, 0, -1):
+            at = torch.tensor(t, device=x.device)
+            p0 = task.warp(denoise_at(model, task, x, where, chain.level(at), counts))
+            probs = chain.back(p0, x[where], at.expand(len(p0)))
+            after = x.masked_scatter(where, inverse_cdf(probs, self._draws(task, where)))
+            changed, x = changed | (after != x), after
+            counts.add(active, needed=full_pass(model, task.lengths), rounds=1)
+            yield Frame(x, changed, counts)
+            changed = torch.zeros_like(where)
+
+    def _draws(self, task: Task, where: Bool[Tensor, "B L"]) -> Float[Tensor, " N"]:
+        return task.generators.uniform(where)[where.cpu()].to(where.device)
