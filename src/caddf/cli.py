@@ -24,9 +24,10 @@ from caddf.data.named import NAMED
 from caddf.decoding import DECODERS
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
-from caddf.experiment import DEFAULT_METHOD, METHODS, DType, ModelSettings, load, model_folder, network_of
+from caddf.experiment import DEFAULT_METHOD, METHODS, DType, ModelSettings, check_seed, load, model_folder, network_of
 from caddf.generation import generate
 from caddf.models.accounts import accounts
+from caddf.reproduce import TABLES, ReproduceSettings, reproduce
 from caddf.running import OWN, RunSettings, TrainingDType, ValidationSettings, resume, start
 from caddf.scoring import evaluate
 from caddf.settings import add_choices, add_options, add_section, new_parser, options, parse, section
@@ -337,6 +338,18 @@ def _methods(parser: ArgumentParser, arguments: list[str]) -> int:
     return 0
 
 
+def _reproduce(parser: ArgumentParser, arguments: list[str]) -> int:
+    parser.add_argument("table", type=str, help=" or ".join(TABLES))
+    add_options(parser, ReproduceSettings)
+    values = parse(parser, arguments)
+    settings = ReproduceSettings(**options(ReproduceSettings, values))
+    check_seed(settings.seed)
+    out = reproduce(values.table, settings, Console(stderr=True))
+    if (out / "table.md").exists():
+        print((out / "table.md").read_text(encoding="utf-8"), end="")
+    return 0
+
+
 VERBS = {
     "data prepare": Verb("--input FILE --out SET [OPTIONS]", "turn text into a token set", _data_prepare),
     "train": Verb(
@@ -352,6 +365,7 @@ VERBS = {
         "continue a prompt, or fill the holes of a template",
         _generate,
     ),
+    "reproduce": Verb("TABLE [OPTIONS]", "the paper's tables: trains and evaluates what is missing", _reproduce),
     "methods": Verb("[--json]", "what can be trained: objective, likelihood, sampler and source", _methods),
     "info": Verb("[RUN] [OPTIONS]", "parameters, floating-point operations and memory of a model", _info),
 }
