@@ -119,7 +119,7 @@ def test_evaluate_prints_a_table_even_of_one_window(say, data, run):
     assert said.err == ""
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"d3pm_absorbing", "d3pm_uniform", "gaussian"}))
 def test_generate_prints_one_json_object(say, run, decoder):
     arguments = ["generate", run, "--prompt", "a1 =", "--decoder", decoder, "--max-new-tokens", "9", "--seed", "4"]
     result = say(*arguments, "--json").json

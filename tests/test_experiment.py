@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import caddf.experiment
 from caddf import InputError, TextModel, load
 from caddf.checkpoint import load_tensors
-from caddf.experiment import METHODS, ModelSettings, initialise_from, model_folder
+from caddf.experiment import METHODS, ModelSettings, initialise_from, model_folder, network_of
 from caddf.interface import AnyOrder, Infill
 from caddf.models.backbone import DualBranch
 from caddf.tokenizer import Tokenizer
@@ -288,11 +288,17 @@ def test_a_gpt2_that_is_truncated(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_builds_an_objective_that_trains(method, model):
-    chosen = METHODS[method]
-    objective = chosen.build(chosen.settings(**chosen.defaults), model.model.config)
-    loss = objective(model.model, torch.randint(257, (4, 32)), torch.Generator().manual_seed(0)).total
-    assert loss.isfinite()
+def test_every_method_builds_a_network_of_equal_size_and_an_objective_that_trains_it(method):
+    chosen, settings = METHODS[method], ModelSettings(size="debug")
+    config = chosen.configure(settings, 257, 256)
+    network = network_of({"architecture": chosen.architecture, "model": config.to_dict()})
+    assert network.config == config
+    wanted = settings.parameters(257)
+    assert abs(sum(p.numel() for p in network.parameters()) - wanted) <= 0.02 * wanted
+    objective = chosen.build(chosen.settings(**chosen.defaults), config)
+    loss = objective(network, torch.randint(257, (4, 32)), torch.Generator().manual_seed(0)).total
+    loss.backward()
+    assert loss.isfinite() and any(p.grad is not None and p.grad.any() for p in network.parameters())
 
 
 def test_presets_of_table_5_have_its_padded_vocabulary():

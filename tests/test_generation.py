@@ -33,7 +33,7 @@ def last(*arguments, **settings):
     return frame
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"d3pm_absorbing", "d3pm_uniform", "gaussian"}))
 def test_frames_fill_the_prompt_and_then_the_template(model, decoder):
     frames = list(generate(model, "ab", decoder=decoder, max_new_tokens=6, seed=3))
     assert [frame.texts[0] == frame.text for frame in frames] == [True] * len(frames)
@@ -50,7 +50,7 @@ def test_frames_fill_the_prompt_and_then_the_template(model, decoder):
     assert filled.results()[0]["tokens"] == 6
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"d3pm_absorbing", "d3pm_uniform", "gaussian"}))
 def test_a_row_gets_what_it_would_get_alone(model, decoder):
     prompts = ["a", "a longer one"]
     batch = last(model, prompts, decoder=decoder, max_new_tokens=9, seed=5)

@@ -6,8 +6,9 @@ import dataclasses
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -16,20 +17,29 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from caddf.checkpoint import atomic_folder, load_model_config, load_state, save_model
 from caddf.errors import InputError
 from caddf.evaluation.block import block_diffusion_bound
+from caddf.evaluation.d3pm import d3pm_bound
+from caddf.evaluation.plaid import plaid_bound
+from caddf.evaluation.score_entropy import score_bound
 from caddf.evaluation.suite import Bound
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import PRESETS, BranchConfig, ModelConfig, Preset
 from caddf.models.gpt2 import causal_state, is_gpt2
 from caddf.models.matching import count, matched
+from caddf.models.plaid import Plaid, PlaidConfig
+from caddf.models.single import SingleBranch, SingleConfig, build_single
 from caddf.objectives import (
+    D3PM,
     AutoregressiveLoss,
     BlockDiffusion,
     DenoisingConfig,
     Objective,
+    PlaidLoss,
+    ScoreEntropyConfig,
     Synergistic,
     SynergisticConfig,
 )
+from caddf.schedules import SCHEDULES
 from caddf.tokenizer import Tokenizer
 
 Size = Literal["debug", "demo", "tiny", "small", "medium"]
@@ -147,7 +157,7 @@ def masked_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> Mode
     return config(matched(lambda branch: DualBranch(config(branch)), base, settings.parameters(vocab_size)))
 
 
-Network = DualBranch | CausalModel
+Network = DualBranch | CausalModel | SingleBranch | Plaid
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,35 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "dual": Architecture(ModelConfig, DualBranch),
     "causal": Architecture(CausalConfig, CausalModel),
+    "single": Architecture(SingleConfig, build_single),
+    "plaid": Architecture(PlaidConfig, Plaid),
 }
+
+
+def timed_config(**kind: Any) -> Callable[[ModelSettings, int, int], SingleConfig]:
+    """A bidirectional network that is told the time: a denoiser, or with `score` a score network."""
+
+    def configure(settings: ModelSettings, vocab_size: int, bos_id: int) -> SingleConfig:
+        def config(branch: BranchConfig) -> SingleConfig:
+            level_width = min(128, branch.width)  # the authors', but for networks narrower than that
+            return SingleConfig(
+                vocab_size, settings.length, branch, bos_id, rows_of(vocab_size), level_width=level_width, **kind
+            )
+
+        parameters = settings.parameters(vocab_size)
+        return config(matched(lambda branch: build_single(config(branch)), settings.preset.causal, parameters))
+
+    return configure
+
+
+def plaid_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> PlaidConfig:
+    """PLAID's network, of the preset's causal shape."""
+
+    def config(branch: BranchConfig) -> PlaidConfig:
+        return PlaidConfig(vocab_size, settings.length, branch)
+
+    parameters = settings.parameters(vocab_size)
+    return config(matched(lambda branch: Plaid(config(branch)), settings.preset.causal, parameters))
 
 
 @dataclass(frozen=True)
@@ -217,6 +255,38 @@ def _masked(form: str, objective: str, source: str, **defaults: Any) -> Method:
     )
 
 
+def _d3pm(process: str, decoder: str, **defaults: Any) -> Method:
+    return Method(
+        architecture="single",
+        configure=timed_config(),
+        settings=D3PM,
+        build=lambda settings, model: settings,
+        decoder=decoder,
+        objective=f"T discrete steps, {process}: KL + reconstruction",
+        likelihood="T-step discrete bound",
+        sampler="ancestral",
+        source="Austin et al. 2021",
+        bound=lambda settings: partial(d3pm_bound, process=settings.process, steps=settings.steps),
+        defaults={"process": process, **defaults},
+    )
+
+
+def _sedd(kind: str, schedule: str, **network: Any) -> Method:
+    return Method(
+        architecture="single",
+        configure=timed_config(**network),
+        settings=ScoreEntropyConfig,
+        build=lambda settings, model: settings.build(),
+        decoder="tau_leaping",
+        objective=f"score entropy, {kind}",
+        likelihood="DSE bound: diffusion + prior + reconstruction",
+        sampler="Tweedie tau-leaping, Euler",
+        source="Lou et al. 2024",
+        bound=lambda settings: partial(score_bound, schedule=SCHEDULES[settings.schedule]()),
+        defaults={"schedule": schedule},
+    )
+
+
 METHODS: dict[str, Method] = {
     "caddf-lambda-dce": _synergistic("lambda-dce"),
     "caddf-t-dce": _synergistic("t-dce"),
@@ -230,6 +300,34 @@ METHODS: dict[str, Method] = {
         likelihood="exact causal",
         sampler="autoregressive, KV cache",
         source="Radford et al. 2019",
+    ),
+    "d3pm-absorbing": _d3pm("absorbing", "d3pm_absorbing", auxiliary=0.01),
+    "d3pm-uniform": _d3pm("uniform", "d3pm_uniform"),
+    "plaid": Method(
+        architecture="plaid",
+        configure=plaid_config,
+        settings=PlaidLoss,
+        build=lambda settings, model: settings,
+        decoder="gaussian",
+        objective="VDM bound on learned embeddings and schedule",
+        likelihood="bound: reconstruction + prior + diffusion",
+        sampler="ancestral, score temperature",
+        source="Gulrajani & Hashimoto 2023",
+        bound=lambda settings: cast(Bound, plaid_bound),
+    ),
+    "sedd-uniform": _sedd("uniform", "geometric", score="unscaled", process="uniform"),
+    "sedd-unscaled": _sedd("absorbing, unscaled", "loglinear", score="unscaled"),
+    "sedd-scaled": _sedd("absorbing, scaled", "loglinear", score="scaled"),
+    "radd-dse": Method(
+        architecture="dual",
+        configure=masked_config,
+        settings=ScoreEntropyConfig,
+        build=lambda settings, model: settings.build(),
+        decoder="ancestral",
+        objective="score entropy of a denoiser",
+        likelihood="diffusion bound (eq. 9)",
+        sampler="ancestral, evaluated when a token changes",
+        source="Ou et al. 2025",
     ),
     "radd-t-dce": _masked("t-dce", "t-DCE (eq. 8)", "Ou et al. 2025"),
     "radd-lambda-dce": _masked("lambda-dce", "lambda-DCE (eq. 9)", "Ou et al. 2025"),

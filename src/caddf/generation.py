@@ -9,16 +9,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from caddf.categorical import RowGenerators, Warp
-from caddf.decoding import DECODERS, Autoregressive, Decoder, Frame, Speculative, Task
+from caddf.decoding import DECODERS, Autoregressive, Decoder, Frame, Gaussian, Speculative, Task
 from caddf.errors import InputError
 from caddf.experiment import TextModel, check_seed
+from caddf.interface import LanguageModel
+from caddf.models.plaid import Plaid
 from caddf.tokenizer import Tokenizer
 
 MASK = re.compile(r"\[MASK(?::(\d+))?\]")
@@ -205,6 +207,9 @@ def generate(
         raise InputError(f"block_size is {size}; it must lie between 1 and the context, {model.context}")
     filling = template is not None
     chosen = decoder_of(decoder or model.decoder, settings)
+    if isinstance(chosen, Gaussian) != isinstance(model.model, Plaid):
+        name = decoder or model.decoder
+        raise InputError(f"decoder is {name}; gaussian is for plaid, which has no other, and the others are for tokens")
     given = template if filling else prompt
     assert given is not None
     texts = [given] if isinstance(given, str) else list(given)
@@ -276,7 +281,7 @@ def _stream(
     flops = model.model.flops_per_position()
     cost = flops.get("diffusion", 0.0) / flops["causal"] if "causal" in flops else 1.0
     seconds = 0.0
-    frames = decoder(model.model, task)
+    frames = decoder(cast(LanguageModel, model.model), task)
     while True:
         begun = time.perf_counter()
         with torch.inference_mode():

@@ -33,6 +33,7 @@ from caddf.experiment import (
     resolve_device,
 )
 from caddf.generation import generate
+from caddf.interface import LanguageModel
 from caddf.training import Result, TrainConfig, train
 from caddf.training.config import Device, Precision
 
@@ -198,7 +199,7 @@ def _validation(settings: RunSettings, data: TokenSet, model: Network) -> Callab
     def validate(module: nn.Module) -> float:
         device, total = next(module.parameters()).device, 0.0
         generator = torch.Generator().manual_seed(settings.seed)
-        smooth = cast(Network, module)
+        smooth = cast(LanguageModel, module)
         for x0 in windows.to(device).split(8):
             if likelihood == "diffusion":
                 nats = bound(smooth, x0, wanted.samples, generator).mean(-1)

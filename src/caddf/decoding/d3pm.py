@@ -47,6 +47,8 @@ class D3PMAbsorbing:
 
     Position i is revealed at a step drawn uniformly beforehand, from p~(x0_i | x_t) at that step; steps that reveal
     nothing cost nothing.
+
+    steps: T of the chain.
     """
 
     steps: int = 1000
@@ -76,6 +78,8 @@ class D3PMUniform:
 
     Starts from uniform tokens and redraws every wanted one at each step, from eq. 4 with the warped p~. Given tokens
     are held. No token is final before the last step, so an end of text stops nothing.
+
+    steps: T of the chain.
     """
 
     steps: int = 1000

@@ -97,6 +97,41 @@ class Layer(nn.Module):
         self.mlp = MLP(width, 4 * width, width, bias=bias)
 
 
+class LevelEmbedding(nn.Module):
+    """A noise level as a vector: sines and cosines of log sbar, and a small MLP (as in DiT, Peebles and Xie 2023)."""
+
+    def __init__(self, width: int, frequencies: int = 128) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.up, self.down = nn.Linear(2 * frequencies, width), nn.Linear(width, width)
+
+    def forward(self, level: Float[Tensor, " B"]) -> Float[Tensor, "B W"]:
+        """Embeds sbar; beyond 1e-6 and 1e3, where nothing changes any more, all levels are one."""
+        frequencies = 10_000.0 ** (-torch.arange(self.frequencies, device=level.device) / self.frequencies)
+        angles = 10 * level.clamp(1e-6, 1e3).log()[:, None] * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], -1).to(self.up.weight.dtype)
+        return F.silu(self.down(F.silu(self.up(waves))))
+
+
+class Modulation(nn.Module):
+    """adaLN-zero (Peebles and Xie 2023): `parts` vectors per row from the embedded level, all 0 at the start."""
+
+    def __init__(self, level_width: int, width: int, parts: int) -> None:
+        super().__init__()
+        self.parts, self.linear = parts, nn.Linear(level_width, parts * width)
+
+    def forward(self, level: Float[Tensor, "B W"]) -> tuple[Float[Tensor, "B 1 D"], ...]:
+        """Shifts, scales, gates."""
+        return self.linear(level)[:, None].chunk(self.parts, -1)
+
+
+def modulate(
+    x: Float[Tensor, "B n D"], shift: Float[Tensor, "B 1 D"] | None, scale: Float[Tensor, "B 1 D"] | None
+) -> Float[Tensor, "B n D"]:
+    """x shifted and scaled, or as it is without a level."""
+    return x if shift is None or scale is None else x * (1 + scale) + shift
+
+
 class Layers(nn.ModuleList):
     """A stack of layers, as a list that knows what it holds."""
 

@@ -7,6 +7,8 @@ from caddf.objectives.d3pm import D3PM
 from caddf.objectives.dce import Denoising, LambdaDCE, TimeDCE
 from caddf.objectives.forms import DenoisingConfig
 from caddf.objectives.loss import Loss, Objective
+from caddf.objectives.plaid import PlaidLoss
+from caddf.objectives.score_entropy import ScoreEntropy, ScoreEntropyConfig
 from caddf.objectives.synergistic import Synergistic, SynergisticConfig
 
 __all__ = [
@@ -19,6 +21,9 @@ __all__ = [
     "LambdaDCE",
     "Loss",
     "Objective",
+    "PlaidLoss",
+    "ScoreEntropy",
+    "ScoreEntropyConfig",
     "Synergistic",
     "SynergisticConfig",
     "TimeDCE",

@@ -21,6 +21,11 @@ class D3PM:
     The first part is the bound (their eq. 1; the KL at t = 1 is the reconstruction term, and the prior term is zero),
     the second the cross-entropy of their eq. 5 over all positions, weighed per step as in the authors' code (which
     uses 0.01 for absorbing text models and 0 for uniform ones).
+
+    process: absorbing or uniform.
+    steps: T.
+    auxiliary: weight of the cross-entropy.
+    times: how the times of a batch are drawn.
     """
 
     process: Process = "absorbing"

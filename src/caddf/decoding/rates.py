@@ -1,0 +1,152 @@
+"""Decoding by the rates of the reverse chain: Euler and tau-leaping steps (Lou, Meng and Ermon 2024, section 4.1)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from caddf.categorical import inverse_cdf
+from caddf.concrete_score import Process, Step, Uniform, log_scores, process_of
+from caddf.decoding.task import Counts, Frame, Task, full_pass
+from caddf.errors import InputError
+from caddf.interface import AnyOrder, LanguageModel
+from caddf.schedules import SCHEDULES, Schedule
+
+
+@dataclass(frozen=True)
+class Rates:
+    """`steps` steps from t = 1 to `end`, then one that removes the noise that is left; all positions step at once.
+
+    For score networks, absorbing and uniform, and for denoisers (absorbing). The uniform chain starts from random
+    tokens and may change each of them again until the end, so that no row ends early. Given tokens stay as they are:
+    for the absorbing chain that is conditioning; for the uniform one, whose network expects them noised, an
+    approximation (the authors' too). The warp acts on where a position moves to, never on whether it moves.
+
+    steps: of the reverse chain, before the last noise is removed.
+    schedule: whose rates the steps follow.
+    end: the time at which steps end and the noise that is left is removed.
+    """
+
+    steps: int = 64
+    schedule: Literal["loglinear", "geometric", "cosine"] = "loglinear"
+    end: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps is {self.steps}; it must be at least 1")
+        if not 0 < self.end < 1:
+            raise InputError(f"end is {self.end}; it must lie between 0 and 1")
+
+    @abstractmethod
+    def step(
+        self,
+        process: Process,
+        schedule: Schedule,
+        log_s: Float[Tensor, "N V"],
+        x: Int[Tensor, " N"],
+        t: Tensor,
+        s: Tensor,
+    ) -> Step:
+        """The step from time t to s < t, given the scores at t."""
+
+    def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
+        """A frame for each step that changes something."""
+        process, schedule = process_of(model), SCHEDULES[self.schedule]()
+        counts = counts or Counts.zeros(len(task.tokens))
+        x, revisits = task.tokens.clone(), isinstance(process, Uniform)
+        if revisits:
+            fresh = (task.generators.uniform(task.wanted) * model.vocab_size).long().to(x.device)
+            x = torch.where(task.wanted, fresh, x)
+        times = torch.linspace(1, self.end, self.steps + 1, dtype=torch.float64)
+        for t, s in [*pairwise(times), (times[-1], None)]:
+            active = task.wanted.any(1) if revisits else task.unfinished(x)
+            where = task.wanted & process.noisy(x) & active[:, None]
+            if not where.any():
+                return
+            level = schedule.cumulative_rate(t)
+            log_s = _scores(model, task, x, where, level, counts)
+            if s is None:
+                step = process.denoise(log_s, x[where], level.item())
+            else:
+                step = self.step(process, schedule, log_s, x[where], t, s)
+            moved = _draw(task, where, step.move, x.device)
+            if moved.any():
+                probs = task.warp(step.log_to[moved[where]])
+                u = task.generators.uniform(moved)[moved.cpu()].to(x.device)
+                x = x.masked_scatter(moved, inverse_cdf(probs, u))
+                yield Frame(x, moved, counts)
+
+
+class Euler(Rates):
+    """Rates as they are at t, for the whole step (authors' "euler"; SEDD, eq. 17).
+
+    steps, schedule, end: of the chain.
+    """
+
+    def step(
+        self,
+        process: Process,
+        schedule: Schedule,
+        log_s: Float[Tensor, "N V"],
+        x: Int[Tensor, " N"],
+        t: Tensor,
+        s: Tensor,
+    ) -> Step:
+        """(t - s) gamma(t) of way in sbar."""
+        return process.euler(log_s, x, ((t - s) * schedule.rate(t)).item())
+
+
+class TauLeaping(Rates):
+    """The best step that treats positions apart (Tweedie tau-leaping; authors' "analytic"; SEDD, theorem 4.2).
+
+    steps, schedule, end: of the chain.
+    """
+
+    def step(
+        self,
+        process: Process,
+        schedule: Schedule,
+        log_s: Float[Tensor, "N V"],
+        x: Int[Tensor, " N"],
+        t: Tensor,
+        s: Tensor,
+    ) -> Step:
+        """sbar(t) - sbar(s) of way."""
+        return process.tweedie(log_s, x, (schedule.cumulative_rate(t) - schedule.cumulative_rate(s)).item())
+
+
+def _draw(
+    task: Task, where: Bool[Tensor, "B L"], move: Float[Tensor, " N"], device: torch.device
+) -> Bool[Tensor, "B L"]:
+    """The positions that move."""
+    u = task.generators.uniform(where)[where.cpu()].to(device)
+    return torch.zeros_like(where).masked_scatter(where, u < move)
+
+
+def _scores(
+    model: LanguageModel, task: Task, x: Int[Tensor, "B L"], where: Bool[Tensor, "B L"], level: Tensor, counts: Counts
+) -> Float[Tensor, "N V"]:
+    """log s at the positions in `where`, row-major; rows are evaluated with others of their own length."""
+    row_of = where.nonzero()[:, 0]
+    out = None
+    for length in task.lengths[where.any(1)].unique().tolist():
+        rows = where.any(1) & (task.lengths == length)
+        part, read = x[rows, :length], where[rows, :length]
+        levels = level.to(x.device).expand(len(part))
+        states, _ = model(part, part, AnyOrder(levels))
+        log_s = log_scores(model, states, read, levels).double()
+        if out is None:
+            out = log_s.new_empty(len(row_of), log_s.shape[-1])
+        out[rows[row_of]] = log_s
+    branches = 2 if "causal" in model.heads else 1
+    needed = full_pass(model, task.lengths)
+    counts.add(where.any(1), causal=branches - 1, diffusion=1, computed=needed, needed=needed, rounds=1)
+    assert out is not None
+    return out

@@ -1,0 +1,210 @@
+"""One bidirectional Transformer over the canvas: denoisers that are told the time (or not), and score networks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from caddf.errors import InputError
+from caddf.interface import AnyOrder, Head, Pattern
+from caddf.models.config import BranchConfig
+from caddf.models.diffusion import DiffusionBranch
+from caddf.models.layers import head_log_probs, head_nll
+
+
+@dataclass(frozen=True)
+class SingleConfig:
+    """The diffusion branch alone.
+
+    vocab_size, bos_id, rows, context: as in `ModelConfig`.
+    time: whether the network is told sbar; level_width: how wide its embedding is (SEDD's code has 128).
+    score: None for a denoiser, q(x0 | x_t); for a score network whether its output is log s itself (`unscaled`), or
+        log s without its known factor of time (`scaled`; absorbing alone).
+    process: the chain whose scores a score network gives; a denoiser of any chain may leave it as it is.
+    """
+
+    vocab_size: int
+    context: int
+    branch: BranchConfig
+    bos_id: int = 0
+    rows: int = 0
+    time: bool = True
+    level_width: int = 128
+    score: Literal["scaled", "unscaled"] | None = None
+    process: Literal["absorbing", "uniform"] = "absorbing"
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            object.__setattr__(self, "rows", -(-(self.vocab_size + 1) // 8) * 8)
+        if self.rows <= self.vocab_size:
+            raise InputError(
+                f"rows is {self.rows}; {self.vocab_size} tokens and the mask need at least {self.vocab_size + 1}"
+            )
+        if not 0 <= self.bos_id < self.vocab_size:
+            raise InputError(f"bos_id is {self.bos_id}; it must be one of the {self.vocab_size} tokens")
+        for name in ("context", "level_width"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.score == "scaled" and self.process == "uniform":
+            raise InputError("score is scaled with process uniform, whose scores have no factor of time; set unscaled")
+        if self.score is not None and not self.time:
+            raise InputError("time is false with a score; a score depends on the time, so set it to true")
+
+    @property
+    def mask_id(self) -> int:
+        """The id of `[M]`: V."""
+        return self.vocab_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and YAML."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SingleConfig:
+        """The inverse of `to_dict`; raises `InputError` on unknown or missing settings."""
+        try:
+            return cls(**{**values, "branch": BranchConfig(**values["branch"])})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the model's settings do not fit this version: {error}") from None
+
+
+@dataclass(frozen=True)
+class SingleStates:
+    """States of all positions, and what they were made of."""
+
+    draft: Float[Tensor, "B L d"]
+    canvas: Int[Tensor, "B L"]
+    level: Float[Tensor, " B"] | None
+
+
+class SingleBranch(nn.Module):
+    """A denoiser q(x0_i | x_t, sbar), a `caddf.interface.LanguageModel` under `AnyOrder(sbar)`; its head is tied."""
+
+    def __init__(self, config: SingleConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size, self.mask_id = config.vocab_size, config.mask_id
+        self.diffusion = DiffusionBranch(
+            config.branch, config.rows, level_width=config.level_width if config.time else None
+        )
+        self.heads: frozenset[Head] = frozenset({"draft"})
+        self.denoiser: Head = "draft"
+        self.chained, self.block_size = False, config.context
+
+    def forward(
+        self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: None = None
+    ) -> tuple[SingleStates, None]:
+        """States of all positions of the canvas.
+
+        Raises `InputError` under another pattern than `AnyOrder`, without the level where the network is told it, and
+        for rows beyond the context.
+        """
+        if not isinstance(pattern, AnyOrder):
+            raise InputError(
+                f"the pattern is {type(pattern).__name__}; a single bidirectional branch has AnyOrder alone"
+            )
+        if canvas.shape[1] > self.config.context:
+            raise InputError(f"a row has {canvas.shape[1]} tokens; the context ends at {self.config.context}")
+        if self.config.time and pattern.level is None:
+            raise InputError("level is not set; a network that is told the time needs sbar of each row")
+        positions = torch.arange(canvas.shape[1], device=canvas.device)
+        return SingleStates(self.diffusion(canvas, positions, level=pattern.level), canvas, pattern.level), None
+
+    def log_probs(self, states: SingleStates, where: Bool[Tensor, "B L"], head: Head = "draft") -> Float[Tensor, "N V"]:
+        """log q(x0_i | x_t) (nats) at the positions in `where`, over the V real tokens."""
+        return head_log_probs(self._read(states, where, head), self._tokens)
+
+    def nll(
+        self, states: SingleStates, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "draft"
+    ) -> Float[Tensor, " N"]:
+        """`-log_probs` (nats) of `targets`, in chunks of logits."""
+        return head_nll(self._read(states, where, head), self._tokens, targets[where])
+
+    @property
+    def _tokens(self) -> Float[Tensor, "V d"]:
+        return self.diffusion.embedding.weight[: self.vocab_size]
+
+    def _read(self, states: SingleStates, where: Bool[Tensor, "B L"], head: Head) -> Float[Tensor, "N d"]:
+        if head not in self.heads:
+            raise InputError(f"head is {head}; a single branch has draft alone")
+        return states.draft[where]
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters per part, the embeddings (and an untied head) apart, and in all."""
+        total = sum(p.numel() for p in self.parameters())
+        embeddings = self.diffusion.embedding.weight.numel()
+        return {"embeddings": embeddings, "diffusion": total - embeddings, "total": total}
+
+    def flops_per_position(self, context: int | None = None) -> dict[str, float]:
+        """Floating-point operations of a forward pass per position, its head included."""
+        counts, branch, seen = self.parameter_counts(), self.config.branch, context or self.config.context
+        told = sum(
+            p.numel() for name, p in self.diffusion.named_parameters() if "level" in name or "modulation" in name
+        )
+        weights = counts["diffusion"] - told + self.vocab_size * branch.width  # the level costs once a row, not a token
+        return {"diffusion": 2.0 * weights + 4 * seen * branch.width * branch.layers}
+
+    def cached_per_position(self) -> int:
+        """Nothing is kept."""
+        return 0
+
+
+class ScoreNetwork(SingleBranch):
+    """SEDD's network (Lou, Meng and Ermon 2024): a `caddf.concrete_score.ScoreModel`; its head is linear, 0 at first.
+
+    For the absorbing process its posterior is that of its scores, `q_v = s_v / sum s`. For the uniform one the
+    posterior is no softmax of an output, so that it has no head to read: its scores are all it gives.
+    """
+
+    def __init__(self, config: SingleConfig) -> None:
+        super().__init__(config)
+        self.process = config.process
+        self.output = nn.Linear(config.branch.width, config.vocab_size)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def log_scores(self, states: SingleStates, where: Bool[Tensor, "B L"]) -> Float[Tensor, "N V"]:
+        """log s at the positions in `where`, in float32 or better.
+
+        Scaled: `output - log(e^sbar - 1) - log V`, so that an output of 0 is the uniform posterior (authors'
+        `scale_by_sigma`). Uniform: 0 at the token that stands there, whose score is 1.
+        """
+        log_s = self._logits(states, where)
+        if self.config.score == "scaled":
+            assert states.level is not None
+            shift = (torch.expm1(states.level) * self.vocab_size).log()
+            log_s = log_s - shift[where.nonzero()[:, 0]][:, None].to(log_s)
+        return log_s.scatter(-1, states.canvas[where][:, None], 0.0) if self.process == "uniform" else log_s
+
+    def log_probs(self, states: SingleStates, where: Bool[Tensor, "B L"], head: Head = "draft") -> Float[Tensor, "N V"]:
+        """log q(x0_i | x_t) (nats) of the absorbing process at the positions in `where`."""
+        if self.process == "uniform":
+            raise InputError("process is uniform; its score network has no q(x0 | x_t) to read (absorbing has)")
+        self._read(states, where, head)
+        return F.log_softmax(self._logits(states, where), -1)
+
+    def nll(
+        self, states: SingleStates, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "draft"
+    ) -> Float[Tensor, " N"]:
+        """`-log_probs` (nats) of `targets`."""
+        return -self.log_probs(states, where, head).gather(-1, targets[where][:, None])[:, 0]
+
+    def _logits(self, states: SingleStates, where: Bool[Tensor, "B L"]) -> Float[Tensor, "N V"]:
+        logits = self.output(states.draft[where])
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def parameter_counts(self) -> dict[str, int]:
+        """The linear head counts among the embeddings."""
+        counts, head = super().parameter_counts(), sum(p.numel() for p in self.output.parameters())
+        return {**counts, "embeddings": counts["embeddings"] + head, "diffusion": counts["diffusion"] - head}
+
+
+def build_single(config: SingleConfig) -> SingleBranch:
+    """The network of a configuration: a score network where it has a score, else a denoiser."""
+    return SingleBranch(config) if config.score is None else ScoreNetwork(config)
