@@ -15,7 +15,7 @@ from caddf.interface import LanguageModel
 
 @dataclass(frozen=True)
 class Autoregressive:
-    """Draws x_n ~ p(. | x_<n) for n = 1, 2, ...; exact for the target's likelihood (SPEC of eq. 6).
+    """Draws x_n ~ p(. | x_<n) for n = 1, 2, ...; exact for the target's likelihood (eq. 6).
 
     target: `causal` (the causal branch's own head) or `fused` (in blocks of `block_size`; templates always).
     block_size: k; not set, the model's own.

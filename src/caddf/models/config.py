@@ -36,7 +36,7 @@ class BranchConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The dual-branch model (SPEC of eqs. 5-7, 10-12; sizes of the paper's Table 5 under `PRESETS`).
+    """The dual-branch model (eqs. 5-7, 10-12; sizes of the paper's Table 5 under `PRESETS`).
 
     vocab_size: V, the real tokens; `[M]` has id V; embedding tables have `rows` rows, of which those beyond V never get
         probability. bos_id: the token before position 0.
