@@ -2,8 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CADDF := $(BIN)/caddf
-# Threads that wait sleep: a busy machine slows training down in proportion, not tenfold.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup demo test lint wheel clean
 

@@ -5,12 +5,12 @@ import sys
 
 
 def main() -> int:
-    """Runs the command line with threads that sleep while they wait.
+    """Runs the command line with threads that soon sleep while they wait.
 
-    OpenMP's default is to spin, by which a busy machine slows training down tenfold instead of in proportion. It reads
-    the variable when it is loaded, so it must be set before torch is imported.
+    GNU OpenMP's default is to spin for long, by which a busy machine slows training down tenfold instead of in
+    proportion. It reads the variable when it is loaded, so it must be set before torch is imported.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     from caddf.cli import main as run
 
     return run()
