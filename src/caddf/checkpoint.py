@@ -177,7 +177,7 @@ def save_model(folder: Path, state: Mapping[str, Tensor], config: dict[str, Any]
     Wrap it in `atomic_folder`; the tokenizer is the caller's to add.
     """
     save_tensors(folder / "model.safetensors", state)
-    write_json_atomic(folder / "config.json", {"format": FORMAT, "caddf_version": _version(), **config})
+    write_json_atomic(folder / "config.json", {"format": FORMAT, "caddf_version": installed_version(), **config})
 
 
 def load_model_config(folder: Path) -> dict[str, Any]:
@@ -214,10 +214,11 @@ def _first(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + more
 
 
-def _version() -> str:
+def installed_version() -> str:
+    """The version of this package, `unknown` where it is run from a source tree that is not installed."""
     try:
         return version("caddf")
-    except PackageNotFoundError:  # run from a source tree that is not installed
+    except PackageNotFoundError:
         return "unknown"
 
 

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from caddf import display
-from caddf.checkpoint import load_model_config
+from caddf.checkpoint import installed_version, load_model_config
 from caddf.data import TokenSet, prepare
 from caddf.data.named import NAMED
 from caddf.decoding import DECODERS
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             print(_usage(), flush=True)
             return 0
         if name == "--version":
-            print(version("caddf"))
+            print(installed_version())
             return 0
         if name not in VERBS:
             raise InputError(f"there is no command {name!r}; the commands are {', '.join(VERBS)}")

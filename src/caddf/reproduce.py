@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.console import Console
 
-from caddf.checkpoint import read_json, write_json_atomic, write_text_atomic
+from caddf.checkpoint import installed_version, read_json, write_json_atomic, write_text_atomic
 from caddf.data import TokenSet, prepare
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
@@ -222,7 +221,7 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "caddf": version("caddf"),
+        "caddf": installed_version(),
         "commit": git.stdout.strip() or None,
         "date": datetime.date.today().isoformat(),
     }

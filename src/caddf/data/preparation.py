@@ -9,12 +9,12 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from caddf.checkpoint import installed_version
 from caddf.data.named import named
 from caddf.data.sources import Source
 from caddf.data.token_set import FORMAT, MANIFEST, SPLITS, VERSION, TokenSet, tokens_path
@@ -108,7 +108,7 @@ def prepare(
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
-            "created_by": f"caddf {_version()}",
+            "created_by": f"caddf {installed_version()}",
             "tokenizer": {
                 "name": tokenizer.name,
                 "fingerprint": tokenizer.fingerprint,
@@ -214,10 +214,3 @@ def _move(partial: Path, out: Path) -> None:
         old.rename(out)
         raise
     shutil.rmtree(old)
-
-
-def _version() -> str:
-    try:
-        return version("caddf")
-    except PackageNotFoundError:
-        return "from source"
