@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from caddf.errors import InputError
-    from caddf.experiment import TextModel, load
     from caddf.generation import generate
     from caddf.scoring import evaluate, score
+    from caddf.text_model import TextModel, load
 
 __all__ = ["InputError", "TextModel", "evaluate", "generate", "load", "score"]
 
 _HOME = {
     "InputError": "errors",
-    "TextModel": "experiment",
-    "load": "experiment",
+    "TextModel": "text_model",
+    "load": "text_model",
     "generate": "generation",
     "evaluate": "scoring",
     "score": "scoring",

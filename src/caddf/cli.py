@@ -23,13 +23,14 @@ from caddf.data.named import NAMED
 from caddf.decoding import DECODERS
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
-from caddf.experiment import DEFAULT_METHOD, METHODS, DType, ModelSettings, check_seed, load, model_folder, network_of
+from caddf.experiment import DEFAULT_METHOD, METHODS, ModelSettings, network_of
 from caddf.generation import generate
 from caddf.models.accounts import accounts
 from caddf.reproduce import TABLES, ReproduceSettings, reproduce
 from caddf.running import OWN, RunSettings, TrainingDType, ValidationSettings, resume, start
 from caddf.scoring import evaluate
 from caddf.settings import add_choices, add_options, add_section, new_parser, options, parse, section
+from caddf.text_model import DType, check_seed, load, model_folder
 from caddf.training import TrainConfig, TrainingError
 from caddf.training.config import Device
 

@@ -1,20 +1,13 @@
-"""Names to classes, in one table; and models built from settings or loaded from disk and hub."""
+"""Names to classes, in one table, and the networks that settings build."""
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
-import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-from caddf.checkpoint import atomic_folder, load_model_config, load_state, save_model
 from caddf.errors import InputError
 from caddf.evaluation.block import block_diffusion_bound
 from caddf.evaluation.d3pm import d3pm_bound
@@ -24,7 +17,6 @@ from caddf.evaluation.suite import Bound
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import PRESETS, BranchConfig, ModelConfig, Preset
-from caddf.models.gpt2 import causal_state, is_gpt2
 from caddf.models.matching import count, matched
 from caddf.models.plaid import Plaid, PlaidConfig
 from caddf.models.single import SingleBranch, SingleConfig, build_single
@@ -40,10 +32,8 @@ from caddf.objectives import (
     SynergisticConfig,
 )
 from caddf.schedules import SCHEDULES
-from caddf.tokenizer import Tokenizer
 
 Size = Literal["debug", "demo", "tiny", "small", "medium"]
-DType = Literal["float32", "bfloat16", "float64"]
 GPT2_ROWS = 50_265
 """Rows of the embedding tables over GPT-2's vocabulary (Table 5's vocabulary size)."""
 
@@ -355,166 +345,6 @@ def network_of(about: dict[str, Any]) -> Network:
     if name not in ARCHITECTURES:
         raise InputError(f"architecture is {name}; this version has {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name].network(ARCHITECTURES[name].config.from_dict(about["model"]))
-
-
-@dataclass
-class TextModel:
-    """A model with its tokenizer: what is loaded, saved and shared.
-
-    `about` is what its `config.json` says besides: the method, the size, the objective, the data.
-    """
-
-    model: Network
-    tokenizer: Tokenizer
-    about: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.tokenizer.vocab_size != self.model.vocab_size:
-            raise InputError(
-                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model {self.model.vocab_size}; "
-                "they must be those that were saved together"
-            )
-
-    @property
-    def method(self) -> Method | None:
-        """How it was trained, where `about` says so."""
-        return METHODS.get(self.about.get("method", ""))
-
-    @property
-    def bound(self) -> Bound | None:
-        """Its own diffusion bound, where that is not the time-free denoiser's."""
-        if self.method is None or self.method.bound is None:
-            return None
-        return self.method.bound(self.method.settings(**self.about["objective"]))
-
-    @property
-    def decoder(self) -> str:
-        """The decoder that fits it: its method's, but for ablations that cannot read left to right."""
-        if self.method is None or (self.method.decoder == "speculative" and "fused" not in self.model.heads):
-            return "speculative" if "fused" in self.model.heads else "ancestral"
-        return self.method.decoder
-
-    @property
-    def context(self) -> int:
-        """Longest window that the model was trained on, in tokens."""
-        return self.model.config.context
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return next(self.model.parameters()).device
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a model folder (weights, settings, tokenizer), whole or not at all; raises `InputError` if there."""
-        with atomic_folder(Path(folder)) as partial:
-            save_model(partial, self.model.state_dict(), {**self.about, "model": self.model.config.to_dict()})
-            self.tokenizer.save(partial)
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Uploads the model folder to the Hugging Face hub; returns its address there."""
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            self.save_pretrained(folder := Path(temporary) / "model")
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="caddf model"))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: DType | torch.dtype = "float32",
-        revision: str | None = None,
-        token: str | None = None,
-    ) -> TextModel:
-        """A model from a run (its latest checkpoint), a model folder, or a repository of the hub, ready to be read.
-
-        Raises `InputError` where there is none, or it is truncated, foreign, or of another version.
-        """
-        kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if kind not in (torch.float32, torch.bfloat16, torch.float64):
-            raise InputError(f"dtype is {dtype}; it must be one of {', '.join(get_args(DType))}")
-        folder = model_folder(source, revision, token)
-        about = load_model_config(folder)
-        model = network_of(about)
-        load_state(model, folder)
-        model.to(device=resolve_device(device), dtype=kind).eval().requires_grad_(False)
-        return cls(model, Tokenizer.load(folder), {key: value for key, value in about.items() if key != "model"})
-
-
-load = TextModel.from_pretrained
-
-
-def model_folder(source: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """Where the model files of `source` lie: a run's latest checkpoint, the folder itself, or what the hub sent."""
-    path = Path(source)
-    if (path / "checkpoints" / "latest").exists():
-        return (path / "checkpoints" / "latest").resolve()
-    if path.exists():
-        return path
-    name = str(source).removeprefix("hf:")
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise InputError(f"{source} does not exist; give a run, a model folder, or OWNER/NAME on the hub")
-    try:
-        files = ["config.json", "model.safetensors", "tokenizer.json"]
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{source} is neither a folder here nor to be had from the hub ({reason})") from None
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """`auto` is a GPU where there is one; raises `InputError` for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"device is {device}, which this machine does not have; give auto, cpu, cuda or mps") from None
-    return resolved
-
-
-def check_seed(seed: int) -> None:
-    """Raises `InputError` for a seed that not every generator takes; rows and processes add their index to it."""
-    if not 0 <= seed < 2**62:
-        raise InputError(f"seed is {seed}; it must be 0 or more, and less than 2**62")
-
-
-def initialise_from(model: Network, source: str | Path, tokenizer: Tokenizer) -> list[str]:
-    """Takes the weights of another checkpoint, or a GPT-2's for the causal branch; returns what was left as it was.
-
-    Raises `InputError` where branches, shapes or the tokenizer differ.
-    """
-    folder = model_folder(source)
-    if is_gpt2(folder):
-        if not isinstance(model, DualBranch):
-            raise InputError(f"init_from is {source}, a GPT-2, which starts the causal branch of the dual branch alone")
-        state = causal_state(folder, model)
-    else:
-        other = network_of(load_model_config(folder))
-        for branch in ("causal", "diffusion"):
-            theirs, ours = getattr(other.config, branch, None), getattr(model.config, branch, None)
-            if None not in (theirs, ours) and theirs != ours:
-                raise InputError(f"init_from is {source}, whose {branch} branch is {theirs}; this model's is {ours}")
-        if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
-            raise InputError(
-                f"init_from is {source}, which has another tokenizer than the data; prepare them with "
-                f"--tokenizer {folder / 'tokenizer.json'}"
-            )
-        load_state(other, folder)
-        state = other.state_dict()
-    own = model.state_dict()
-    taken = {name: tensor for name, tensor in state.items() if name in own}
-    for name, tensor in taken.items():
-        if own[name].shape != tensor.shape:
-            raise InputError(
-                f"init_from is {source}, whose {name} has shape {tuple(tensor.shape)}; this model's has "
-                f"{tuple(own[name].shape)}"
-            )
-    model.load_state_dict(taken, strict=False)
-    return sorted(own.keys() - taken.keys())
 
 
 def describe(settings: ModelSettings, method: str, objective: Any, data: dict[str, Any]) -> dict[str, Any]:

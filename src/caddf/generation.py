@@ -18,9 +18,9 @@ from torch import Tensor
 from caddf.categorical import RowGenerators, Warp
 from caddf.decoding import DECODERS, Autoregressive, Decoder, Frame, Gaussian, Speculative, Task
 from caddf.errors import InputError
-from caddf.experiment import TextModel, check_seed
 from caddf.interface import LanguageModel
 from caddf.models.plaid import Plaid
+from caddf.text_model import TextModel, check_seed
 from caddf.tokenizer import Tokenizer
 
 MASK = re.compile(r"\[MASK(?::(\d+))?\]")

@@ -20,10 +20,11 @@ from caddf.checkpoint import installed_version, read_json, write_json_atomic, wr
 from caddf.data import TokenSet, prepare
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
-from caddf.experiment import METHODS, ModelSettings, Size, load
+from caddf.experiment import METHODS, ModelSettings, Size
 from caddf.models.accounts import accounts
 from caddf.running import RunSettings, ValidationSettings, resume, start
 from caddf.scoring import evaluate
+from caddf.text_model import load
 from caddf.training import TrainConfig
 
 SETS = {

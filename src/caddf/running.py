@@ -26,14 +26,11 @@ from caddf.experiment import (
     METHODS,
     ModelSettings,
     Network,
-    TextModel,
-    check_seed,
     describe,
-    initialise_from,
-    resolve_device,
 )
 from caddf.generation import generate
 from caddf.interface import LanguageModel
+from caddf.text_model import TextModel, check_seed, initialise_from, resolve_device
 from caddf.training import Result, TrainConfig, train
 from caddf.training.config import Device, Precision
 

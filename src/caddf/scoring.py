@@ -15,7 +15,7 @@ from caddf.data import TokenSet
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
 from caddf.evaluation.likelihood import Likelihood, Model
-from caddf.experiment import TextModel, check_seed
+from caddf.text_model import TextModel, check_seed
 
 
 def windows_of(model: TextModel, data: TokenSet, split: str) -> Int[Tensor, "N L"]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from caddf.checkpoint import installed_version
+from caddf.checkpoint import atomic_folder, installed_version, write_json_atomic
 from caddf.data.named import named
 from caddf.data.sources import Source
 from caddf.data.token_set import FORMAT, MANIFEST, SPLITS, VERSION, TokenSet, tokens_path
@@ -98,38 +95,34 @@ def prepare(
         for documents in splits.values():
             _count(documents, report)
 
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}"
     try:
-        partial.mkdir(parents=True)
-        if isinstance(tokenizer, str):
-            tokenizer = Tokenizer.build(tokenizer, _watched(splits["train"], "training the tokenizer", report))
-        tokenizer.save(partial)
-        dtype = "<u2" if tokenizer.vocab_size < 2**16 else "<u4"
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "created_by": f"caddf {installed_version()}",
-            "tokenizer": {
-                "name": tokenizer.name,
-                "fingerprint": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-                "eos_id": tokenizer.eos_id,
-            },
-            "dtype": dtype,
-            "seed": seed,
-            "column": column,
-            "splits": {},
-        }
-        for name, documents in splits.items():
-            watched = _watched(documents, f"tokenising {name}", report)
-            counts = _write(tokens_path(partial, name), watched, tokenizer, dtype)
-            manifest["splits"][name] = {"source": places[name], **counts}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _move(partial, out)
+        with atomic_folder(out, replace=overwrite) as partial:
+            if isinstance(tokenizer, str):
+                tokenizer = Tokenizer.build(tokenizer, _watched(splits["train"], "training the tokenizer", report))
+            tokenizer.save(partial)
+            dtype = "<u2" if tokenizer.vocab_size < 2**16 else "<u4"
+            manifest: dict[str, Any] = {
+                "format": FORMAT,
+                "version": VERSION,
+                "created_by": f"caddf {installed_version()}",
+                "tokenizer": {
+                    "name": tokenizer.name,
+                    "fingerprint": tokenizer.fingerprint,
+                    "vocab_size": tokenizer.vocab_size,
+                    "eos_id": tokenizer.eos_id,
+                },
+                "dtype": dtype,
+                "seed": seed,
+                "column": column,
+                "splits": {},
+            }
+            for name, documents in splits.items():
+                watched = _watched(documents, f"tokenising {name}", report)
+                counts = _write(tokens_path(partial, name), watched, tokenizer, dtype)
+                manifest["splits"][name] = {"source": places[name], **counts}
+            write_json_atomic(partial / MANIFEST, manifest)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return TokenSet.open(out)
 
 
@@ -199,18 +192,3 @@ def _parts(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
         *before, last = pieces(text)
         yield from ((piece, False) for piece in before)
         yield last, True
-
-
-def _move(partial: Path, out: Path) -> None:
-    """Puts the finished folder in its place; one that is replaced goes only after."""
-    if not out.exists():
-        partial.rename(out)
-        return
-    old = partial.with_name(partial.name + ".old")
-    out.rename(old)
-    try:
-        partial.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
