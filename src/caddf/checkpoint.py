@@ -63,7 +63,7 @@ def atomic_folder(target: Path, replace: bool = False) -> Iterator[Path]:
                 target.rename(old)
             try:
                 temporary.rename(target)
-            except OSError:
+            except BaseException:
                 if old.exists():
                     old.rename(target)
                 raise

@@ -165,7 +165,9 @@ def run(job: Job, settings: ReproduceSettings, console: Console) -> bool:
         return not result.interrupted
     model = load(folder, device=settings.device)
     data = TokenSet.open(work / "data" / job.data)
-    measured = EvaluationConfig(samples=settings.samples, max_windows=settings.windows, paths=0, seed=settings.seed)
+    measured = EvaluationConfig(
+        samples=settings.samples, max_windows=settings.windows, nfe=(), paths=0, seed=settings.seed
+    )
     evaluated = evaluate(model, data, split="test", settings=measured)
     job.product.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(job.product, {**evaluated, "accounts": accounts(model.model)})
