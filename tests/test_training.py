@@ -414,6 +414,21 @@ def test_matrices_alone_decay():
         assert torch.equal(parameter, before[name] * (0.5 if name in expected else 1.0))
 
 
+def test_parts_of_a_model_may_have_learning_rates_of_their_own():
+    model = new_model()
+    model.rate_scales = {"causal": 5.0}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, 1e-3, 0.0)
+    for group in optimizer.param_groups:
+        group["lr"] *= group["scale"]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():  # Adam's first step is the rate itself
+        moved = 5e-3 if name.startswith("causal.") else 1e-3
+        assert torch.allclose(before[name] - parameter, torch.tensor(moved, dtype=parameter.dtype), rtol=1e-3), name
+
+
 def test_the_average():
     model = nn.Linear(1, 1, bias=False)
     average = ema.start(model)

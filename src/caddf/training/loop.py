@@ -127,7 +127,7 @@ def train(
             started = time.monotonic()
             rate = learning_rate_at(step, config.learning_rate, config.steps, config.warmup, config.min_ratio)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             measures, position = _gradient(accelerator, update, batches, state.progress.position, generator, config)
             if not (math.isfinite(measures["loss"]) and math.isfinite(measures["grad_norm"])):
                 raise TrainingError(_not_finite(step, rate, measures, checkpoints.folder(checkpoints.steps()[-1])))

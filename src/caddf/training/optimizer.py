@@ -14,16 +14,22 @@ def build_optimizer(
     """AdamW (fused) with decoupled decay on matrices only (Table 5; Loshchilov & Hutter 2019).
 
     Vectors (norms, biases) do not decay, nor do embeddings: a rare token's row gets little gradient, and decay alone
-    would move it.
+    would move it. A model's `rate_scales` (parts of it, to factors) gives these parts learning rates of their own, as
+    `scale` in their groups.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed: list[tuple[str, nn.Parameter]] = []
-    others: list[tuple[str, nn.Parameter]] = []
+    scales: dict[str, float] = getattr(model, "rate_scales", {})
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and id(parameter) not in tables
-        (decayed if matrix else others).append((name, parameter))
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, fused=True)
+        decay = weight_decay if parameter.ndim >= 2 and id(parameter) not in tables else 0.0
+        scale = next((factor for part, factor in scales.items() if name.split(".")[0] == part), 1.0)
+        groups.setdefault((decay, scale), []).append((name, parameter))
+    return AdamW(
+        [{"params": named, "weight_decay": decay, "scale": scale} for (decay, scale), named in groups.items()],
+        lr=learning_rate,
+        betas=betas,
+        fused=True,
+    )
 
 
 def learning_rate_at(step: int, peak: float, steps: int, warmup: int, min_ratio: float) -> float:
