@@ -7,7 +7,7 @@ import torch
 
 from caddf.concrete_score import ScoreModel
 from caddf.errors import InputError
-from caddf.interface import AnyOrder, Infill, LanguageModel
+from caddf.interface import AnyOrder, Block, Infill, LanguageModel
 from caddf.models.accounts import accounts
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
@@ -21,6 +21,8 @@ CONFIGS = {
     "unscaled": SingleConfig(V, L, BRANCH, score="unscaled"),
     "scaled": SingleConfig(V, L, BRANCH, score="scaled"),
     "uniform": SingleConfig(V, L, BRANCH, score="unscaled", process="uniform"),
+    "linear": SingleConfig(V, L, BRANCH, level_scale="linear", mlp_bias=True),
+    "untied": SingleConfig(V, L, BRANCH, time=False, norm_bias=True, mlp_bias=True, tied=False),
 }
 X = torch.tensor([[0, V, 2, V, 4, 1], [V, V, V, 1, 1, 0]])
 LEVEL = torch.tensor([0.3, 2.0], dtype=torch.float64)
@@ -68,8 +70,8 @@ def test_speaks_the_interface(name):
     costs = accounts(model)
     assert costs["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     assert costs["parameters"]["embeddings"] + costs["parameters"]["diffusion"] == costs["parameters"]["total"]
-    with pytest.raises(InputError, match="AnyOrder"):
-        model(X, X, Infill())
+    with pytest.raises(InputError, match="AnyOrder" if model.config.time else "block size is 3 in a row of 6"):
+        model(X, X, Infill() if model.config.time else Block(3))
     with pytest.raises(InputError, match="context ends"):
         model(long := torch.zeros(1, L + 1, dtype=torch.long), long, AnyOrder(LEVEL[:1]))
     if model.config.time:
@@ -105,6 +107,37 @@ def test_without_time_it_is_the_dual_branch_without_a_causal_branch():
     twin.load_state_dict(model.state_dict())
     states, _ = twin(X, X, AnyOrder())
     torch.testing.assert_close(read(model), twin.log_probs(states, X == V, "draft"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["no-time", "untied"])
+def test_without_time_a_whole_row_has_one_reading(name):
+    model, where = network(name), X == V
+    other = (X + 1) % V  # the prefix is not read
+    for pattern in (Infill(), Block(L), Block(L + 2)):
+        states, _ = model(other, X, pattern)
+        torch.testing.assert_close(model.log_probs(states, where), read(model), rtol=0, atol=0)
+
+
+def test_settings_of_before_still_load():
+    values = CONFIGS["scaled"].to_dict()
+    for name in ("level_scale", "norm_bias", "mlp_bias", "tied"):
+        del values[name]
+    assert SingleConfig.from_dict(values) == CONFIGS["scaled"]
+
+
+def test_an_untied_head_is_linear_with_a_bias():
+    model = network("untied")
+    states, _ = model(X, X, AnyOrder())
+    logits = states.draft[X == V] @ model.output.weight.T + model.output.bias
+    torch.testing.assert_close(read(model), logits.log_softmax(-1))
+    targets = torch.ones_like(X)
+    torch.testing.assert_close(model.nll(states, X == V, targets), -read(model)[:, 1])
+
+
+def test_biases_stand_where_they_are_asked_for():
+    names = {n for n, _ in network("untied").diffusion.named_parameters() if n.endswith("bias")}
+    layer = {f"layers.{i}.{part}.bias" for i in (0, 1) for part in ("attention_norm", "mlp_norm", "mlp.up", "mlp.down")}
+    assert names == layer | {"norm.bias"}
 
 
 def test_a_fresh_network_does_not_look_at_the_time_yet():

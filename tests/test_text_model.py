@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -131,7 +132,8 @@ class Hub:
             raise RepositoryNotFoundError(
                 "no such repository", response=type("R", (), {"headers": {}, "request": None})()
             )
-        assert {path.name for path in (self.root / name).iterdir()} == set(allow_patterns)
+        files = [path.name for path in (self.root / name).iterdir()]
+        assert all(any(fnmatch(file, pattern) for pattern in allow_patterns) for file in files)
         return str(self.root / name)
 
 
@@ -274,7 +276,7 @@ def test_a_gpt2_that_is_truncated(tmp_path):
     like_gpt2 = dual_branch(positions="learned", bias=True)
     del weights["h.1.mlp.c_fc.bias"]
     folder = gpt2_folder(tmp_path / "lacking", weights)
-    with pytest.raises(InputError, match=r"without 'h\.1\.mlp\.c_fc\.bias'; it is truncated or foreign"):
+    with pytest.raises(InputError, match=r"misses h\.1\.mlp\.c_fc\.bias"):
         initialise_from(like_gpt2, folder, BYTES)
     truncate(folder / "model.safetensors")
     with pytest.raises(InputError, match="is truncated or no safetensors file"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,10 +18,13 @@ from caddf.errors import InputError
 from caddf.evaluation.suite import Bound
 from caddf.experiment import METHODS, Method, Network, network_of
 from caddf.models.backbone import DualBranch
-from caddf.models.gpt2 import causal_state, is_gpt2
+from caddf.models.published import Published, causal_state, recognise
 from caddf.tokenizer import Tokenizer
 
 DType = Literal["float32", "bfloat16", "float64"]
+GPT2_TOKENS = 50_257
+_FILES = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", "model*.safetensors", "*.safetensors.index.json"]
+_PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 @dataclass
@@ -95,20 +100,68 @@ class TextModel:
     ) -> TextModel:
         """A model from a run (its latest checkpoint), a model folder, or a repository of the hub, ready to be read.
 
+        GPT-2, SEDD, RADD and MDLM are read as their authors published them (`caddf.models.published`).
         Raises `InputError` where there is none, or it is truncated, foreign, or of another version.
         """
         kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if kind not in (torch.float32, torch.bfloat16, torch.float64):
             raise InputError(f"dtype is {dtype}; it must be one of {', '.join(get_args(DType))}")
         folder = model_folder(source, revision, token)
-        about = load_model_config(folder)
-        model = network_of(about)
-        load_state(model, folder)
-        model.to(device=resolve_device(device), dtype=kind).eval().requires_grad_(False)
-        return cls(model, Tokenizer.load(folder), {key: value for key, value in about.items() if key != "model"})
+        published, tokenizer = _published(folder)
+        about = load_model_config(folder) if published is None else _about(published)
+        if tokenizer is None:
+            tokenizer = Tokenizer.load(folder) if published is None else _gpt2_tokenizer(folder)
+        model = network_of(about).to(kind)
+        if published is None:
+            load_state(model, folder)
+        else:
+            model.load_state_dict(published.state(folder))
+        model.to(resolve_device(device)).eval().requires_grad_(False)
+        return cls(model, tokenizer, {key: value for key, value in about.items() if key != "model"})
 
 
 load = TextModel.from_pretrained
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """What a model folder's `config.json` says; for a published checkpoint, what it would say once saved from here."""
+    published, _ = _published(folder)
+    return load_model_config(folder) if published is None else _about(published)
+
+
+def _published(folder: Path) -> tuple[Published | None, Tokenizer | None]:
+    """The checkpoint of other authors in `folder`, if it is one, and the tokenizer beside it, if there is one."""
+    read = recognise(folder)
+    if read is None:
+        return None, None
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.load(folder)
+    elif (folder / "vocab.json").is_file() or (folder / "encoder.json").is_file():
+        tokenizer = Tokenizer.gpt2(folder)
+    return read(GPT2_TOKENS if tokenizer is None else tokenizer.vocab_size), tokenizer
+
+
+def _gpt2_tokenizer(folder: Path) -> Tokenizer:
+    """GPT-2's, which all published checkpoints here share; raises `InputError` where it is not to be had."""
+    try:
+        return Tokenizer.gpt2()
+    except InputError:
+        raise InputError(
+            f"{folder} holds no tokenizer, and GPT-2's is not to be had from the hub; put vocab.json and merges.txt "
+            "beside the weights"
+        ) from None
+
+
+def _about(published: Published) -> dict[str, Any]:
+    method = METHODS[published.method]
+    objective = method.settings(**{**method.defaults, **published.objective})
+    return {
+        "method": published.method,
+        "architecture": published.architecture,
+        "objective": dataclasses.asdict(objective),
+        "model": published.config.to_dict(),
+    }
 
 
 def model_folder(source: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -122,8 +175,11 @@ def model_folder(source: str | Path, revision: str | None = None, token: str | N
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise InputError(f"{source} does not exist; give a run, a model folder, or OWNER/NAME on the hub")
     try:
-        files = ["config.json", "model.safetensors", "tokenizer.json"]
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=files))
+        download = partial(snapshot_download, name, revision=revision, token=token)
+        folder = Path(download(allow_patterns=_FILES))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(download(allow_patterns=_PICKLED))
+        return folder
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{source} is neither a folder here nor to be had from the hub ({reason})") from None
@@ -153,7 +209,8 @@ def initialise_from(model: Network, source: str | Path, tokenizer: Tokenizer) ->
     Raises `InputError` where branches, shapes or the tokenizer differ.
     """
     folder = model_folder(source)
-    if is_gpt2(folder):
+    published, _ = _published(folder)
+    if published is not None and published.method == "gpt2":
         if not isinstance(model, DualBranch):
             raise InputError(f"init_from is {source}, a GPT-2, which starts the causal branch of the dual branch alone")
         state = causal_state(folder, model)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from functools import partial
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines `[B or 1, 1, n, size / 2]` of the angles of a row of positions."""
+"""Cosines and (first half negated) sines `[B or 1, 1, n, size]` of the angles of a row of positions."""
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values `[B, H, m, size]`."""
+LevelScale = Literal["log", "linear"]
 
 
 def rotation(positions: Int[Tensor, "B n"] | Int[Tensor, " n"], size: int) -> Rotation:
     """The angles by which rotary embeddings of head size `size` turn each position (Su et al. 2021)."""
     frequencies = 10_000.0 ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / size)
     angles = positions.reshape(-1, 1, positions.shape[-1], 1) * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Float[Tensor, "B H n size"], by: Rotation | None) -> Float[Tensor, "B H n size"]:
@@ -33,8 +36,7 @@ def rotate(x: Float[Tensor, "B H n size"], by: Rotation | None) -> Float[Tensor,
     if by is None:
         return x
     cos, sin = (angle.to(x.dtype) for angle in by)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -84,31 +86,49 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm Transformer layer: self-attention, cross-attention where there is a source, MLP."""
+    """A pre-norm Transformer layer: self-attention, cross-attention where there is a source, MLP.
 
-    def __init__(self, width: int, heads: int, source_width: int | None = None, bias: bool = False) -> None:
+    `bias` puts biases everywhere, `norm_bias` and `mlp_bias` on the norms or the MLP alone.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        source_width: int | None = None,
+        bias: bool = False,
+        *,
+        norm_bias: bool = False,
+        mlp_bias: bool = False,
+    ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width, bias=bias)
+        norm = partial(nn.LayerNorm, width, bias=bias or norm_bias)
+        self.attention_norm = norm()
         self.attention = Attention(width, heads, bias=bias)
         if source_width is not None:
-            self.cross_norm = nn.LayerNorm(width, bias=bias)
+            self.cross_norm = norm()
             self.cross = Attention(width, heads, source_width, bias=bias)
-        self.mlp_norm = nn.LayerNorm(width, bias=bias)
-        self.mlp = MLP(width, 4 * width, width, bias=bias)
+        self.mlp_norm = norm()
+        self.mlp = MLP(width, 4 * width, width, bias=bias or mlp_bias)
 
 
 class LevelEmbedding(nn.Module):
-    """A noise level as a vector: sines and cosines of log sbar, and a small MLP (as in DiT, Peebles and Xie 2023)."""
+    """A noise level as a vector: sines and cosines, and a small MLP (as in DiT, Peebles and Xie 2023).
 
-    def __init__(self, width: int, frequencies: int = 128) -> None:
+    They are those of 10 log sbar, or with `scale` linear of sbar itself (Lou et al. 2024, their code).
+    """
+
+    def __init__(self, width: int, scale: LevelScale = "log", frequencies: int = 128) -> None:
         super().__init__()
-        self.frequencies = frequencies
+        self.scale, self.frequencies = scale, frequencies
         self.up, self.down = nn.Linear(2 * frequencies, width), nn.Linear(width, width)
 
     def forward(self, level: Float[Tensor, " B"]) -> Float[Tensor, "B W"]:
-        """Embeds sbar; beyond 1e-6 and 1e3, where nothing changes any more, all levels are one."""
-        frequencies = 10_000.0 ** (-torch.arange(self.frequencies, device=level.device) / self.frequencies)
-        angles = 10 * level.clamp(1e-6, 1e3).log()[:, None] * frequencies
+        """Embeds sbar; log: beyond 1e-6 and 1e3, where nothing changes any more, all levels are one."""
+        steps = torch.arange(self.frequencies, device=level.device, dtype=torch.float64)
+        frequencies = 10_000.0 ** (-steps / self.frequencies)
+        place = level if self.scale == "linear" else 10 * level.clamp(1e-6, 1e3).log()
+        angles = place[:, None] * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], -1).to(self.up.weight.dtype)
         return F.silu(self.down(F.silu(self.up(waves))))
 
@@ -149,28 +169,34 @@ def initialise(module: nn.Module, layers: int) -> None:
         nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if into_stream else 0.02)
 
 
-def head_log_probs(states: Float[Tensor, "N D"], tokens: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
+def head_log_probs(
+    states: Float[Tensor, "N D"], tokens: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None = None
+) -> Float[Tensor, "N V"]:
     """log softmax over the V real tokens (nats), in float32 or better."""
-    logits = F.linear(states, tokens)
+    logits = F.linear(states, tokens, bias)
     return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
 
 
 def head_nll(
-    states: Float[Tensor, "N D"], tokens: Float[Tensor, "V D"], targets: Int[Tensor, " N"], elements: int = 1 << 24
+    states: Float[Tensor, "N D"],
+    tokens: Float[Tensor, "V D"],
+    targets: Int[Tensor, " N"],
+    elements: int = 1 << 24,
+    bias: Float[Tensor, " V"] | None = None,
 ) -> Float[Tensor, " N"]:
     """-log softmax at the targets (nats), at most `elements` logits at a time.
 
     Beyond one chunk the logits are made again in the backward pass, so that a large vocabulary never stands in memory.
     """
 
-    def nll(part: Tensor, weight: Tensor, at: Tensor) -> Tensor:
-        logits = F.linear(part, weight)
+    def nll(part: Tensor, weight: Tensor, bias: Tensor | None, at: Tensor) -> Tensor:
+        logits = F.linear(part, weight, bias)
         return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), at, reduction="none")
 
     size = max(1, elements // len(tokens))
     if len(states) <= size:
-        return nll(states, tokens, targets)
+        return nll(states, tokens, bias, targets)
     chunks = zip(states.split(size), targets.split(size), strict=True)
     return torch.cat(
-        [checkpoint(nll, part, tokens, at, use_reentrant=False, preserve_rng_state=False) for part, at in chunks]
+        [checkpoint(nll, part, tokens, bias, at, use_reentrant=False, preserve_rng_state=False) for part, at in chunks]
     )

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from caddf.errors import InputError
-from caddf.interface import AnyOrder, Head, Pattern
+from caddf.interface import AnyOrder, Block, Head, Pattern
 from caddf.models.config import BranchConfig
 from caddf.models.diffusion import DiffusionBranch
-from caddf.models.layers import head_log_probs, head_nll
+from caddf.models.layers import LevelScale, head_log_probs, head_nll
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,13 @@ class SingleConfig:
     """The diffusion branch alone.
 
     vocab_size, bos_id, rows, context: as in `ModelConfig`.
-    time: whether the network is told sbar; level_width: how wide its embedding is (SEDD's code has 128).
+    time: whether the network is told sbar; level_width: how wide its embedding is (SEDD's code has 128); level_scale:
+        whether that is of sbar itself (`linear`, as there) or of its logarithm.
     score: None for a denoiser, q(x0 | x_t); for a score network whether its output is log s itself (`unscaled`), or
         log s without its known factor of time (`scaled`; absorbing alone).
     process: the chain whose scores a score network gives; a denoiser of any chain may leave it as it is.
+    norm_bias, mlp_bias: biases on the norms, or in the MLPs, where the branch has none elsewhere.
+    tied: whether a denoiser's head is its embedding; if not, and in a score network, it is linear with a bias.
     """
 
     vocab_size: int
@@ -38,6 +40,10 @@ class SingleConfig:
     level_width: int = 128
     score: Literal["scaled", "unscaled"] | None = None
     process: Literal["absorbing", "uniform"] = "absorbing"
+    level_scale: LevelScale = "log"
+    norm_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = True
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -84,15 +90,29 @@ class SingleStates:
 
 
 class SingleBranch(nn.Module):
-    """A denoiser q(x0_i | x_t, sbar), a `caddf.interface.LanguageModel` under `AnyOrder(sbar)`; its head is tied."""
+    """A denoiser q(x0_i | x_t, sbar), a `caddf.interface.LanguageModel` under `AnyOrder(sbar)`.
+
+    Without time a canvas says all there is to know, so that it also has the readings in which the canvas is read both
+    ways: `Infill`, and `Block` where one block is the whole row.
+    """
 
     def __init__(self, config: SingleConfig) -> None:
         super().__init__()
         self.config = config
         self.vocab_size, self.mask_id = config.vocab_size, config.mask_id
         self.diffusion = DiffusionBranch(
-            config.branch, config.rows, level_width=config.level_width if config.time else None
+            config.branch,
+            config.rows,
+            level_width=config.level_width if config.time else None,
+            level_scale=config.level_scale,
+            norm_bias=config.norm_bias,
+            mlp_bias=config.mlp_bias,
         )
+        self.output: nn.Linear | None = None
+        if config.score is not None or not config.tied:  # 0 at first, as in the authors' code
+            self.output = nn.Linear(config.branch.width, config.vocab_size)
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
         self.heads: frozenset[Head] = frozenset({"draft"})
         self.denoiser: Head = "draft"
         self.chained, self.block_size = False, config.context
@@ -102,33 +122,42 @@ class SingleBranch(nn.Module):
     ) -> tuple[SingleStates, None]:
         """States of all positions of the canvas.
 
-        Raises `InputError` under another pattern than `AnyOrder`, without the level where the network is told it, and
-        for rows beyond the context.
+        Raises `InputError` under a pattern that it cannot read, without the level where the network is told it, and for
+        rows beyond the context.
         """
-        if not isinstance(pattern, AnyOrder):
+        length, level = canvas.shape[1], pattern.level if isinstance(pattern, AnyOrder) else None
+        if self.config.time and not isinstance(pattern, AnyOrder):
             raise InputError(
-                f"the pattern is {type(pattern).__name__}; a single bidirectional branch has AnyOrder alone"
+                f"the pattern is {type(pattern).__name__}; a network that is told the time has AnyOrder alone"
             )
-        if canvas.shape[1] > self.config.context:
-            raise InputError(f"a row has {canvas.shape[1]} tokens; the context ends at {self.config.context}")
-        if self.config.time and pattern.level is None:
+        if isinstance(pattern, Block) and (pattern.offset or pattern.size < length):
+            raise InputError(
+                f"the block size is {pattern.size} in a row of {length} tokens; this network reads whole rows both "
+                "ways, so leave it unset"
+            )
+        if length > self.config.context:
+            raise InputError(f"a row has {length} tokens; the context ends at {self.config.context}")
+        if self.config.time and level is None:
             raise InputError("level is not set; a network that is told the time needs sbar of each row")
-        positions = torch.arange(canvas.shape[1], device=canvas.device)
-        return SingleStates(self.diffusion(canvas, positions, level=pattern.level), canvas, pattern.level), None
+        positions = torch.arange(length, device=canvas.device)
+        return SingleStates(self.diffusion(canvas, positions, level=level), canvas, level), None
 
     def log_probs(self, states: SingleStates, where: Bool[Tensor, "B L"], head: Head = "draft") -> Float[Tensor, "N V"]:
         """log q(x0_i | x_t) (nats) at the positions in `where`, over the V real tokens."""
-        return head_log_probs(self._read(states, where, head), self._tokens)
+        return head_log_probs(self._read(states, where, head), *self._tokens)
 
     def nll(
         self, states: SingleStates, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "draft"
     ) -> Float[Tensor, " N"]:
         """`-log_probs` (nats) of `targets`, in chunks of logits."""
-        return head_nll(self._read(states, where, head), self._tokens, targets[where])
+        tokens, bias = self._tokens
+        return head_nll(self._read(states, where, head), tokens, targets[where], bias=bias)
 
     @property
-    def _tokens(self) -> Float[Tensor, "V d"]:
-        return self.diffusion.embedding.weight[: self.vocab_size]
+    def _tokens(self) -> tuple[Float[Tensor, "V d"], Float[Tensor, " V"] | None]:
+        if self.output is None:
+            return self.diffusion.embedding.weight[: self.vocab_size], None
+        return self.output.weight, self.output.bias
 
     def _read(self, states: SingleStates, where: Bool[Tensor, "B L"], head: Head) -> Float[Tensor, "N d"]:
         if head not in self.heads:
@@ -136,9 +165,10 @@ class SingleBranch(nn.Module):
         return states.draft[where]
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters per part, the embeddings (and an untied head) apart, and in all."""
+        """Parameters per part, the embeddings (and a linear head) apart, and in all."""
         total = sum(p.numel() for p in self.parameters())
-        embeddings = self.diffusion.embedding.weight.numel()
+        tables = [self.diffusion.embedding, *([self.output] if self.output is not None else [])]
+        embeddings = sum(p.numel() for table in tables for p in table.parameters())
         return {"embeddings": embeddings, "diffusion": total - embeddings, "total": total}
 
     def flops_per_position(self, context: int | None = None) -> dict[str, float]:
@@ -156,18 +186,17 @@ class SingleBranch(nn.Module):
 
 
 class ScoreNetwork(SingleBranch):
-    """SEDD's network (Lou, Meng and Ermon 2024): a `caddf.concrete_score.ScoreModel`; its head is linear, 0 at first.
+    """SEDD's network (Lou, Meng and Ermon 2024): a `caddf.concrete_score.ScoreModel`.
 
     For the absorbing process its posterior is that of its scores, `q_v = s_v / sum s`. For the uniform one the
     posterior is no softmax of an output, so that it has no head to read: its scores are all it gives.
     """
 
+    output: nn.Linear
+
     def __init__(self, config: SingleConfig) -> None:
         super().__init__(config)
         self.process = config.process
-        self.output = nn.Linear(config.branch.width, config.vocab_size)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
 
     def log_scores(self, states: SingleStates, where: Bool[Tensor, "B L"]) -> Float[Tensor, "N V"]:
         """log s at the positions in `where`, in float32 or better.
@@ -175,34 +204,18 @@ class ScoreNetwork(SingleBranch):
         Scaled: `output - log(e^sbar - 1) - log V`, so that an output of 0 is the uniform posterior (authors'
         `scale_by_sigma`). Uniform: 0 at the token that stands there, whose score is 1.
         """
-        log_s = self._logits(states, where)
+        logits = self.output(states.draft[where])
+        log_s: Tensor = logits if logits.dtype == torch.float64 else logits.float()
         if self.config.score == "scaled":
             assert states.level is not None
             shift = (torch.expm1(states.level) * self.vocab_size).log()
             log_s = log_s - shift[where.nonzero()[:, 0]][:, None].to(log_s)
         return log_s.scatter(-1, states.canvas[where][:, None], 0.0) if self.process == "uniform" else log_s
 
-    def log_probs(self, states: SingleStates, where: Bool[Tensor, "B L"], head: Head = "draft") -> Float[Tensor, "N V"]:
-        """log q(x0_i | x_t) (nats) of the absorbing process at the positions in `where`."""
+    def _read(self, states: SingleStates, where: Bool[Tensor, "B L"], head: Head) -> Float[Tensor, "N d"]:
         if self.process == "uniform":
             raise InputError("process is uniform; its score network has no q(x0 | x_t) to read (absorbing has)")
-        self._read(states, where, head)
-        return F.log_softmax(self._logits(states, where), -1)
-
-    def nll(
-        self, states: SingleStates, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "draft"
-    ) -> Float[Tensor, " N"]:
-        """`-log_probs` (nats) of `targets`."""
-        return -self.log_probs(states, where, head).gather(-1, targets[where][:, None])[:, 0]
-
-    def _logits(self, states: SingleStates, where: Bool[Tensor, "B L"]) -> Float[Tensor, "N V"]:
-        logits = self.output(states.draft[where])
-        return logits if logits.dtype == torch.float64 else logits.float()
-
-    def parameter_counts(self) -> dict[str, int]:
-        """The linear head counts among the embeddings."""
-        counts, head = super().parameter_counts(), sum(p.numel() for p in self.output.parameters())
-        return {**counts, "embeddings": counts["embeddings"] + head, "diffusion": counts["diffusion"] - head}
+        return super()._read(states, where, head)
 
 
 def build_single(config: SingleConfig) -> SingleBranch:
