@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from caddf.errors import InputError
 from caddf.models.config import Preset
+from caddf.training.optimizer import OptimizerName
 
 Precision = Literal["auto", "bf16", "fp32", "fp64"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -25,7 +26,8 @@ class TrainConfig:
     learning_rate: peak of the learning rate; not set, the preset's.
     warmup: updates of linear warm-up; not set, the preset's, but at most a tenth of the steps.
     min_ratio: the learning rate at the end of the cosine, as a share of the peak.
-    weight_decay: decoupled decay of the matrices (AdamW).
+    optimizer: adamw (as published), or muon, whose steps of the matrices are orthogonal.
+    weight_decay: decoupled decay of the matrices.
     clip: largest norm of an update's gradient; 0 does not clip.
     ema: decay of the moving average of the parameters, which is what is evaluated and saved as the model; 0 is none.
     seed: of the objective's draws.
@@ -45,6 +47,7 @@ class TrainConfig:
     learning_rate: float | None = None
     warmup: int | None = None
     min_ratio: float = 0.1
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.1
     clip: float = 1.0
     ema: float = 0.9999
@@ -68,6 +71,7 @@ class TrainConfig:
         self._check("learning_rate", lambda value: 0 < value < math.inf, "above 0, and finite")
         self._check("min_ratio", lambda value: 0 <= value <= 1, "in [0, 1]")
         self._check("ema", lambda value: 0 <= value < 1, "in [0, 1)")
+        self._check("optimizer", lambda value: value in ("adamw", "muon"), "adamw or muon")
         self._check("precision", lambda value: value in ("auto", "bf16", "fp32", "fp64"), "auto, bf16, fp32 or fp64")
         self._check("device", lambda value: value in ("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps")
         if self.steps is not None and self.warmup is not None and self.warmup > self.steps:

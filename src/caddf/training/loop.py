@@ -100,7 +100,7 @@ def train(
         model.double()
     update = accelerator.prepare(_Pass(model, objective, _bf16(config, accelerator.device)))
     update.train()
-    optimizer = build_optimizer(model, config.learning_rate, config.weight_decay)
+    optimizer = build_optimizer(model, config.learning_rate, config.weight_decay, name=config.optimizer)
     generator = torch.Generator().manual_seed(config.seed + rank)
     state = TrainingState(model, optimizer, ema.start(model), _gathered(accelerator, generator), Progress())
     if resume:

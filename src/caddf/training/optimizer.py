@@ -1,35 +1,95 @@
-"""AdamW and its learning rate."""
+"""AdamW, Muon, and their learning rate."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.optim import AdamW
+
+OptimizerName = Literal["adamw", "muon"]
 
 
 def build_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    name: OptimizerName = "adamw",
 ) -> AdamW:
     """AdamW (fused) with decoupled decay on matrices only (Table 5; Loshchilov & Hutter 2019).
 
     Vectors (norms, biases) do not decay, nor do embeddings: a rare token's row gets little gradient, and decay alone
     would move it. A model's `rate_scales` (parts of it, to factors) gives these parts learning rates of their own, as
-    `scale` in their groups.
+    `scale` in their groups. With `muon` the matrices that decay take Muon's steps.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     scales: dict[str, float] = getattr(model, "rate_scales", {})
-    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        decay = weight_decay if parameter.ndim >= 2 and id(parameter) not in tables else 0.0
-        scale = next((factor for part, factor in scales.items() if name.split(".")[0] == part), 1.0)
-        groups.setdefault((decay, scale), []).append((name, parameter))
-    return AdamW(
-        [{"params": named, "weight_decay": decay, "scale": scale} for (decay, scale), named in groups.items()],
+    groups: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
+    for part, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2 and id(parameter) not in tables
+        groups.setdefault((matrix, scales.get(part.split(".")[0], 1.0)), []).append((part, parameter))
+    return (Muon if name == "muon" else AdamW)(
+        [
+            {"params": named, "weight_decay": weight_decay if matrix else 0.0, "scale": scale, "matrix": matrix}
+            for (matrix, scale), named in groups.items()
+        ],
         lr=learning_rate,
         betas=betas,
         fused=True,
     )
+
+
+class Muon(AdamW):
+    """Momentum made orthogonal for the groups marked `matrix`, AdamW for the others (Jordan et al. 2024).
+
+    A step of a matrix has the root mean square that AdamW's have, so that both take one learning rate and one decay
+    (Liu et al. 2025, eq. 4). Arithmetic is in the parameters' precision: on a CPU bfloat16 is slow.
+    """
+
+    momentum = 0.95
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all parameters that have a gradient."""
+        everything = self.param_groups
+        try:
+            self.param_groups = [group for group in everything if not group["matrix"]]
+            loss = super().step(closure)
+        finally:
+            self.param_groups = everything
+        for group in everything:
+            for parameter in group["params"] if group["matrix"] else ():
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(parameter)
+                state["step"] += 1
+                average = state["exp_avg"].lerp_(parameter.grad, 1 - self.momentum)
+                direction = orthogonal(parameter.grad.lerp(average, self.momentum))  # Nesterov's
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(direction, alpha=-0.2 * math.sqrt(max(parameter.shape)) * group["lr"])
+        return loss
+
+
+def orthogonal(matrix: Float[Tensor, "m n"], steps: int = 5) -> Float[Tensor, "m n"]:
+    """Roughly U V' of the singular value decomposition: singular values between about 0.7 and 1.2.
+
+    Newton-Schulz iterations with the coefficients of Jordan et al. 2024.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if tall else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
 
 
 def learning_rate_at(step: int, peak: float, steps: int, warmup: int, min_ratio: float) -> float:
