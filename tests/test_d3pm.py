@@ -379,6 +379,19 @@ def test_given_tokens_stay_and_a_row_gets_what_it_would_get_alone(decoder):
         assert alone.counts.computed[0] == frame.counts.computed[r]
 
 
+def test_the_absorbing_chain_costs_nothing_where_nothing_is_revealed():
+    def function(x: Tensor, level: Tensor) -> Tensor:
+        return torch.sin(x.cumsum(-1)[..., None] * torch.arange(1, V + 1) + level[:, None, None]).log_softmax(-1)
+
+    tokens, lengths = torch.tensor([[V, 1, V, V], [V, V, V, 0], [2, V, V, V]]), torch.tensor([4, 3, 4])
+    cached, uncached = (
+        last(D3PMAbsorbing(40, cache=cache)(Told(function), task(tokens, lengths=lengths))) for cache in (True, False)
+    )
+    assert torch.equal(cached.tokens, uncached.tokens) and torch.equal(cached.counts.needed, uncached.counts.needed)
+    assert torch.equal(uncached.counts.computed, uncached.counts.needed)
+    assert (cached.counts.computed < uncached.counts.computed).all()
+
+
 @pytest.mark.parametrize("decoder", [D3PMAbsorbing, D3PMUniform])
 def test_the_warp_is_on_the_prediction_of_x0(decoder):
     told = Told(lambda x, level: torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log().expand(*x.shape, V))

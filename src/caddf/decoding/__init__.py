@@ -11,6 +11,7 @@ from caddf.decoding.first_hitting import FirstHitting
 from caddf.decoding.gaussian import Gaussian
 from caddf.decoding.hybrid import Hybrid
 from caddf.decoding.rates import Euler, TauLeaping
+from caddf.decoding.remasking import Remasking
 from caddf.decoding.speculative import Speculative
 from caddf.decoding.task import Counts, Decoder, Frame, Task
 
@@ -24,6 +25,7 @@ DECODERS: dict[str, type[Decoder]] = {
     "autoregressive": Autoregressive,
     "hybrid": Hybrid,
     "speculative": Speculative,
+    "remasking": Remasking,
     "euler": Euler,
     "tau_leaping": TauLeaping,
     "d3pm_absorbing": D3PMAbsorbing,

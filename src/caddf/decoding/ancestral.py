@@ -31,11 +31,13 @@ class Ancestral:
     steps: of the reverse chain.
     schedule: whose evenly spaced times are the chain's levels.
     until: the lambda at which it stops, leaving what is still masked there.
+    cache: false evaluates every row at every step, for comparison.
     """
 
     steps: int = 64
     schedule: Literal["loglinear", "geometric", "cosine"] = "loglinear"
     until: float = 0.0
+    cache: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -44,12 +46,13 @@ class Ancestral:
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame for each step that reveals something."""
         x, counts = task.tokens.clone(), counts or Counts.zeros(len(task.tokens))
-        revealed_at = masking_times(task)
+        revealed_at, wanted, active = masking_times(task), task.wanted, task.unfinished(x)
         for upper, lower in pairwise(SCHEDULES[self.schedule]().grid(self.steps, self.until).flip(0).tolist()):
-            active = task.unfinished(x)
             counts.add(active, needed=full_pass(model, task.lengths))
-            where = task.wanted & (revealed_at >= lower) & (revealed_at < upper) & active[:, None]
+            where = wanted & (revealed_at >= lower) & (revealed_at < upper) & active[:, None]
+            read = where if self.cache else wanted & (x == task.mask_id) & active[:, None]
+            x = fill(model, task, x, where, counts, read=read)
             if where.any():
-                x = fill(model, task, x, where, counts)
+                active = task.unfinished(x)
                 counts.add(where.any(1), rounds=1)
                 yield Frame(x, where, counts)

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.categorical import inverse_cdf
 from caddf.decoding.ancestral import masking_times
 from caddf.decoding.left_to_right import first_open
-from caddf.decoding.task import Counts, Frame, Task, full_pass
+from caddf.decoding.task import Counts, Frame, Task, draw, evaluate, full_pass
 from caddf.errors import InputError
 from caddf.interface import Block, LanguageModel
 from caddf.schedules import SCHEDULES
@@ -72,8 +71,7 @@ class SemiAutoregressive:
             if self.steps is None:
                 where &= where.cumsum(1) == 1  # two equal times: one of them now
             log_q, clean = reader.read(x, where, start, clean, counts)
-            u = task.generators.uniform(where)[where.cpu()].to(x.device)
-            x = x.masked_scatter(where, inverse_cdf(task.warp(log_q), u))
+            x = draw(task, x, where, log_q)
             end = torch.minimum(start + pattern.size, task.lengths)
             counts.add(active, needed=full_pass(model, end), rounds=1)
             yield Frame(x, where, counts)
@@ -104,22 +102,15 @@ class WholeRows:
         clean: Int[Tensor, " B"],
         counts: Counts,
     ) -> tuple[Float[Tensor, "N V"], Int[Tensor, " B"]]:
-        """log q at the positions in `where`, row-major; rows are evaluated with others of their own length."""
-        work, row_of = where.any(1), where.nonzero()[:, 0]
-        out = None
-        for length in self.task.lengths[work].unique().tolist():
-            rows = work & (self.task.lengths == length)
+        """log q at the positions in `where`, row-major, and `clean` as it was."""
+
+        def read(rows: Bool[Tensor, " B"], length: int) -> Float[Tensor, "n V"]:
             part = x[rows, :length]
             states, _ = self.model(part, part, self.pattern)
-            log_q = self.model.log_probs(states, where[rows, :length], "draft")
-            if out is None:
-                out = log_q.new_empty(len(row_of), log_q.shape[-1])
-            out[rows[row_of]] = log_q
+            return self.model.log_probs(states, where[rows, :length], "draft")
+
         end = torch.minimum(start + self.pattern.size, self.task.lengths)
-        causal = 1 if "causal" in self.model.heads else 0
-        counts.add(work, causal=causal, diffusion=1, computed=full_pass(self.model, end))
-        assert out is not None
-        return out, clean
+        return evaluate(self.model, self.task, where, counts, read, end), clean
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from caddf.categorical import inverse_cdf
-from caddf.decoding.task import Counts, Frame, Task, denoise, full_pass
+from caddf.decoding.task import Counts, Frame, Task, denoise, draw, full_pass
 from caddf.errors import InputError
 from caddf.interface import LanguageModel
 
@@ -21,7 +20,7 @@ class SurestFirst:
 
     @abstractmethod
     def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-        """How sure the denoiser is of a position; larger is surer."""
+        """How sure the denoiser is of a position (float64); larger is surer."""
 
     @abstractmethod
     def commit(self, sureness: Float[Tensor, "B L"], steps_done: int) -> Bool[Tensor, "B L"]:
@@ -33,13 +32,12 @@ class SurestFirst:
         step = 0
         while (active := task.unfinished(x)).any():
             open_ = task.wanted & (x == task.mask_id) & active[:, None]
-            log_q = denoise(model, task, x, open_, counts).double()
+            log_q = denoise(model, task, x, open_, counts)
             sureness = torch.full(x.shape, -torch.inf, dtype=torch.float64, device=x.device)
             sureness = sureness.masked_scatter(open_, self.sureness(log_q))
             surest = torch.nn.functional.one_hot(sureness.argmax(1), x.shape[1]).bool()
             where = open_ & (self.commit(sureness, step) | surest)
-            u = task.generators.uniform(where)[where.cpu()].to(x.device)
-            x = x.masked_scatter(where, inverse_cdf(task.warp(log_q[where[open_]]), u))
+            x = draw(task, x, where, log_q[where[open_]])
             counts.add(active, needed=full_pass(model, task.lengths), rounds=1)
             step += 1
             yield Frame(x, where, counts)
@@ -62,7 +60,7 @@ class Confidence(SurestFirst):
 
     def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
         """max_v q(v)."""
-        return log_q.amax(-1).exp()
+        return log_q.amax(-1).double().exp()
 
     def commit(self, sureness: Float[Tensor, "B L"], steps_done: int) -> Bool[Tensor, "B L"]:
         """All above the threshold, or the surest of an equal share."""
@@ -84,7 +82,7 @@ class Margin(Confidence):
 
     def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
         """q of the most probable token less q of the next."""
-        first, second = log_q.topk(2, -1).values.exp().unbind(-1)
+        first, second = log_q.topk(2, -1).values.double().exp().unbind(-1)
         return first - second
 
 
@@ -106,7 +104,8 @@ class EntropyBound(SurestFirst):
 
     def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
         """The negative entropy (nats)."""
-        return -torch.special.entr(log_q.exp()).sum(-1)
+        log_q = log_q.clamp(min=-1e4)  # a token without probability adds nothing
+        return (log_q.exp() * log_q).sum(-1, dtype=torch.float64)
 
     def commit(self, sureness: Float[Tensor, "B L"], steps_done: int) -> Bool[Tensor, "B L"]:
         """The longest run of surest positions within the bound."""

@@ -6,39 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from caddf.categorical import inverse_cdf
 from caddf.decoding.ancestral import masking_times
-from caddf.decoding.task import Counts, Frame, Task, full_pass
+from caddf.decoding.task import Counts, Frame, Task, denoise, fill, full_pass
 from caddf.evaluation.d3pm import Absorbing, Uniform
-from caddf.interface import AnyOrder, LanguageModel
-
-
-def denoise_at(
-    model: LanguageModel,
-    task: Task,
-    x: Int[Tensor, "B L"],
-    where: Bool[Tensor, "B L"],
-    level: Float[Tensor, ""],
-    counts: Counts,
-) -> Float[Tensor, "N V"]:
-    """log p~(x0_i | x) at the positions in `where`, row-major, at noise level `level` (sbar)."""
-    work, row_of = where.any(1), where.nonzero()[:, 0]
-    out = None
-    for length in task.lengths[work].unique().tolist():
-        rows = work & (task.lengths == length)
-        part = x[rows, :length]
-        states, _ = model(part, part, AnyOrder(level.expand(len(part)).to(x.device)))
-        log_p = model.log_probs(states, where[rows, :length], model.denoiser)
-        if out is None:
-            out = log_p.new_empty(len(row_of), log_p.shape[-1])
-        out[rows[row_of]] = log_p
-    branches = 2 if "causal" in model.heads else 1
-    counts.add(work, causal=branches - 1, diffusion=1, computed=branches * task.lengths)
-    assert out is not None
-    return out
+from caddf.interface import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -49,9 +24,11 @@ class D3PMAbsorbing:
     nothing cost nothing.
 
     steps: T of the chain.
+    cache: false evaluates every row at every step, for comparison.
     """
 
     steps: int = 1000
+    cache: bool = True
 
     def __post_init__(self) -> None:
         Absorbing(self.steps)  # raises
@@ -60,14 +37,14 @@ class D3PMAbsorbing:
         """A frame for each step that reveals something."""
         x, counts, chain = task.tokens.clone(), counts or Counts.zeros(len(task.tokens)), Absorbing(self.steps)
         turn = (masking_times(task) * self.steps).long().clamp(max=self.steps - 1) + 1
+        wanted, active = task.wanted, task.unfinished(x)
         for t in range(self.steps, 0, -1):
-            active = task.unfinished(x)
             counts.add(active, needed=full_pass(model, task.lengths))
-            where = task.wanted & (turn == t) & active[:, None]
+            where = wanted & (turn == t) & active[:, None]
+            read = where if self.cache else wanted & (x == task.mask_id) & active[:, None]
+            x = fill(model, task, x, where, counts, read=read, level=chain.level(torch.tensor(t)))
             if where.any():
-                p0 = task.warp(denoise_at(model, task, x, where, chain.level(torch.tensor(t)), counts))
-                u = task.generators.uniform(where)[where.cpu()].to(x.device)
-                x = x.masked_scatter(where, inverse_cdf(p0, u))
+                active = task.unfinished(x)
                 counts.add(where.any(1), rounds=1)
                 yield Frame(x, where, counts)
 
@@ -98,7 +75,7 @@ class D3PMUniform:
         x, changed = task.tokens.masked_scatter(where, fresh), where
         for t in range(self.steps, 0, -1):
             at = torch.tensor(t, device=x.device)
-            p0 = task.warp(denoise_at(model, task, x, where, chain.level(at), counts))
+            p0 = task.warp(denoise(model, task, x, where, counts, chain.level(at)))
             probs = chain.back(p0, x[where], at.expand(len(p0)))
             after = x.masked_scatter(where, inverse_cdf(probs, self._draws(task, where)))
             changed, x = changed | (after != x), after

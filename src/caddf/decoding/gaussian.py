@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from caddf.categorical import inverse_cdf
-from caddf.decoding.task import Counts, Frame, Task
+from caddf.decoding.task import Counts, Frame, Task, draw, read_rows
 from caddf.errors import InputError
 from caddf.evaluation.plaid import GaussianModel, alpha, level, normal, sigma
 
@@ -74,8 +73,7 @@ class Gaussian:
             noise = self._noise(task, inside, embeddings)
             z = self._back(z, torch.where(given, known, cooled), gamma_t, gamma_s, noise)
         log_p = self._read(model, task, z, gammas[-1], embeddings, estimate, inside, counts)
-        u = task.generators.uniform(wanted)[wanted.cpu()].to(device)
-        drawn = x.masked_scatter(wanted, inverse_cdf(task.warp(log_p[wanted[inside]]), u))
+        drawn = draw(task, x, wanted, log_p[wanted[inside]])
         yield Frame(drawn, drawn != x, counts)
 
     @staticmethod
@@ -102,18 +100,14 @@ class Gaussian:
         inside: Bool[Tensor, "B L"],
         counts: Counts,
     ) -> Float[Tensor, "N V"]:
-        """log p(x0_i | z_t) at the positions `inside`, row-major; rows are evaluated with others of their length."""
-        work, row_of = inside.any(1), inside.nonzero()[:, 0]
-        out = torch.empty(0)
-        for length in task.lengths[work].unique().tolist():
-            rows = work & (task.lengths == length)
+        """log p(x0_i | z_t) at the positions `inside`, row-major."""
+
+        def read(rows: Bool[Tensor, " B"], length: int) -> Float[Tensor, "n V"]:
             states = model(z[rows, :length], gamma.expand(int(rows.sum())), embeddings, estimate[rows, :length])
-            log_p = model.log_probs(states, inside[rows, :length])
-            if not len(out):
-                out = log_p.new_empty(len(row_of), log_p.shape[-1])
-            out[rows[row_of]] = log_p
-        counts.add(work, diffusion=1, computed=task.lengths, needed=task.lengths, rounds=1)
-        return out
+            return model.log_probs(states, inside[rows, :length])
+
+        counts.add(inside.any(1), diffusion=1, computed=task.lengths, needed=task.lengths, rounds=1)
+        return read_rows(task, inside, read)
 
     @staticmethod
     def _noise(task: Task, inside: Bool[Tensor, "B L"], embeddings: Float[Tensor, "V d"]) -> Float[Tensor, "B L d"]:

@@ -38,7 +38,11 @@ class Hybrid:
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """The frames of both phases."""
         counts = counts or Counts.zeros(len(task.tokens))
-        any_order = FirstHitting(self.anchor) if self.steps is None else Ancestral(self.steps, until=self.anchor)
+        any_order = (
+            FirstHitting(self.anchor)
+            if self.steps is None
+            else Ancestral(self.steps, until=self.anchor, cache=self.cache)
+        )
         tokens = task.tokens
         for frame in any_order(model, task, counts):
             tokens = frame.tokens

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.categorical import inverse_cdf
-from caddf.concrete_score import Process, Step, Uniform, log_scores, process_of
-from caddf.decoding.task import Counts, Frame, Task, full_pass
+from caddf.concrete_score import Process, ScoreModel, Step, Uniform, log_scores, process_of
+from caddf.decoding.task import Counts, Frame, Task, denoise, draw, evaluate, full_pass
 from caddf.errors import InputError
 from caddf.interface import AnyOrder, LanguageModel
 from caddf.schedules import SCHEDULES, Schedule
@@ -32,11 +31,14 @@ class Rates:
     steps: of the reverse chain, before the last noise is removed.
     schedule: whose rates the steps follow.
     end: the time at which steps end and the noise that is left is removed.
+    cache: a denoiser is evaluated only where something moves; false evaluates every row at every step, for comparison.
+        A score network always is: its scores change with the time.
     """
 
     steps: int = 64
     schedule: Literal["loglinear", "geometric", "cosine"] = "loglinear"
     end: float = 1e-5
+    cache: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -60,34 +62,41 @@ class Rates:
         """A frame for each step that changes something."""
         process, schedule = process_of(model), SCHEDULES[self.schedule]()
         counts = counts or Counts.zeros(len(task.tokens))
-        x, revisits = task.tokens.clone(), isinstance(process, Uniform)
+        x, wanted, revisits = task.tokens.clone(), task.wanted, isinstance(process, Uniform)
+        # A denoiser's q sums to one, so its scores to e^-sbar / (1 - e^-sbar): what moves is known before it is read.
+        ahead = self.cache and not isinstance(model, ScoreModel)
         if revisits:
-            fresh = (task.generators.uniform(task.wanted) * model.vocab_size).long().to(x.device)
-            x = torch.where(task.wanted, fresh, x)
+            fresh = (task.generators.uniform(wanted) * model.vocab_size).long().to(x.device)
+            x = torch.where(wanted, fresh, x)
+        active = wanted.any(1) if revisits else task.unfinished(x)
         times = torch.linspace(1, self.end, self.steps + 1, dtype=torch.float64)
         for t, s in [*pairwise(times), (times[-1], None)]:
-            active = task.wanted.any(1) if revisits else task.unfinished(x)
-            where = task.wanted & process.noisy(x) & active[:, None]
+            where = wanted & process.noisy(x) & active[:, None]
             if not where.any():
                 return
+            counts.add(where.any(1), needed=full_pass(model, task.lengths))
             level = schedule.cumulative_rate(t)
-            log_s = _scores(model, task, x, where, level, counts)
+            if ahead:
+                log_s = -torch.expm1(level).log().to(x.device).expand(int(where.sum()), 1)
+            else:
+                log_s = _scores(model, task, x, where, level, counts)
             if s is None:
                 step = process.denoise(log_s, x[where], level.item())
             else:
                 step = self.step(process, schedule, log_s, x[where], t, s)
-            moved = _draw(task, where, step.move, x.device)
+            moved = _moves(task, where, step.move, x.device)
             if moved.any():
-                probs = task.warp(step.log_to[moved[where]])
-                u = task.generators.uniform(moved)[moved.cpu()].to(x.device)
-                x = x.masked_scatter(moved, inverse_cdf(probs, u))
+                log_to = denoise(model, task, x, moved, counts, level) if ahead else step.log_to[moved[where]]
+                x = draw(task, x, moved, log_to)
+                active = active if revisits else task.unfinished(x)
+                counts.add(moved.any(1), rounds=1)
                 yield Frame(x, moved, counts)
 
 
 class Euler(Rates):
     """Rates as they are at t, for the whole step (authors' "euler"; SEDD, eq. 17).
 
-    steps, schedule, end: of the chain.
+    steps, schedule, end, cache: of the chain.
     """
 
     def step(
@@ -106,7 +115,7 @@ class Euler(Rates):
 class TauLeaping(Rates):
     """The best step that treats positions apart (Tweedie tau-leaping; authors' "analytic"; SEDD, theorem 4.2).
 
-    steps, schedule, end: of the chain.
+    steps, schedule, end, cache: of the chain.
     """
 
     def step(
@@ -122,7 +131,7 @@ class TauLeaping(Rates):
         return process.tweedie(log_s, x, (schedule.cumulative_rate(t) - schedule.cumulative_rate(s)).item())
 
 
-def _draw(
+def _moves(
     task: Task, where: Bool[Tensor, "B L"], move: Float[Tensor, " N"], device: torch.device
 ) -> Bool[Tensor, "B L"]:
     """The positions that move."""
@@ -133,20 +142,12 @@ def _draw(
 def _scores(
     model: LanguageModel, task: Task, x: Int[Tensor, "B L"], where: Bool[Tensor, "B L"], level: Tensor, counts: Counts
 ) -> Float[Tensor, "N V"]:
-    """log s at the positions in `where`, row-major; rows are evaluated with others of their own length."""
-    row_of = where.nonzero()[:, 0]
-    out = None
-    for length in task.lengths[where.any(1)].unique().tolist():
-        rows = where.any(1) & (task.lengths == length)
-        part, read = x[rows, :length], where[rows, :length]
+    """log s at the positions in `where`, row-major (float64)."""
+
+    def read(rows: Bool[Tensor, " B"], length: int) -> Float[Tensor, "n V"]:
+        part = x[rows, :length]
         levels = level.to(x.device).expand(len(part))
         states, _ = model(part, part, AnyOrder(levels))
-        log_s = log_scores(model, states, read, levels).double()
-        if out is None:
-            out = log_s.new_empty(len(row_of), log_s.shape[-1])
-        out[rows[row_of]] = log_s
-    branches = 2 if "causal" in model.heads else 1
-    needed = full_pass(model, task.lengths)
-    counts.add(where.any(1), causal=branches - 1, diffusion=1, computed=needed, needed=needed, rounds=1)
-    assert out is not None
-    return out
+        return log_scores(model, states, where[rows, :length], levels).double()
+
+    return evaluate(model, task, where, counts, read)

@@ -47,7 +47,8 @@ class Counts:
         for name, amount in (
             ("causal", causal), ("diffusion", diffusion), ("computed", computed), ("needed", needed), ("rounds", rounds)
         ):  # fmt: skip
-            getattr(self, name).add_(rows * (amount.cpu() if isinstance(amount, Tensor) else amount))
+            if isinstance(amount, Tensor) or amount:
+                getattr(self, name).add_(rows * (amount.cpu() if isinstance(amount, Tensor) else amount))
 
 
 @dataclass(frozen=True)
@@ -107,39 +108,99 @@ class Decoder(Protocol):
         """Frames as the canvas fills; work is added to `counts`, which frames carry."""
 
 
-def denoise(
-    model: LanguageModel, task: Task, x: Int[Tensor, "B L"], where: Bool[Tensor, "B L"], counts: Counts
+def read_rows(
+    task: Task, where: Bool[Tensor, "B L"], read: Callable[[Bool[Tensor, " B"], int], Float[Tensor, "n V"]]
 ) -> Float[Tensor, "N V"]:
-    """log q(x0_i | x) at the positions in `where`, row-major: the eq. 5 reading.
+    """What `read(rows, length)` says of the positions in `where`, row-major, for the rows of each length together.
 
-    Only rows with a position to read are evaluated: the absorbing property keeps a row's prediction valid until one of
-    its tokens changes, and a decoder reads a row only to change it, so this is the canvas cache. Rows are evaluated
-    with others of their own length.
+    Rows with nothing to read are left out; at least one must have something.
     """
+    work, row_of = where.any(1), where.nonzero()[:, 0]
+    lengths = task.lengths[work].unique().tolist()
     out = None
-    row_of = where.nonzero()[:, 0]
-    for length in task.lengths[where.any(1)].unique().tolist():
-        rows = where.any(1) & (task.lengths == length)
-        part, read = x[rows, :length], where[rows, :length]
-        states, _ = model(part, part, AnyOrder())
-        log_q = model.log_probs(states, read, model.denoiser)
+    for length in lengths:
+        rows = work & (task.lengths == length)
+        part = read(rows, length)
+        if len(lengths) == 1:
+            return part
         if out is None:
-            out = log_q.new_empty(len(row_of), log_q.shape[-1])
-        out[rows[row_of]] = log_q
-    branches = 2 if "causal" in model.heads else 1
-    work = where.any(1)
-    counts.add(work, causal=branches - 1, diffusion=1, computed=branches * task.lengths)
+            out = part.new_empty(len(row_of), part.shape[-1])
+        out[rows[row_of]] = part
     assert out is not None
     return out
 
 
-def fill(
-    model: LanguageModel, task: Task, x: Int[Tensor, "B L"], where: Bool[Tensor, "B L"], counts: Counts
+def evaluate(
+    model: LanguageModel,
+    task: Task,
+    where: Bool[Tensor, "B L"],
+    counts: Counts,
+    read: Callable[[Bool[Tensor, " B"], int], Float[Tensor, "n V"]],
+    upto: Int[Tensor, " B"] | None = None,
+) -> Float[Tensor, "N V"]:
+    """`read_rows`, counted as one evaluation of every row that it reads, over its positions below `upto` (all)."""
+    causal = 1 if "causal" in model.heads else 0
+    computed = full_pass(model, task.lengths if upto is None else upto)
+    counts.add(where.any(1), causal=causal, diffusion=1, computed=computed)
+    return read_rows(task, where, read)
+
+
+def told(level: Float[Tensor, ""] | None, x: Int[Tensor, "n L"]) -> AnyOrder:
+    """The eq. 5 reading of the rows `x`, all at noise level `level` (sbar) where there is one."""
+    return AnyOrder() if level is None else AnyOrder(level.to(x.device).expand(len(x)))
+
+
+def denoise(
+    model: LanguageModel,
+    task: Task,
+    x: Int[Tensor, "B L"],
+    where: Bool[Tensor, "B L"],
+    counts: Counts,
+    level: Float[Tensor, ""] | None = None,
+) -> Float[Tensor, "N V"]:
+    """log q(x0_i | x) at the positions in `where`, row-major: the eq. 5 reading, at `level` for networks told the time.
+
+    Only rows with a position to read are evaluated, and heads only there. This is the canvas cache: decoders settle
+    which positions a step draws without the network (times drawn beforehand; a q that sums to one), so that a row is
+    read only to be changed. No prediction is wanted a second time, and so none is kept.
+    """
+
+    def read(rows: Bool[Tensor, " B"], length: int) -> Float[Tensor, "n V"]:
+        part = x[rows, :length]
+        states, _ = model(part, part, told(level, part))
+        return model.log_probs(states, where[rows, :length], model.denoiser)
+
+    return evaluate(model, task, where, counts, read)
+
+
+def draw(
+    task: Task, x: Int[Tensor, "B L"], where: Bool[Tensor, "B L"], log_q: Float[Tensor, "N V"]
 ) -> Int[Tensor, "B L"]:
-    """`x` with the positions in `where` drawn from the warped q, independently of each other."""
-    probs = task.warp(denoise(model, task, x, where, counts))
+    """`x` with the positions in `where` drawn from the warped `log_q`, independently of each other."""
     u = task.generators.uniform(where)[where.cpu()].to(x.device)
-    return x.masked_scatter(where, inverse_cdf(probs, u))
+    return x.masked_scatter(where, inverse_cdf(task.warp(log_q), u))
+
+
+def fill(
+    model: LanguageModel,
+    task: Task,
+    x: Int[Tensor, "B L"],
+    where: Bool[Tensor, "B L"],
+    counts: Counts,
+    *,
+    read: Bool[Tensor, "B L"] | None = None,
+    level: Float[Tensor, ""] | None = None,
+) -> Int[Tensor, "B L"]:
+    """`x` with the positions in `where` drawn from the warped q, independently of each other.
+
+    `read`, where given, are the positions that are evaluated, those in `where` among them: what a decoder without
+    caches does.
+    """
+    read = where if read is None else read
+    if not read.any():
+        return x
+    log_q = denoise(model, task, x, read, counts, level)
+    return draw(task, x, where, log_q if read is where else log_q[where[read]])
 
 
 def full_pass(model: LanguageModel, lengths: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
