@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.console import Console
 
-from caddf.checkpoint import installed_version, read_json, write_json_atomic, write_text_atomic
+from caddf.checkpoint import read_json, write_json_atomic, write_text_atomic
 from caddf.data import TokenSet, prepare
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
 from caddf.experiment import METHODS, ModelSettings, Size
+from caddf.machine import machine
 from caddf.models.accounts import accounts
 from caddf.running import RunSettings, ValidationSettings, resume, start
 from caddf.scoring import evaluate
@@ -212,19 +208,3 @@ def write(table: str, methods: list[str], settings: ReproduceSettings, out: Path
     write_json_atomic(out / "table.json", values)
     for kind in ("md", "html"):
         write_text_atomic(out / f"table.{kind}", templates.get_template(f"table.{kind}").render(values))
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on, and with."""
-    folder = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "caddf": installed_version(),
-        "commit": git.stdout.strip() or None,
-        "date": datetime.date.today().isoformat(),
-    }

@@ -1,0 +1,136 @@
+"""`caddf benchmark acceptance`: how many drafts stand, by place, temperature, target and training step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.console import Console
+
+from caddf.benchmarks.results import Results, number
+from caddf.benchmarks.roster import needs, runs_of
+from caddf.benchmarks.trial import some_windows
+from caddf.categorical import Warp
+from caddf.data import TokenSet
+from caddf.errors import InputError
+from caddf.evaluation.acceptance import Verifier, acceptance
+from caddf.plots import draw_by_offset
+from caddf.text_model import DType, check_seed, load, model_folder
+
+COLUMNS = {
+    "model": "",
+    "step": "of training",
+    "target": "the distribution that is drawn from exactly: the causal head, or the fused one in blocks",
+    "temperature": "of drafts and target alike; 0 is greedy",
+    "tokens per round": "expected, with their standard error over windows: drafts that stand, and the token after them",
+    "accepted by place": "share of the first, second, ... drafts accepted, of those reached",
+}
+
+
+@dataclass(frozen=True)
+class AcceptanceSettings:
+    """Which models, and where they draft.
+
+    models: trained ones, NAME=RUN,... or a folder of runs; those without a draft head and a target are left out.
+    data: a token set.
+    split: of the text that is drafted after.
+    temperatures: as in [0,0.5,1].
+    checkpoints: the latest of each run, or all that it kept.
+    windows: of text, spread evenly over the split.
+    rounds: of each window, each at a block that is drawn.
+    dtype: of weights and arithmetic.
+    device: auto (a GPU where there is one), cpu, cuda or mps.
+    seed: of places and drafts.
+    out: folder of the results; not set, results/acceptance.
+    """
+
+    models: str | None = None
+    data: str | None = None
+    split: str = "test"
+    temperatures: tuple[float, ...] = (0.0, 0.5, 1.0)
+    checkpoints: Literal["latest", "all"] = "latest"
+    windows: int = 64
+    rounds: int = 8
+    dtype: DType = "float32"
+    device: str = "auto"
+    seed: int = 0
+    out: str | None = None
+
+
+def measure_acceptance(settings: AcceptanceSettings, console: Console) -> Results:
+    """Writes acceptance.json, .md, .png and .svg; raises `InputError` before anything is measured."""
+    needs("matplotlib")
+    check_seed(settings.seed)
+    if settings.models is None or settings.data is None:
+        raise InputError("models or data is not given; give --models NAME=RUN,... or a folder of runs, and --data SET")
+    for name in ("windows", "rounds"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name} is {getattr(settings, name)}; it must be 1 or more")
+    runs, data = runs_of(settings.models), TokenSet.open(settings.data)
+    warps = {temperature: Warp(temperature) for temperature in settings.temperatures}
+    values: dict[str, Any] = {**dataclasses.asdict(settings), "data": data.folder.name, "models": ",".join(runs)}
+    values["temperatures"] = list(warps)
+    del values["out"]
+    results = Results.open("acceptance", settings.out or "results/acceptance", values)
+    rows = results.values["rows"] = []
+    for name, run in runs.items():
+        for folder in checkpoints(run, settings.checkpoints):
+            rows += _measured(name, folder, data, warps, settings)
+            console.print(f"{name}, {folder.name}", markup=False)
+    if not rows:
+        raise InputError(f"models is {settings.models}; none of them drafts for a target of its own")
+    about = f"{settings.rounds} rounds at each of {settings.windows} windows of {settings.split}."
+    results.write(about, COLUMNS, cells, partial(draw_by_offset, rows=rows))
+    return results
+
+
+def checkpoints(run: str, which: str) -> list[Path]:
+    """The model folders of a run, the latest last."""
+    latest = model_folder(run)
+    every = sorted(latest.parent.glob("step-*")) if which == "all" else []
+    return [folder for folder in every if folder < latest] + [latest]
+
+
+def _measured(
+    name: str, folder: Path, data: TokenSet, warps: dict[float, Warp], settings: AcceptanceSettings
+) -> Iterator[dict[str, Any]]:
+    model = load(folder, device=settings.device, dtype=settings.dtype)
+    windows = some_windows(data, settings.split, model.context, settings.windows).to(model.device)
+    step = folder.name.removeprefix("step-")
+    for target in get_args(Verifier):
+        if {target, "draft"} - model.model.heads:
+            continue
+        for temperature, warp in warps.items():
+            noise = torch.Generator().manual_seed(settings.seed)
+            found = acceptance(model.model, windows, target, noise, rounds=settings.rounds, warp=warp)
+            shares, errors = found.by_offset()
+            reached = int(shares.isfinite().sum())  # no round comes to the places behind
+            yield {
+                "model": name,
+                "step": int(step) if step.isdecimal() else None,
+                "target": target,
+                "temperature": temperature,
+                "block_size": model.model.block_size,
+                "tokens_per_round": found.tokens.mean().item(),
+                "standard_error": found.tokens.std().item() / len(windows) ** 0.5 if len(windows) > 1 else None,
+                "by_offset": shares[:reached].tolist(),
+                "by_offset_errors": errors[:reached].tolist() if len(windows) > 1 else None,
+            }
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the Markdown table."""
+    error = row["standard_error"]
+    return [
+        row["model"],
+        "" if row["step"] is None else f"{row['step']:,}",
+        row["target"],
+        f"{row['temperature']:g}",
+        number(row["tokens_per_round"]) + ("" if error is None else f" ± {number(error, 2)}"),
+        " ".join(f"{share:.2f}" for share in row["by_offset"]),
+    ]

@@ -1,0 +1,286 @@
+"""Decoders measured in turns: every round each row decodes once, and what it took is on disk before the next starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from rich.console import Console
+
+from caddf.benchmarks.measure import Spread, allocated, bandwidth, fresh, in_turns, resident
+from caddf.benchmarks.results import Results
+from caddf.benchmarks.roster import TARGETED, TRANSFORMERS, Contestant, Entrant, Roster, needs
+from caddf.benchmarks.trial import (
+    Judge,
+    Prompts,
+    Run,
+    account,
+    bandwidth_share,
+    check_tokenizer,
+    exact_ppl,
+    run,
+    some_windows,
+    task_of,
+    unigram_entropy,
+    warm_up,
+    weights_read,
+)
+from caddf.data import TokenSet
+from caddf.decoding import Decoder, Task
+from caddf.errors import InputError
+from caddf.experiment import Size
+from caddf.text_model import DType, check_seed, load, resolve_device
+
+MEANS = (
+    "causal_evaluations",
+    "diffusion_evaluations",
+    "tokens_per_evaluation",
+    "tokens_per_round",
+    "cache_hit_rate",
+    "entropy",
+)
+"""Columns that are means over the rounds; of time there are medians."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all rows have in common. `DecodeSettings` says what each setting is."""
+
+    size: Size = "demo"
+    models: str | None = None
+    methods: str | None = None
+    shape: Literal["preset", "equal"] = "preset"
+    context: int | None = None
+    new_tokens: int | None = None
+    batch: str = "1,8"
+    repeats: int = 5
+    temperature: float = 1.0
+    prompts: str | None = None
+    split: str = "test"
+    judge: str | None = None
+    windows: int = 8
+    memory: bool = True
+    dtype: DType = "float32"
+    device: str = "auto"
+    seed: int = 0
+
+    def roster(self) -> Roster:
+        """The models."""
+        return Roster.of(
+            models=self.models, methods=self.methods, size=self.size, context=self.context, shape=self.shape,
+            device=self.device, dtype=self.dtype, seed=self.seed,
+        )  # fmt: skip
+
+    def resolved(self, roster: Roster) -> Conditions:
+        """With nothing left open: the context of the models, half of it new. Raises `InputError`."""
+        check_seed(self.seed)
+        for name in ("repeats", "windows"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        whole_numbers("batch", self.batch)
+        if roster.trained and self.prompts is None:
+            raise InputError("prompts is not given; trained models continue held-out text: give a token set")
+        if self.judge is not None and not roster.trained:
+            raise InputError("judge is given, but the models have random weights; give trained ones with --models")
+        contexts = {name: roster.context_of(name) for name in roster.names}
+        shortest = min(contexts, key=contexts.__getitem__)
+        context = contexts[shortest] if self.context is None else self.context
+        if not 2 <= context <= contexts[shortest]:
+            raise InputError(
+                f"context is {context}; it must lie between 2 and {contexts[shortest]}, the context of {shortest}"
+            )
+        new_tokens = context // 2 if self.new_tokens is None else self.new_tokens
+        if not 1 <= new_tokens <= context:
+            raise InputError(f"new_tokens is {new_tokens}; it must lie between 1 and the context, {context}")
+        return dataclasses.replace(self, context=context, new_tokens=new_tokens)
+
+    @property
+    def beginnings(self) -> Prompts:
+        """The prompts."""
+        assert self.context is not None and self.new_tokens is not None
+        data = None if self.models is None or self.prompts is None else TokenSet.open(self.prompts)
+        return Prompts(data, self.split, self.context, self.new_tokens)
+
+
+def whole_numbers(name: str, given: str) -> list[int]:
+    """The numbers of `1,8`; raises `InputError` where they are none, or below 1."""
+    words = given.strip("[]").split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise InputError(f"{name} is {given}; it must be whole numbers of 1 or more, as in 1,8")
+    return [int(word) for word in words]
+
+
+def contest(results: Results, rows: Sequence[Entrant], roster: Roster, given: Conditions, console: Console) -> None:
+    """Measures what is missing of `rows`, for each size of batch, and leaves it in `results.values["rows"]`."""
+    if given.memory and resolve_device(given.device).type == "cpu":
+        needs("psutil")
+    prompts, judge = given.beginnings, _judge(given)
+    for name in roster.names:
+        if prompts.data is not None:
+            check_tokenizer(name, roster[name], prompts.data)
+    kept = {(row["label"], row["batch"]): row for row in results.values.get("rows", [])}
+    table = [(entrant, size) for size in whole_numbers("batch", given.batch) for entrant in rows]
+    results.values["rows"] = [
+        kept.get((entrant.label, size)) or _row(entrant, size, roster[entrant.model], given) for entrant, size in table
+    ]
+    places = [(entrant.label, size) for entrant, size in table]
+    by_place = dict(zip(places, results.values["rows"], strict=True))
+    speeds: list[float] = results.values.setdefault("bandwidths", [])
+    decoders: dict[str, Decoder] = {}
+    for turn, (entrant, size) in in_turns(table, given.repeats):
+        row, contestant = by_place[entrant.label, size], roster[entrant.model]
+        if len(row["rounds"]) > turn:
+            continue
+        if len(speeds) <= turn:
+            speeds.append(bandwidth(roster.device))
+        decoder = decoders.setdefault(entrant.label, entrant.build(contestant.network))
+        if not row["rounds"]:
+            warm_up(decoder, contestant.network, _task(given, prompts, contestant, size, turn))
+        row["rounds"].append(_measured(given, prompts, contestant, decoder, judge, size, turn))
+        results.save()
+        said = f"{row['rounds'][-1]['tokens_per_second']:.1f} tokens/s"
+        console.print(
+            f"[{turn + 1}/{given.repeats}] {entrant.label}, batch {size}: {said}", markup=False, soft_wrap=True
+        )
+    for (entrant, size), row in zip(table, results.values["rows"], strict=True):
+        if row["peak_memory"] is None and given.memory:
+            row["peak_memory"] = _peak(given, entrant, size, row["rounds"], roster)
+            results.save()
+    if prompts.data is not None:
+        _perplexities(results, roster, given, prompts.data)
+        if judge is not None:
+            results.values["judge"] = _about(judge, prompts.data, given)
+    results.values["bandwidth"] = Spread.of(speeds).median
+    for (entrant, _), row in zip(table, results.values["rows"], strict=True):
+        network = roster[entrant.model].network
+        drafts = row["decoder"] in ("speculative", "block") or "causal" not in network.heads
+        summarise(row, weights_read(network, row["target"] != "causal", drafts), speeds)
+
+
+def _row(entrant: Entrant, size: int, contestant: Contestant, given: Conditions) -> dict[str, Any]:
+    targeted = entrant.decoder in (*TARGETED, TRANSFORMERS)
+    return {
+        "method": entrant.method,
+        "model": entrant.model,
+        "checkpoint": contestant.checkpoint,
+        "decoder": entrant.decoder,
+        "target": entrant.settings.get("target", "causal") if targeted else None,
+        "settings": {name: value for name, value in entrant.settings.items() if name != "target"},
+        "label": entrant.label,
+        "batch": size,
+        "context": given.context,
+        "new_tokens": given.new_tokens,
+        "parameters": contestant.network.parameter_counts()["total"],
+        "peak_memory": None,
+        "target_ppl": None,
+        "rounds": [],
+    }
+
+
+def _task(given: Conditions, prompts: Prompts, contestant: Contestant, size: int, turn: int) -> Task:
+    network = contestant.network
+    beginnings = prompts.take(turn, size, network.vocab_size, given.seed)
+    device = next(network.parameters()).device
+    return task_of(network, beginnings, prompts.new_tokens, given.temperature, given.seed + turn * size, device)
+
+
+def _measured(
+    given: Conditions,
+    prompts: Prompts,
+    contestant: Contestant,
+    decoder: Decoder,
+    judge: Judge | None,
+    size: int,
+    turn: int,
+) -> dict[str, Any]:
+    """One row's figures in one round."""
+    network, task = contestant.network, _task(given, prompts, contestant, size, turn)
+    if task.tokens.device.type == "cuda":
+        with allocated(task.tokens.device) as peak:
+            ran = run(decoder, network, task)
+        weights = sum(p.nbytes for p in network.parameters())
+        figures: dict[str, Any] = {
+            **account(network, ran, prompts.new_tokens),
+            "peak": peak.most - peak.first + weights,
+        }
+    else:
+        ran = run(decoder, network, task)
+        figures = account(network, ran, prompts.new_tokens)
+    return {**figures, **_quality(prompts, contestant, judge, ran)}
+
+
+def _quality(prompts: Prompts, contestant: Contestant, judge: Judge | None, ran: Run) -> dict[str, float]:
+    """Of trained models alone."""
+    if contestant.tokenizer is None:
+        return {}
+    begun = prompts.context - prompts.new_tokens
+    quality = {"entropy": unigram_entropy(ran.tokens[:, begun:])}
+    return quality if judge is None else {**quality, "judged": judge.nll(contestant, ran.tokens, begun)}
+
+
+def _judge(given: Conditions) -> Judge | None:
+    if given.judge is None:
+        return None
+    model = load(given.judge, device=given.device, dtype="float32")
+    if "causal" not in model.model.heads:
+        raise InputError(f"judge is {given.judge}, which has no causal head; give a model that reads left to right")
+    return Judge(Path(given.judge).name, model)
+
+
+def _about(judge: Judge, data: TokenSet, given: Conditions) -> dict[str, Any]:
+    """Who judges, and how well it knows such text itself."""
+    model = judge.model
+    windows = some_windows(data, given.split, model.context, given.windows)
+    ppl = exact_ppl(model.model, windows, "causal", model.device)
+    return {"run": judge.name, "parameters": model.model.parameter_counts()["total"], "ppl": ppl}
+
+
+def _peak(given: Conditions, entrant: Entrant, size: int, rounds: list[dict[str, Any]], roster: Roster) -> int | None:
+    """Bytes of weights, caches and activations: of the allocator on a GPU, of a fresh process on a CPU."""
+    if roster.device.type == "cuda":
+        return max(each["peak"] for each in rounds)
+    return fresh(resident_peak, given, entrant, size) if roster.device.type == "cpu" else None
+
+
+def resident_peak(given: Conditions, entrant: Entrant, size: int) -> int:
+    """Weights, and what one decoding adds to the resident memory of this process; run it in a `fresh` one."""
+    contestant, prompts = given.roster()[entrant.model], given.beginnings
+    weights = sum(p.nbytes for p in contestant.network.parameters())
+    decoder, task = entrant.build(contestant.network), _task(given, prompts, contestant, size, 0)
+    with resident() as peak:
+        run(decoder, contestant.network, task)
+    return weights + peak.most - peak.first
+
+
+def _perplexities(results: Results, roster: Roster, given: Conditions, data: TokenSet) -> None:
+    """The exact perplexity of every target, once for each model."""
+    known = {(row["model"], row["target"]): row["target_ppl"] for row in results.values["rows"] if row["target_ppl"]}
+    for row in results.values["rows"]:
+        place = (row["model"], row["target"])
+        if row["target"] is None:
+            continue
+        if place not in known:
+            network = roster[row["model"]].network
+            windows = some_windows(data, given.split, network.config.context, given.windows)
+            known[place] = exact_ppl(network, windows, row["target"], roster.device)
+        row["target_ppl"] = known[place]
+        results.save()
+
+
+def summarise(row: dict[str, Any], read: dict[str, int], bandwidths: Sequence[float]) -> None:
+    """The columns of a row from its rounds: medians and quartiles of time, means of counts and of quality."""
+    rounds = row["rounds"]
+    speed = Spread.of([each["tokens_per_second"] for each in rounds])
+    row["tokens_per_second"], row["tokens_per_second_quartiles"] = speed.median, [speed.low, speed.high]
+    for name in MEANS:
+        values = [each[name] for each in rounds if each.get(name) is not None]
+        row[name] = fmean(values) if values else None
+    shares = [bandwidth_share(read, each, bandwidths[turn]) for turn, each in enumerate(rounds)]
+    row["bandwidth_share"] = Spread.of(shares).median
+    judged = [each["judged"] for each in rounds if "judged" in each]
+    row["generative_ppl"] = math.exp(fmean(judged)) if judged else None

@@ -1,0 +1,243 @@
+"""`caddf benchmark decode`: methods by decoders by batches (Table 3), in turns; medians, and ratios with quartiles."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from caddf.benchmarks.contest import Conditions, contest, whole_numbers
+from caddf.benchmarks.measure import Spread
+from caddf.benchmarks.results import Results, Told, dots, number, put
+from caddf.benchmarks.roster import TRANSFORMERS, decoders_of, entrants, needs
+
+PARITY = 1.03
+"""How far a target's perplexity may be above that of the autoregressive baseline, for its speed to count."""
+SAME_ENTROPY = 0.98
+"""How far, as a share, the entropy of text may be below another's and still pass for equal."""
+COLUMNS = {
+    "model": "",
+    "decoder": "and its settings",
+    "target": "the distribution that it draws from exactly: the causal head, or the fused one in blocks",
+    "batch": "",
+    "tokens/s": "new tokens of the whole batch a second, prompts read included: median (quartiles)",
+    "per evaluation": "new tokens of a row per causal pass; a diffusion pass counts at its floating-point operations",
+    "per round": "new tokens of a row per round",
+    "causal, diffusion": "passes of each branch",
+    "cache hits": "share of the token-positions that a decoder without caches computes",
+    "memory": "MiB at the peak: weights, caches, activations",
+    "parameters": "in all",
+    "bandwidth": "share of the measured memory bandwidth that reading the weights of all passes takes",
+    "PPL of text": "generated, under the judge",
+    "entropy": "of the new tokens of a row, as a bag, in nats",
+    "target PPL": "exact, of held-out text",
+}
+
+
+@dataclass(frozen=True)
+class DecodeSettings(Conditions):
+    """Who decodes what, and how often.
+
+    size: of models with random weights, of which speed and memory can be told and quality cannot.
+    models: trained ones, NAME=RUN,... or a folder of runs, instead.
+    methods: a comma-separated choice of methods for random weights; not set, those of the comparison.
+    decoders: a comma-separated choice of the dual branch's decoders; not set, all. Other methods have their own.
+    shape: of a method with one branch: preset, the shape of the size's causal branch (small: GPT-2's), or equal, as
+        many parameters as the dual branch.
+    context: tokens of a finished row; not set, the models' context.
+    new_tokens: how many of them are drawn, the rest being the prompt; not set, half.
+    steps: of the chains (ancestral, tau-leaping), as in 512,1024, a row each; not set, as many as new tokens.
+    batch: rows decoded together, as in 1,8; each size is measured.
+    repeats: rounds in which every row decodes once.
+    temperature: of all draws; 0 is greedy.
+    domain: what the prompts are, which decides the names of some ratios.
+    prompts: a token set whose held-out text trained models continue.
+    split: of the prompts.
+    judge: a run or model folder that reads left to right, by which generated text is scored.
+    windows: of the exact perplexities of targets.
+    memory: measure peak memory too (on a CPU, each row decodes once more in a process of its own).
+    dtype: of weights and arithmetic.
+    device: auto (a GPU where there is one), cpu, cuda or mps.
+    seed: of weights, prompts and draws.
+    out: folder of the results; not set, results/decode-SIZE or results/decode-trained.
+    """
+
+    decoders: str | None = None
+    steps: str | None = None
+    domain: Literal["prose", "code"] = "prose"
+    out: str | None = None
+
+
+def decode(settings: DecodeSettings, console: Console) -> Results:
+    """Measures every row in turns and writes decode.json, .md, .png and .svg; goes on where it was interrupted.
+
+    Raises `InputError` before anything is measured, for settings that do not fit the models and packages that miss.
+    """
+    needs("matplotlib")
+    decoders_of(settings.decoders)
+    roster = settings.roster()
+    given = settings.resolved(roster)
+    assert given.new_tokens is not None
+    steps = whole_numbers("steps", settings.steps) if settings.steps is not None else [given.new_tokens]
+    if any(roster[name].method == "gpt2" for name in roster.names):
+        needs("transformers")
+    rows = entrants(roster, settings.decoders, steps, transformers=True)
+    folder = Path(settings.out or f"results/decode-{'trained' if settings.models else settings.size}")
+    results = Results.open("decode", folder, plain(given), free=("repeats", "domain", "memory"))
+    contest(results, rows, roster, given, console)
+    put(results.values, ratios(results.values["rows"], settings.temperature, settings.domain))
+    results.write(about(results.values), COLUMNS, cells, partial(draw, rows=results.values["rows"]))
+    return results
+
+
+def plain(given: Conditions) -> dict[str, Any]:
+    """Settings as they are written: without the folders of this machine, but for the runs' own names."""
+    values = dataclasses.asdict(given)
+    for name in ("models", "prompts", "judge"):
+        values[name] = None if values[name] is None else Path(values[name]).name
+    del values["out"]
+    return values
+
+
+def about(values: dict[str, Any]) -> str:
+    """What the table is of."""
+    given = values["settings"]
+    text = (
+        f"{given['new_tokens']} new tokens after a prompt of {given['context'] - given['new_tokens']}; every row "
+        f"decodes once in each of {given['repeats']} rounds. Measured bandwidth: {values['bandwidth'] / 1e9:.1f} GB/s."
+    )
+    if given["models"] is None:
+        return text + " The weights are random: figures of speed and memory, not of acceptance or quality."
+    if "judge" in values:
+        judge = values["judge"]
+        text += (
+            f" The judge is {judge['run']} ({judge['parameters']:,} parameters), whose own PPL is {judge['ppl']:.2f}."
+        )
+    return text
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the Markdown table."""
+    low, high = row["tokens_per_second_quartiles"]
+    settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
+    return [
+        row["model"],
+        f"{row['decoder']} ({settings})" if settings else row["decoder"],
+        row["target"] or "",
+        str(row["batch"]),
+        f"{number(row['tokens_per_second'])} ({number(low)} to {number(high)})",
+        number(row["tokens_per_evaluation"]),
+        number(row["tokens_per_round"]),
+        f"{number(row['causal_evaluations'])}, {number(row['diffusion_evaluations'])}",
+        f"{row['cache_hit_rate']:.1%}",
+        "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}",
+        f"{row['parameters']:,}",
+        f"{row['bandwidth_share']:.0%}",
+        number(row["generative_ppl"]),
+        number(row["entropy"]),
+        number(row["target_ppl"]),
+    ]
+
+
+def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Tokens a second of every row, fastest first, a colour for each family."""
+    ordered = sorted(rows, key=_speed, reverse=True)
+    families = sorted({family(row) for row in ordered})
+    colours = [f"C{families.index(family(row))}" for row in ordered]
+    dots(axes, [f"{row['label']}, batch {row['batch']}" for row in ordered], ordered, colours)
+    axes.set(xlabel="new tokens per second (median, quartiles)")
+
+
+def family(row: dict[str, Any]) -> str:
+    """gpt2, radd, sedd, caddf ..."""
+    return str(row["method"].split("-")[0])
+
+
+# Ratios.
+
+
+def ratios(rows: Sequence[dict[str, Any]], temperature: float, domain: str) -> dict[str, Told]:
+    """What these rows tell of the goals, by key, at the first of the batches.
+
+    Speeds are compared within each round. Rows of different quality are compared only where the faster is no worse.
+    """
+    rows = [row for row in rows if row["batch"] == rows[0]["batch"]]
+    ours = [row for row in rows if "caddf" == family(row)]
+    baseline = next((row for row in rows if family(row) == "gpt2" and row["decoder"] == "autoregressive"), None)
+    told: dict[str, Told] = {}
+
+    theirs = next((row for row in rows if row["decoder"] == TRANSFORMERS), None)
+    if theirs is not None:
+        same = next(row for row in rows if row["model"] == theirs["model"] and row["decoder"] == "autoregressive")
+        told["ar_vs_transformers"] = _faster(same, theirs)
+    left_to_right = [row for row in rows if row["decoder"] == "autoregressive" and row["target"] == "causal"]
+    if left_to_right:
+        best = max(left_to_right, key=lambda row: row["bandwidth_share"])
+        told["bandwidth_share"] = Told(best["label"], best["bandwidth_share"])
+    if baseline is not None or ours:
+        told |= _speculation(ours, baseline, "_code" if domain == "code" else "")
+    chain = next((row for row in ours if row["decoder"] == "ancestral"), None)
+    if chain is not None:
+        told["cache_hits_any_order"] = Told(chain["label"], chain["cache_hit_rate"])
+    for other in ("radd", "sedd"):
+        slow = [row for row in rows if family(row) == other]
+        if slow and ours:
+            told[f"caddf_vs_{other}"] = _no_worse(ours, max(slow, key=lambda row: row["settings"].get("steps", 0)))
+    return told
+
+
+def _speculation(ours: Sequence[dict[str, Any]], baseline: dict[str, Any] | None, suffix: str) -> dict[str, Told]:
+    """Speculation against the same model one token at a time (the faster target), and its tokens per round."""
+    drafted = [row for row in ours if row["decoder"] == "speculative"]
+    plain = [row for row in ours if row["decoder"] == "autoregressive"]
+    if not drafted:
+        return {}
+    told = {}
+    fastest = max(drafted, key=_speed)
+    if fastest["entropy"] is None:
+        return {"tokens_per_round": Told("not told: with random weights drafts are accepted by chance")}
+    if plain:
+        told[f"speculative_vs_ar{suffix}"] = _faster(fastest, max(plain, key=_speed))
+    limit = None if baseline is None or baseline["target_ppl"] is None else PARITY * baseline["target_ppl"]
+    fit = [row for row in drafted if limit is not None and row["target_ppl"] is not None and row["target_ppl"] <= limit]
+    if fit:
+        most = max(fit, key=lambda row: row["tokens_per_round"])
+        told["tokens_per_round"] = Told(
+            f"{most['label']}, target PPL {most['target_ppl']:.4g}", most["tokens_per_round"]
+        )
+    elif limit is None:
+        told["tokens_per_round"] = Told("not told: no autoregressive baseline whose exact PPL is known")
+    else:
+        targets = ", ".join(f"{row['target']} {row['target_ppl']:.4g}" for row in drafted)
+        told["tokens_per_round"] = Told(
+            f"not told: target PPL {targets}, above {PARITY} x the baseline's ({limit:.4g})"
+        )
+    return told
+
+
+def _speed(row: dict[str, Any]) -> float:
+    return float(row["tokens_per_second"])
+
+
+def _faster(fast: dict[str, Any], slow: dict[str, Any]) -> Told:
+    spread = Spread.ratio(*([each["tokens_per_second"] for each in row["rounds"]] for row in (fast, slow)))
+    return Told(f"{fast['label']} / {slow['label']}", spread.median, (spread.low, spread.high))
+
+
+def _no_worse(ours: Sequence[dict[str, Any]], slow: dict[str, Any]) -> Told:
+    """The fastest of `ours` whose text is no worse than `slow`'s: no higher PPL, no lower entropy."""
+    if slow["generative_ppl"] is None:
+        return Told("not told: without a judge nothing is known of the quality")
+    fit = [
+        row
+        for row in ours
+        if row["generative_ppl"] <= slow["generative_ppl"] and row["entropy"] >= SAME_ENTROPY * slow["entropy"]
+    ]
+    if not fit:
+        return Told(f"not told: no row has a PPL and an entropy as good as those of {slow['label']}")
+    return _faster(max(fit, key=_speed), slow)

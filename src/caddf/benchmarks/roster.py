@@ -1,0 +1,222 @@
+"""Who takes part: methods, the models that stand for them (trained, or of random weights), and their decoders."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from caddf.benchmarks.hub_gpt2 import TransformersGenerate, copyable
+from caddf.decoding import DECODERS, Decoder
+from caddf.errors import InputError
+from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
+from caddf.models.config import ModelConfig
+from caddf.text_model import DType, TextModel, load, model_folder, resolve_device
+from caddf.tokenizer import Tokenizer
+
+METHODS_SHOWN = ("gpt2", "sedd-scaled", "radd-lambda-dce", "mdlm", "bd3lm", "caddf-lambda-dce")
+TRANSFORMERS = "transformers"
+"""The name of `transformers.generate` in the place of a decoder."""
+OF_OTHERS = ("block", "euler", "tau_leaping", "d3pm_absorbing", "d3pm_uniform", "gaussian")
+"""Decoders that the dual branch is not compared by: they are other methods' own."""
+TARGETED = ("autoregressive", "speculative")
+"""Decoders of a target: the causal head, or the fused one."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A row of a table, but for its batch: a model, a decoder and the decoder's settings."""
+
+    model: str
+    method: str
+    decoder: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What tells it from all others."""
+        said = [f"{value}" if name == "target" else f"{name} {value}" for name, value in self.settings.items()]
+        return " ".join([self.model, self.decoder, *said])
+
+    def build(self, network: Network) -> Decoder:
+        """The decoder itself."""
+        if self.decoder == TRANSFORMERS:
+            return TransformersGenerate(network)  # type: ignore[arg-type]
+        return DECODERS[self.decoder](**self.settings)
+
+
+@dataclass
+class Contestant:
+    """A model: trained, with its tokenizer, or of random weights, which has neither tokenizer nor quality."""
+
+    method: str
+    network: Network
+    tokenizer: Tokenizer | None = None
+    checkpoint: str | None = None
+
+    @classmethod
+    def trained(cls, source: str, device: torch.device, dtype: DType) -> Contestant:
+        """The latest checkpoint of a run, or a model folder; raises `InputError` where it names no method."""
+        model: TextModel = load(source, device=device, dtype=dtype)
+        method = model.about.get("method")
+        if method not in METHODS:
+            raise InputError(f"models holds {source}, whose method is {method}; it must be one of {', '.join(METHODS)}")
+        return cls(method, model.model, model.tokenizer, model_folder(source).name)
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Models by name, each made or loaded when it is first asked for.
+
+    trained: names to runs; empty, the methods `shown` are built at `size` with random weights.
+    shape: `preset` gives a method of one branch the shape of the preset's causal branch; `equal`, as many parameters as
+        the dual branch has.
+    """
+
+    trained: dict[str, str]
+    shown: tuple[str, ...]
+    size: Size
+    context: int | None
+    shape: Literal["preset", "equal"]
+    device: torch.device
+    dtype: DType
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        models: str | None = None,
+        methods: str | None = None,
+        size: Size = "demo",
+        context: int | None = None,
+        shape: Literal["preset", "equal"] = "preset",
+        device: str = "auto",
+        dtype: DType = "float32",
+        seed: int = 0,
+    ) -> Roster:
+        """From settings as the command line has them; raises `InputError` for methods and runs that are not there."""
+        trained = runs_of(models) if models is not None else {}
+        shown = METHODS_SHOWN if methods is None else tuple(methods.split(","))
+        for method in shown:
+            if method not in METHODS:
+                raise InputError(f"methods holds {method}; it must be of {', '.join(METHODS)}")
+        return cls(trained, shown, size, context, shape, resolve_device(device), dtype, seed)
+
+    @property
+    def names(self) -> list[str]:
+        """All models."""
+        return list(self.trained or self.shown)
+
+    def context_of(self, name: str) -> int:
+        """The context of the model of that name; one of random weights is not built for it."""
+        return (
+            self[name].network.config.context if self.trained else ModelSettings(self.size, context=self.context).length
+        )
+
+    @cached_property
+    def _made(self) -> dict[str, Contestant]:
+        return {}
+
+    def __getitem__(self, name: str) -> Contestant:
+        """The model of that name."""
+        if name not in self._made:
+            if self.trained:
+                self._made[name] = Contestant.trained(self.trained[name], self.device, self.dtype)
+            else:
+                self._made[name] = Contestant(name, self._random(name))
+        return self._made[name]
+
+    def _random(self, method: str) -> Network:
+        config = untrained_config(method, self.size, self.context, self.shape)
+        torch.manual_seed(self.seed)
+        network = ARCHITECTURES[METHODS[method].architecture].network(config)
+        return network.to(device=self.device, dtype=getattr(torch, self.dtype)).eval().requires_grad_(False)
+
+
+def runs_of(models: str) -> dict[str, str]:
+    """`NAME=RUN,...`, or the runs in a folder by their names without the seed; raises `InputError` where none is."""
+    if "=" in models:
+        pairs = [pair.partition("=") for pair in models.split(",")]
+        return {name: run for name, _, run in pairs}
+    found = sorted(path for path in Path(models).glob("*") if (path / "checkpoints" / "latest").exists())
+    if not found:
+        raise InputError(f"models is {models}; it must be NAME=RUN,... or a folder of runs")
+    names = [re.sub(r"-\d+$", "", path.name) for path in found]
+    return {path.name if names.count(name) > 1 else name: str(path) for name, path in zip(names, found, strict=True)}
+
+
+@lru_cache
+def untrained_config(method: str, size: Size, context: int | None, shape: str) -> Any:
+    """The settings of a method's network; a causal one is built as GPT-2 is, so that `transformers` can hold it."""
+    causal = METHODS[method].architecture == "causal"
+    settings = ModelSettings(size, context=context, positions="learned" if causal else "rotary", bias=causal)
+    config = METHODS[method].configure(settings, settings.preset.vocab_size, 0)
+    if shape == "equal" or getattr(config, "causal", None) is not None:
+        return config
+    place, base = "diffusion" if isinstance(config, ModelConfig) else "branch", settings.preset.causal
+    branch = dataclasses.replace(getattr(config, place), layers=base.layers, width=base.width, heads=base.heads)
+    return dataclasses.replace(config, **{place: branch})
+
+
+def decoders_of(given: str | None) -> list[str]:
+    """The decoders of `speculative,ancestral`, or all that are the dual branch's; raises `InputError` for others."""
+    chosen = [name for name in DECODERS if name not in OF_OTHERS] if given is None else given.split(",")
+    for name in chosen:
+        if name not in DECODERS:
+            raise InputError(f"decoders holds {name}; it must be of {', '.join(DECODERS)}")
+    return chosen
+
+
+def entrants(roster: Roster, decoders: str | None, steps: list[int], transformers: bool) -> list[Entrant]:
+    """Every model with its decoders: the dual branch with all that are its own, or the chosen ones, others with theirs.
+
+    A chain of steps is entered once for each of `steps`. Raises `InputError` for a decoder that is not there.
+    """
+    chosen = decoders_of(decoders)
+    rows: list[Entrant] = []
+    for name in roster.names:
+        contestant = roster[name]
+        if "fused" in contestant.network.heads:
+            rows += [entrant for decoder in chosen for entrant in _of_dual(name, contestant.method, decoder, steps)]
+            continue
+        decoder = METHODS[contestant.method].decoder
+        decoder = "ancestral" if decoder == "speculative" else decoder  # a dual branch without its causal branch
+        rows += _with_steps(Entrant(name, contestant.method, decoder, _own(contestant, decoder)), steps)
+        if transformers and copyable(contestant.network):
+            rows.append(Entrant(name, contestant.method, TRANSFORMERS))
+    return rows
+
+
+def _of_dual(name: str, method: str, decoder: str, steps: list[int]) -> list[Entrant]:
+    if decoder in TARGETED:
+        return [Entrant(name, method, decoder, {"target": target}) for target in ("causal", "fused")]
+    if decoder == "hybrid":  # infilled one token at a time, or by speculation: the same distribution
+        return [Entrant(name, method, decoder, {"speculate": speculate}) for speculate in (False, True)]
+    return _with_steps(Entrant(name, method, decoder), steps)
+
+
+def _own(contestant: Contestant, decoder: str) -> dict[str, Any]:
+    """What a method's own decoder must be told: the schedule that its scores belong to."""
+    schedule = METHODS[contestant.method].defaults.get("schedule")
+    return {"schedule": schedule} if decoder == "tau_leaping" and schedule else {}
+
+
+def _with_steps(entrant: Entrant, steps: list[int]) -> list[Entrant]:
+    """One for each number of steps, where the decoder is a chain that needs one."""
+    fields = {each.name: each for each in dataclasses.fields(DECODERS[entrant.decoder])}  # type: ignore[arg-type]
+    if "steps" not in fields or fields["steps"].default is None:
+        return [entrant]
+    return [dataclasses.replace(entrant, settings={**entrant.settings, "steps": n}) for n in steps]
+
+
+def needs(package: str) -> None:
+    """Raises `InputError` where a package of the extra `bench` is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{package} is not installed; benchmarks need it: pip install 'caddf[bench]'")

@@ -1,0 +1,195 @@
+"""One decoding: from prompts to tokens, what it took, and how good the tokens are."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from caddf.benchmarks.measure import now
+from caddf.benchmarks.roster import Contestant
+from caddf.categorical import RowGenerators, Warp
+from caddf.data import TokenSet
+from caddf.decoding import Counts, Decoder, Task
+from caddf.errors import InputError
+from caddf.evaluation import estimate, score
+from caddf.evaluation.likelihood import Likelihood
+from caddf.experiment import Network
+from caddf.interface import LanguageModel
+from caddf.models.backbone import DualBranch
+from caddf.models.causal_model import CausalModel
+from caddf.text_model import TextModel
+
+WARM_UP = 8
+"""Frames of a warm-up."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Beginnings of rows: of held-out text, where there is a token set, else random tokens."""
+
+    data: TokenSet | None
+    split: str
+    context: int
+    new_tokens: int
+
+    def take(self, turn: int, rows: int, vocab_size: int, seed: int) -> Int[Tensor, "B P"]:
+        """The rows of one round: windows spread over the split, others in each round."""
+        length = self.context - self.new_tokens
+        if self.data is None:
+            generator = torch.Generator().manual_seed(seed + turn)
+            return torch.randint(vocab_size, (rows, length), generator=generator)
+        windows = self.data.split(self.split).windows(self.context)
+        # Steps of the golden ratio: however many are taken, they lie evenly.
+        share = (torch.arange(turn * rows, (turn + 1) * rows, dtype=torch.float64) + 0.5) * 0.618_033_988_749_895 % 1
+        chosen = windows[(share * len(windows)).long().numpy()]
+        return torch.from_numpy(chosen[:, :length].astype("int64"))
+
+
+def task_of(
+    network: Network, prompts: Int[Tensor, "B P"], new_tokens: int, temperature: float, seed: int, device: torch.device
+) -> Task:
+    """Prompts to be continued by `new_tokens` each, whatever they hold: no row ends early."""
+    wanted = torch.full((len(prompts), new_tokens), network.mask_id)
+    tokens = torch.cat([prompts, wanted], 1).to(device)
+    lengths = torch.full((len(tokens),), tokens.shape[1], device=device)
+    return Task(tokens, lengths, network.mask_id, RowGenerators(seed, len(tokens)), Warp(temperature))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a decoding gave, and what it took."""
+
+    tokens: Int[Tensor, "B T"]
+    counts: Counts
+    seconds: float
+
+
+@torch.inference_mode()
+def run(decoder: Decoder, network: Network, task: Task) -> Run:
+    """Decodes to the end, on the clock."""
+    begun = now(task.tokens.device)
+    last = deque(decoder(cast(LanguageModel, network), task), maxlen=1).pop()
+    return Run(last.tokens, last.counts, now(task.tokens.device) - begun)
+
+
+@torch.inference_mode()
+def warm_up(decoder: Decoder, network: Network, task: Task) -> None:
+    """The first frames, off the clock."""
+    for _, _ in zip(range(WARM_UP), decoder(cast(LanguageModel, network), task), strict=False):
+        pass
+
+
+def account(network: Network, ran: Run, new_tokens: int) -> dict[str, float]:
+    """One run's figures per row of the batch: speed, passes, tokens per pass and round, cache hits.
+
+    `tokens_per_evaluation` counts a diffusion pass at its floating-point operations per position over the causal
+    branch's; `tokens_per_second` is of the whole batch.
+    """
+    counts, rows, flops = ran.counts, len(ran.tokens), network.flops_per_position()
+    causal, diffusion, computed, needed, rounds = (
+        getattr(counts, name).double().mean().item() for name in ("causal", "diffusion", "computed", "needed", "rounds")
+    )
+    cost = flops.get("diffusion", 0.0) / flops["causal"] if causal and "causal" in flops else 1.0
+    return {
+        "seconds": ran.seconds,
+        "tokens_per_second": rows * new_tokens / ran.seconds,
+        "causal_evaluations": causal,
+        "diffusion_evaluations": diffusion,
+        "tokens_per_evaluation": new_tokens / (causal + diffusion * cost),
+        "tokens_per_round": new_tokens / rounds if rounds else None,
+        "cache_hit_rate": 1 - computed / needed if needed else 0.0,
+        "passes_causal": counts.causal.max().item(),
+        "passes_diffusion": counts.diffusion.max().item(),
+    }
+
+
+def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
+    """Bytes of weights that a pass of each branch reads: its layers, and the rows of the heads that are read.
+
+    `fused`: the causal branch's states are fused, `drafts`: the diffusion branch's own head is read. Embedding tables
+    are read in a few rows alone, which count for nothing; a chain reads its head for every draft.
+    """
+    counts, each = network.parameter_counts(), next(network.parameters()).element_size()
+    if isinstance(network, DualBranch):
+        config = network.config
+        causal = counts["causal"] + network.vocab_size * config.causal.width if config.causal is not None else 0
+        head = (config.draft_vocab or network.vocab_size) * config.diffusion.width
+        diffusion = counts["diffusion"] + head * drafts * (network.block_size if network.chained else 1)
+        return {"causal": each * (causal + counts["fusion"] * fused), "diffusion": each * diffusion}
+    part = "causal" if isinstance(network, CausalModel) else "diffusion"
+    return {part: each * (counts[part] + network.vocab_size * network.config.branch.width)}
+
+
+def bandwidth_share(read: dict[str, int], figures: dict[str, float], bandwidth: float) -> float:
+    """Bytes of weights read in all passes, over what the memory could have delivered meanwhile (SPEC 7's limit)."""
+    passes = {"causal": figures["passes_causal"], "diffusion": figures["passes_diffusion"]}
+    return sum(passes[branch] * size for branch, size in read.items()) / (figures["seconds"] * bandwidth)
+
+
+# Quality.
+
+
+def unigram_entropy(tokens: Int[Tensor, "B N"]) -> float:
+    """Entropy (nats) of the tokens of each row, as a bag; the mean over rows."""
+    entropies = []
+    for row in tokens:
+        share = row.unique(return_counts=True)[1].double() / len(row)
+        entropies.append(torch.special.entr(share).sum().item())
+    return sum(entropies) / len(entropies)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A causal model that others' text is scored by: exp of its mean nats per new token, given the prompt."""
+
+    name: str
+    model: TextModel
+
+    @torch.inference_mode()
+    def nll(self, contestant: Contestant, tokens: Int[Tensor, "B T"], prompt: int) -> float:
+        """Nats per token of the judge, over what comes after the first `prompt` tokens.
+
+        Text of another tokenizer is decoded, and prompt and continuation tokenised anew, each by itself.
+        """
+        assert contestant.tokenizer is not None
+        own, nats, count = self.model.tokenizer, 0.0, 0
+        same = own.fingerprint == contestant.tokenizer.fingerprint
+        for row in tokens.tolist():
+            given, new = row[:prompt], row[prompt:]
+            if not same:
+                given, new = (own.encode(contestant.tokenizer.decode(part)) for part in (given, new))
+            x0 = torch.tensor([given + new], device=self.model.device)
+            nats -= score(cast(LanguageModel, self.model.model), x0, "causal")[0, len(given) :].sum().item()
+            count += len(new)
+        return nats / max(count, 1)
+
+
+def exact_ppl(network: Network, windows: Int[Tensor, "N L"], target: str, device: torch.device) -> float:
+    """The exact perplexity of what a decoder's target is: `causal`, or `fused` in blocks (likelihood `block`)."""
+    likelihood: Likelihood = "causal" if target == "causal" else "block"
+    nats: list[Float[Tensor, " B"]] = []
+    with torch.inference_mode():
+        for x0 in windows.to(device).split(8):
+            nats.append(-score(cast(LanguageModel, network), x0, likelihood).sum(-1).cpu())
+    return estimate(torch.cat(nats), windows.shape[1]).ppl
+
+
+def some_windows(data: TokenSet, split: str, length: int, count: int) -> Int[Tensor, "N L"]:
+    """`count` windows spread evenly over a split."""
+    windows = data.split(split).windows(length)
+    index = torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()
+    return torch.from_numpy(windows[index.numpy()].astype("int64"))
+
+
+def check_tokenizer(name: str, contestant: Contestant, data: TokenSet) -> None:
+    """Raises `InputError` where the prompts are not in the model's tokens."""
+    if contestant.tokenizer is not None and contestant.tokenizer.fingerprint != data.tokenizer.fingerprint:
+        raise InputError(
+            f"prompts is {data.folder}, tokenised by {data.tokenizer.name}; {name} needs its own tokenizer, "
+            f"{contestant.tokenizer.name}: prepare the data with --tokenizer and the model's tokenizer.json"
+        )

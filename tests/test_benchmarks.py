@@ -1,0 +1,547 @@
+"""Benchmarks: what is measured in which order, what is said of it, and what is left on disk. No test looks at time."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import caddf.benchmarks.contest as contest
+from caddf.benchmarks import (
+    DecodeSettings,
+    ParetoSettings,
+    ScalingSettings,
+    StepsSettings,
+    TrainSettings,
+    decode,
+    pareto,
+    scaling,
+    steps,
+    train,
+)
+from caddf.benchmarks.decode import ratios
+from caddf.benchmarks.hub_gpt2 import TransformersGenerate, to_transformers
+from caddf.benchmarks.measure import Spread, bandwidth, fresh, in_turns, resident
+from caddf.benchmarks.pareto import KNOBS, dominates
+from caddf.benchmarks.results import number
+from caddf.benchmarks.roster import Contestant, Entrant, Roster, entrants, runs_of, untrained_config
+from caddf.benchmarks.scaling import bytes_read
+from caddf.benchmarks.scaling import ratios as scaling_ratios
+from caddf.benchmarks.steps import count, denoises
+from caddf.benchmarks.train import FullLogits
+from caddf.benchmarks.train import ratios as train_ratios
+from caddf.benchmarks.trial import (
+    Judge,
+    Prompts,
+    account,
+    bandwidth_share,
+    exact_ppl,
+    run,
+    some_windows,
+    task_of,
+    unigram_entropy,
+    weights_read,
+)
+from caddf.cli import main
+from caddf.data import TokenSet, prepare
+from caddf.decoding import DECODERS, Autoregressive
+from caddf.errors import InputError
+from caddf.evaluation import causal_nll
+from caddf.experiment import ARCHITECTURES, METHODS
+from caddf.interface import AnyOrder, Infill
+from caddf.models.causal_model import CausalModel
+from caddf.text_model import TextModel
+
+SHORT = 24
+"""The context of all models of random weights: matching their sizes takes a while, and is done once for each."""
+CPU, QUIET = torch.device("cpu"), Console(quiet=True)
+TINY = DecodeSettings(
+    size="debug", methods="gpt2,radd-lambda-dce,caddf-lambda-dce", decoders="speculative,autoregressive,ancestral",
+    context=24, new_tokens=4, batch="1,2", repeats=2, memory=False, device="cpu",
+)  # fmt: skip
+DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+
+def gpt2(**changes) -> CausalModel:
+    """A tiny GPT-2 of ours, in float64."""
+    torch.manual_seed(0)
+    config = untrained_config("gpt2", "debug", SHORT, "preset")
+    return CausalModel(dataclasses.replace(config, **changes)).double().eval()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A token set, and model folders of three methods that pass for trained."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    text = "".join(f"line {i} of {i % 7} in {i % 11}, and {i % 5} more.\n\n" for i in range(400))
+    (folder / "text.txt").write_text(text)
+    data = prepare(folder / "set", input=str(folder / "text.txt"), tokenizer="bpe:300")
+    for seed, method in enumerate(("gpt2", "radd-lambda-dce", "caddf-lambda-dce")):
+        about = METHODS[method]
+        torch.manual_seed(seed)
+        config = untrained_config(method, "debug", SHORT, "preset")
+        config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size, rows=0, context=16)
+        model = TextModel(ARCHITECTURES[about.architecture].network(config), data.tokenizer, {
+            "method": method, "architecture": about.architecture,
+            "objective": dataclasses.asdict(about.settings(**about.defaults)),
+        })  # fmt: skip
+        model.save_pretrained(folder / method.partition("-")[0])
+    return folder
+
+
+def models(folder, *names):
+    return ",".join(f"{name}={folder / name}" for name in names)
+
+
+# Order, spread, memory.
+
+
+def test_rows_take_turns():
+    assert list(in_turns("abc", 2)) == [(0, "a"), (0, "b"), (0, "c"), (1, "a"), (1, "b"), (1, "c")]
+
+
+def test_spread_is_quartiles_and_ratios_are_taken_within_rounds():
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+    assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Spread(3.0, 2.0, 4.0)
+    # The machine is ten times slower in the second round: it cancels.
+    assert Spread.ratio([20.0, 2.0, 40.0], [10.0, 1.0, 10.0]) == Spread(2.0, 2.0, 3.0)
+
+
+def test_memory_is_that_of_a_fresh_process():
+    assert fresh(sum, [1, 2]) == 3
+    with pytest.raises(RuntimeError, match="int ended with 1: ValueError"):
+        fresh(int, "three")
+    with resident() as peak:
+        torch.ones(1 << 26)  # 256 MiB, gone at once
+    assert peak.most - peak.first > 200 * 2**20
+
+
+def test_bandwidth_is_a_number_of_bytes_per_second(monkeypatch):
+    monkeypatch.setattr("caddf.benchmarks.measure.READ", 1 << 20)
+    times = iter(range(100))
+    monkeypatch.setattr("caddf.benchmarks.measure.now", lambda device: next(times))
+    assert bandwidth(CPU) == 1 << 20  # each read takes one second on this clock
+
+
+# Models and rows.
+
+
+def test_the_gpt2_of_transformers_is_ours():
+    ours, x = gpt2(), torch.randint(512, (2, SHORT), generator=torch.Generator().manual_seed(0))
+    theirs = to_transformers(ours)
+    inputs = torch.nn.functional.pad(x[:, :-1], (1, 0), value=ours.config.bos_id)
+    with torch.no_grad():
+        states, _ = ours(x, x, Infill())
+        expected = ours.log_probs(states, torch.ones_like(x, dtype=torch.bool)).view(2, SHORT, -1)
+        assert torch.allclose(theirs(inputs).logits.log_softmax(-1), expected, atol=1e-10)
+    task = task_of(ours, x[:, :6], 18, 0.0, 0, CPU)
+    mine, other = (run(decoder, ours, task) for decoder in (Autoregressive(), TransformersGenerate(ours)))
+    assert torch.equal(mine.tokens, other.tokens)
+    for name in ("causal", "diffusion", "computed", "needed", "rounds"):
+        assert torch.equal(getattr(mine.counts, name), getattr(other.counts, name))
+
+
+def test_what_transformers_cannot_hold_is_refused():
+    config = untrained_config("caddf-lambda-dce", "debug", SHORT, "preset")
+    with pytest.raises(InputError, match="built differently"):
+        to_transformers(ARCHITECTURES["dual"].network(config))
+
+
+def test_preset_gives_others_the_causal_branchs_shape_and_equal_its_parameters():
+    dual = ARCHITECTURES["dual"].network(untrained_config("caddf-lambda-dce", "debug", SHORT, "preset"))
+    total = dual.parameter_counts()["total"]
+    for method, place in (("gpt2", "branch"), ("radd-lambda-dce", "diffusion"), ("sedd-scaled", "branch")):
+        branch = getattr(untrained_config(method, "debug", SHORT, "preset"), place)
+        own = dual.config.causal
+        assert (branch.layers, branch.width, branch.heads) == (own.layers, own.width, own.heads)
+    equal = ARCHITECTURES["dual"].network(untrained_config("radd-lambda-dce", "debug", SHORT, "equal"))
+    assert abs(equal.parameter_counts()["total"] - total) <= 0.02 * total
+
+
+def test_every_decoder_of_the_dual_branch_is_entered_and_runs():
+    roster = Roster.of(methods="caddf-lambda-dce,gpt2,sedd-scaled,bd3lm", size="debug", context=SHORT, device="cpu")
+    rows = entrants(roster, None, [2, 4], transformers=True)
+    labels = [row.label for row in rows]
+    assert len(set(labels)) == len(labels)
+    for label in (
+        "caddf-lambda-dce speculative causal", "caddf-lambda-dce speculative fused", "gpt2 autoregressive",
+        "caddf-lambda-dce hybrid speculate True", "caddf-lambda-dce ancestral steps 4", "gpt2 transformers",
+        "bd3lm block", "sedd-scaled tau_leaping schedule loglinear steps 2",
+    ):  # fmt: skip
+        assert label in labels
+    others = {"block", "euler", "tau_leaping", "d3pm_absorbing", "d3pm_uniform", "gaussian"}
+    assert {row.decoder for row in rows if row.model == "caddf-lambda-dce"} == set(DECODERS) - others
+    for row in rows:
+        network = roster[row.model].network
+        ran = run(row.build(network), network, task_of(network, torch.zeros(1, 8, dtype=torch.long), 4, 1.0, 0, CPU))
+        assert (ran.tokens < network.vocab_size).all()
+        assert account(network, ran, 4)["tokens_per_evaluation"] > 0
+
+
+def test_runs_are_named_by_pairs_or_by_folder(tmp_path):
+    assert runs_of("a=x/y,b=z") == {"a": "x/y", "b": "z"}
+    for name in ("radd-ao-0", "gpt2-0", "gpt2-1"):
+        (tmp_path / name / "checkpoints" / "latest").mkdir(parents=True)
+    assert list(runs_of(str(tmp_path))) == ["gpt2-0", "gpt2-1", "radd-ao"]
+    with pytest.raises(InputError, match="NAME=RUN"):
+        runs_of(str(tmp_path / "none"))
+
+
+def test_weights_read_and_their_share_of_the_bandwidth():
+    model = gpt2()
+    layers = sum(p.numel() for p in [*model.causal.layers.parameters(), *model.causal.norm.parameters()])
+    head = model.vocab_size * model.config.branch.width
+    assert weights_read(model, fused=False, drafts=False) == {"causal": 8 * (layers + head)}
+    dual = ARCHITECTURES["dual"].network(untrained_config("caddf-lambda-dce", "debug", SHORT, "preset"))
+    plain, full = weights_read(dual, False, False), weights_read(dual, True, True)
+    assert full["causal"] - plain["causal"] == 4 * sum(p.numel() for p in dual.fusion.parameters())
+    assert full["diffusion"] - plain["diffusion"] == 4 * dual.vocab_size * dual.config.diffusion.width
+    figures = {"passes_causal": 10.0, "passes_diffusion": 5.0, "seconds": 2.0}
+    assert bandwidth_share({"causal": 100, "diffusion": 40}, figures, 1000.0) == pytest.approx(1200 / 2000)
+
+
+# Quality.
+
+
+def test_entropy_is_of_each_rows_bag_in_nats():
+    rows = torch.tensor([[1, 2, 1, 2], [3, 3, 3, 3]])
+    assert unigram_entropy(rows) == pytest.approx(math.log(2) / 2)
+
+
+def test_the_judge_scores_what_comes_after_the_prompt(trained):
+    data = TokenSet.open(trained / "set")
+    judge = Judge("gpt2", TextModel.from_pretrained(trained / "gpt2", dtype="float64"))
+    rows = some_windows(data, "test", 16, 2)
+    contestant = Contestant("radd-lambda-dce", judge.model.model, data.tokenizer)
+    whole, prompt = (causal_nll(judge.model.model, x) for x in (rows, rows[:, :10]))
+    assert judge.nll(contestant, rows, 10) == pytest.approx((whole - prompt).sum().item() / 12)
+    ppl = exact_ppl(judge.model.model, rows, "causal", CPU)
+    assert ppl == pytest.approx(math.exp(whole.mean().item() / 16))
+
+
+def test_prompts_are_held_out_text_and_others_each_round(trained):
+    data = TokenSet.open(trained / "set")
+    prompts = Prompts(data, "test", 16, 6)
+    one, two = (prompts.take(turn, 3, data.tokenizer.vocab_size, 0) for turn in (0, 1))
+    windows = {tuple(row[:10].tolist()) for row in data.split("test").windows(16)}
+    assert one.shape == (3, 10) and not torch.equal(one, two)
+    assert {tuple(row.tolist()) for row in torch.cat([one, two])} <= windows
+
+
+# Ratios, from figures that are made up.
+
+
+def row(method, decoder, speed, **columns):
+    row = {
+        "method": method, "model": method, "decoder": decoder, "target": None, "settings": {}, "batch": 1,
+        "label": f"{method} {decoder}", "rounds": [{"tokens_per_second": speed * slow} for slow in (1, 1, 0.1)],
+        "tokens_per_second": speed, "generative_ppl": None, "entropy": None, "target_ppl": None, "bandwidth_share": 0.1,
+        "cache_hit_rate": 0.5, "tokens_per_round": 1.0,
+    }  # fmt: skip
+    return {**row, **columns}
+
+
+def figures():
+    known = {"generative_ppl": 50.0, "entropy": 4.0}
+    return [
+        row("gpt2", "autoregressive", 30.0, target="causal", target_ppl=40.0, bandwidth_share=0.6, **known),
+        row("gpt2", "transformers", 10.0, target="causal", target_ppl=40.0, **known),
+        row("radd-ao", "ancestral", 2.0, settings={"steps": 512}, generative_ppl=60.0, entropy=4.0),
+        row("radd-ao", "ancestral", 8.0, settings={"steps": 64}, generative_ppl=90.0, entropy=4.0),
+        row("caddf-lambda-dce", "autoregressive", 20.0, target="causal", target_ppl=41.0, **known),
+        row("caddf-lambda-dce", "speculative", 60.0, target="causal", target_ppl=41.0, tokens_per_round=3.5, **known),
+        row("caddf-lambda-dce", "speculative", 50.0, target="fused", target_ppl=42.0, tokens_per_round=4.5, **known),
+        row("caddf-lambda-dce", "ancestral", 300.0, cache_hit_rate=0.83, generative_ppl=70.0, entropy=4.0),
+    ]
+
+
+def test_ratios_are_told_under_the_keys_of_the_goals():
+    told = ratios(figures(), 1.0, "prose")
+    assert {key: each.value for key, each in told.items()} == {
+        "ar_vs_transformers": pytest.approx(3.0),
+        "bandwidth_share": 0.6,
+        "speculative_vs_ar": pytest.approx(3.0),
+        "tokens_per_round": 3.5,  # the fused target's PPL is above 1.03 of the baseline's
+        "cache_hits_any_order": 0.83,
+        "caddf_vs_radd": pytest.approx(30.0),  # over 512 steps; the 300 tokens/s have a worse PPL
+    }
+    assert told["ar_vs_transformers"].quartiles == (pytest.approx(3.0), pytest.approx(3.0))
+    assert "speculative_vs_ar_code" in ratios(figures(), 0.0, "code")
+
+
+def test_ratios_that_quality_forbids_are_not_told_but_explained():
+    rows = figures()
+    for each in rows:
+        if each["method"].startswith("caddf"):
+            each |= {"target_ppl": 50.0, "entropy": 3.0}
+    told = ratios(rows, 1.0, "prose")
+    assert told["tokens_per_round"].value is None and "above 1.03" in told["tokens_per_round"].of
+    assert told["caddf_vs_radd"].value is None and "as good as" in told["caddf_vs_radd"].of
+    for each in rows:
+        each |= {"entropy": None, "generative_ppl": None, "target_ppl": None}
+    told = ratios(rows, 1.0, "prose")
+    assert "random weights" in told["tokens_per_round"].of and "speculative_vs_ar" not in told
+    assert "without a judge" in told["caddf_vs_radd"].of
+
+
+def test_training_and_scaling_ratios():
+    def step(variant, speed, memory):
+        rounds = [{"tokens_per_second": speed}] * 3
+        return {"method": "gpt2", "batch": 8, "variant": variant, "rounds": rounds, "peak_memory": memory}
+
+    told = train_ratios([step("ours", 13.0, 60), step("plain", 10.0, 100)] * 2)
+    assert set(told) == {"train_speed", "train_memory", "train_speed gpt2 8", "train_memory gpt2 8"}
+    assert told["train_speed"].value == pytest.approx(1.3) and told["train_memory"].value == pytest.approx(0.6)
+
+    def at(context, seconds, size):
+        rounds = [{"seconds_per_round": seconds}] * 3
+        return {"label": "ours", "context": context, "bytes_per_round": size, "rounds": rounds}
+
+    assert scaling_ratios([at(256, 1.0, 100), at(4096, 1.8, 150)])["context_scaling"].value == pytest.approx(1.2)
+    assert scaling_ratios([at(256, 1.0, 100), at(512, 1.8, 150)])["context_scaling"].value is None
+
+
+def test_the_front_is_what_nothing_dominates():
+    good, slow, varied = (
+        {"tokens_per_second": speed, "generative_ppl": 10.0, "entropy": entropy}
+        for speed, entropy in ((9.0, 4.0), (8.0, 4.0), (8.0, 5.0))
+    )
+    assert dominates(good, slow) and not dominates(slow, good)
+    assert not dominates(good, varied) and not dominates(good, dict(good))
+
+
+def test_numbers_in_tables():
+    assert [number(n) for n in (None, 0.012345, 1.5, 123.45, 12345.6)] == ["", "0.0123", "1.5", "123", "12,346"]
+
+
+# From settings to files.
+
+
+def measured(results):
+    values = json.loads(results.json.read_text())
+    for kind in ("md", "png", "svg"):
+        assert (results.folder / f"{results.name}.{kind}").stat().st_size > 200
+    return values
+
+
+def test_decode_leaves_json_markdown_and_a_plot(tmp_path):
+    values = measured(decode(dataclasses.replace(TINY, out=str(tmp_path)), QUIET))
+    assert len(values["rows"]) == 2 * 8 and values["machine"]["torch"] and values["bandwidth"] > 0
+    for each in values["rows"]:
+        assert (each["context"], each["new_tokens"], len(each["rounds"])) == (SHORT, 4, 2)
+        assert each["tokens_per_second"] > 0 and each["parameters"] > 0 and 0 < each["bandwidth_share"]
+        assert each["tokens_per_evaluation"] > 0 and 0 <= each["cache_hit_rate"] < 1
+        for name in ("generative_ppl", "entropy", "target_ppl", "peak_memory"):
+            assert each[name] is None
+    assert set(values["ratios"]) == {"ar_vs_transformers", "bandwidth_share", "cache_hits_any_order"}
+    assert {"tokens_per_round", "caddf_vs_radd"} <= set(values["ratio_of"])
+    assert "| gpt2 | transformers | causal | 1 |" in (tmp_path / "decode.md").read_text()
+
+
+def test_decode_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    settings = dataclasses.replace(TINY, methods="gpt2,caddf-lambda-dce", out=str(tmp_path))
+    decoded, plain = [], contest.run
+
+    def stops(*given):
+        if len(decoded) == 8:
+            raise KeyboardInterrupt
+        decoded.append(given)
+        return plain(*given)
+
+    monkeypatch.setattr(contest, "run", stops)
+    with pytest.raises(KeyboardInterrupt):
+        decode(settings, QUIET)
+    kept = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert sum(len(each["rounds"]) for each in kept) == 8 and max(len(each["rounds"]) for each in kept) == 1
+
+    again = []
+    monkeypatch.setattr(contest, "run", lambda *given: again.append(given) or plain(*given))
+    rows = measured(decode(settings, QUIET))["rows"]
+    assert len(again) == 2 * len(rows) - 8
+    assert [each["rounds"][:1] for each in rows][:8] == [each["rounds"] for each in kept][:8]
+
+    with pytest.raises(InputError, match=r"measured with temperature 1\.0, not 0\.5; give another"):
+        decode(dataclasses.replace(settings, temperature=0.5), QUIET)
+
+
+def test_trained_models_have_quality_and_targets(trained, tmp_path):
+    settings = DecodeSettings(
+        models=models(trained, "gpt2", "caddf"), decoders="speculative,ancestral", new_tokens=6, batch="2", repeats=2,
+        prompts=str(trained / "set"), judge=str(trained / "gpt2"), windows=2, memory=False, device="cpu",
+        out=str(tmp_path),
+    )  # fmt: skip
+    values = measured(decode(settings, QUIET))
+    text = (tmp_path / "decode.json").read_text()
+    assert str(trained) not in text and str(tmp_path) not in text
+    assert values["judge"]["run"] == "gpt2" and values["judge"]["ppl"] > 1
+    for each in values["rows"]:
+        assert each["generative_ppl"] > 1 and 0 <= each["entropy"] <= math.log(6) + 1e-5
+        assert (each["target_ppl"] is not None) == (each["decoder"] != "ancestral")
+    baseline = next(each for each in values["rows"] if each["model"] == "gpt2")
+    assert baseline["target_ppl"] == pytest.approx(values["judge"]["ppl"], rel=1e-4)  # they are one model
+    with pytest.raises(InputError, match="prompts is not given"):
+        decode(dataclasses.replace(settings, prompts=None), QUIET)
+    with pytest.raises(InputError, match="context is 40; it must lie between 2 and 16, the context of"):
+        decode(dataclasses.replace(settings, context=40), QUIET)
+
+
+def test_peak_memory_holds_the_weights():
+    given = dataclasses.replace(TINY, methods="caddf-lambda-dce", size="demo", memory=True)
+    peak = fresh(contest.resident_peak, given, Entrant("caddf-lambda-dce", "caddf-lambda-dce", "autoregressive"), 1)
+    weights = sum(p.nbytes for p in given.roster()["caddf-lambda-dce"].network.parameters())
+    assert weights <= peak < weights + 300 * 2**20
+
+
+def test_pareto_turns_every_knob(trained, tmp_path):
+    settings = ParetoSettings(
+        models=models(trained, "caddf"), new_tokens=3, batch="1", repeats=1, prompts=str(trained / "set"),
+        judge=str(trained / "gpt2"), windows=2, device="cpu", out=str(tmp_path),
+    )  # fmt: skip
+    rows = measured(pareto(settings, QUIET))["rows"]
+    for decoder in ("confidence", "margin", "entropy_bound"):
+        knob, values = KNOBS[decoder]
+        assert [each["settings"][knob] for each in rows if each["decoder"] == decoder] == list(values)
+    assert any(each["on_front"] for each in rows)
+    with pytest.raises(InputError, match="judge is not given"):
+        pareto(dataclasses.replace(settings, judge=None), QUIET)
+
+
+def test_full_logits_give_the_same_loss():
+    for method, pattern in (("gpt2", Infill()), ("radd-lambda-dce", AnyOrder())):
+        config = untrained_config(method, "debug", SHORT, "preset")
+        torch.manual_seed(0)
+        model = ARCHITECTURES[METHODS[method].architecture].network(config).double()
+        x = torch.randint(512, (2, SHORT), generator=torch.Generator().manual_seed(1))
+        where = torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+        head, canvas = model.denoiser, torch.where(where, model.mask_id, x)
+        prefix = x if isinstance(pattern, Infill) else canvas
+        states, _ = model(prefix, canvas, pattern)
+        assert torch.allclose(FullLogits(model).nll(states, where, x, head), model.nll(states, where, x, head))
+
+
+def test_train_compares_with_plain_pytorch(tmp_path):
+    settings = TrainSettings(
+        "debug", "caddf-lambda-dce", "2", length=16, repeats=2, memory=False, device="cpu", out=str(tmp_path)
+    )
+    values = measured(train(settings, QUIET))
+    assert [each["variant"] for each in values["rows"]] == ["ours", "plain"]
+    assert set(values["ratios"]) == {"train_speed"}
+    with pytest.raises(InputError, match="methods holds gpt9"):
+        train(dataclasses.replace(settings, methods="gpt9"), QUIET)
+
+
+def test_scaling_goes_from_prompt_to_longer_prompt(tmp_path):
+    settings = ScalingSettings("debug", contexts="4,8", new_tokens=16, repeats=2, device="cpu", out=str(tmp_path))
+    rows = measured(scaling(settings, QUIET))["rows"]
+    assert [(each["method"], each["decoder"], each["context"]) for each in rows] == [
+        (method, decoder, context)
+        for method, decoder in (
+            ("gpt2", "autoregressive"), ("caddf-lambda-dce", "autoregressive"), ("caddf-lambda-dce", "speculative"),
+        )
+        for context in (4, 8)
+    ]  # fmt: skip
+    assert all(each["tokens_per_round"] == 1 for each in rows if each["decoder"] == "autoregressive")
+    assert rows[0]["cost_ratio"] == 1 and rows[1]["bytes_ratio"] > 1
+
+
+def test_bytes_read_are_weights_and_cached_positions():
+    model = gpt2()
+    branch = model.config.branch
+    grown = bytes_read(model, "autoregressive", 10) - bytes_read(model, "autoregressive", 0)
+    assert grown == 10 * 8 * 2 * branch.layers * branch.width
+
+
+def test_steps_are_counted_and_found(trained, tmp_path):
+    settings = StepsSettings(
+        models=models(trained, "gpt2", "radd", "caddf"), data=str(trained / "set"), anchors=(0.5,), windows=3,
+        samples=2, device="cpu", out=str(tmp_path),
+    )  # fmt: skip
+    values = measured(steps(settings, QUIET))
+    assert values["base"] == "radd"  # the model without a causal branch; GPT-2 denoises nothing
+    assert [(each["model"], each["anchor"]) for each in values["rows"]] == [("radd", 0), ("caddf", 0), ("caddf", 0.5)]
+    assert [each["target_ppl"] for each in values["rows"][0]["reached"]] == values["targets"]
+    assert [each["steps"] for each in values["rows"][1]["curve"]] == [1, 2, 4, 8, 16]
+    easy = steps(dataclasses.replace(settings, targets="100000", out=str(tmp_path / "easy")), QUIET).values
+    assert [each["reached"][0]["steps"] for each in easy["rows"]] == [1, 1, 1]  # below any model of 300 tokens
+    assert easy["ratios"] == {"steps_without_vs_with at PPL 1e+05": 1.0}
+    with pytest.raises(InputError, match="targets is 1,x"):
+        steps(dataclasses.replace(settings, targets="1,x"), QUIET)
+    assert not denoises(Contestant("gpt2", gpt2()))
+
+
+@pytest.mark.parametrize("n", [1, 5, 24])
+def test_counted_passes_are_the_expected_ones(n):
+    """A row's count has a standard deviation; the mean of 64 is within 5 of its own: by chance, once in 1e6."""
+    counted = count(n, 12, seed=0)
+    assert counted["expected"] == pytest.approx(n * (1 - (1 - 1 / n) ** 12))
+    # The log-linear grid's first step is 0.001 longer than the others.
+    assert abs(counted["counted"] - counted["expected"]) <= 5 * counted["standard_error"] + 0.02
+
+
+# The command line and the document.
+
+
+def test_the_verb_prints_the_table_or_json(tmp_path, capsys):
+    options = ["--size", "debug", "--context", "24", "--methods", "gpt2", "--batch", "1"]
+    options += ["--repeats", "1", "--memory", "false", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(["benchmark", "decode", *options]) == 0
+    assert capsys.readouterr().out == (tmp_path / "out" / "decode.md").read_text()
+    assert main(["benchmark", "decode", *options, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert [each["method"] for each in values["rows"]] == ["gpt2", "gpt2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["decode", "--methods", "gpt9"], "methods holds gpt9; it must be of"),
+        (["decode", "--size", "debug", "--decoders", "psychic"], "decoders holds psychic; it must be of"),
+        (["decode", "--size", "debug", "--batch", "0"], "batch is 0; it must be whole numbers of 1 or more"),
+        (
+            ["decode", "--size", "debug", "--new-tokens", "99"],
+            "new_tokens is 99; it must lie between 1 and the context",
+        ),
+        (["decode", "--size", "debug", "--judge", "x"], "judge is given, but the models have random weights"),
+        (["scaling", "--contexts", "a"], "contexts is a; it must be whole numbers"),
+        (["train", "--length", "0"], "length is 0; it must be 1 or more"),
+        (["steps", "--data", "x"], "models is not given"),
+        (["race"], "there is no command 'benchmark race'"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_measured(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["benchmark", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "transformers"])
+def test_a_missing_package_is_named_with_its_extra(package, monkeypatch, tmp_path):
+    find = contest.needs.__globals__["importlib"].util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(InputError, match=rf"{package} is not installed; .*caddf\[bench\]"):
+        decode(dataclasses.replace(TINY, out=str(tmp_path / "out")), QUIET)
+
+
+def test_the_documents_commands_have_only_options_that_exist():
+    settings = {
+        "decode": DecodeSettings, "train": TrainSettings, "scaling": ScalingSettings, "pareto": ParetoSettings,
+        "steps": StepsSettings,
+    }  # fmt: skip
+    commands = re.findall(r"^    caddf benchmark (\w+)((?: .*| \\\n.*)*)$", DOCUMENT.read_text(), re.MULTILINE)
+    assert {verb for verb, _ in commands} == set(settings)
+    for verb, options in commands:
+        known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(settings[verb])}
+        assert set(re.findall(r"--[\w-]+", options)) <= known | {"--json"}
+
+
+def test_the_documents_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (source,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    names: dict = {}
+    exec(compile(source, str(DOCUMENT), "exec"), names)
+    assert names["results"].values["ratios"]["bandwidth_share"] > 0
