@@ -103,6 +103,34 @@ def test_factorised_drafts_use_every_whole_block() -> None:
     assert torch.allclose(mtp(model, x0, 3).accuracy, (best == x0)[:, :6].double().mean(-1))
 
 
+def test_given_tokens_do_not_count() -> None:
+    """Only scored positions, and only blocks that are scored throughout; of a chain, one of those."""
+    x0 = torch.randint(5, (40, 7), generator=generator())
+    scored = torch.arange(7).expand(40, -1) >= 2
+    model = network()
+    states, _ = model(x0, torch.full_like(x0, model.mask_id), Block(3))
+    everywhere = torch.ones_like(x0, dtype=torch.bool)
+    right = model.log_probs(states, everywhere, "draft").view(40, 7, 5).argmax(-1) == x0
+    assert torch.allclose(mtp(model, x0, 3, scored=scored).accuracy, right[:, 3:6].double().mean(-1))
+    chain = network(draft="chained")
+    for r in range(40):
+        one = mtp(chain, x0[r : r + 1], 3, generator(r), scored=scored[:1])
+        alone = mtp(chain, x0[r : r + 1, :6], 3, generator(r), scored=torch.arange(6)[None] >= 3)
+        assert one.accuracy == alone.accuracy  # block 1, whatever is drawn
+    with pytest.raises(InputError, match="block_size is 6; a row has no block of so many scored tokens"):
+        mtp(model, x0, 6, scored=scored)
+
+    p0 = random_source(3, 4, seed=2)
+    rows, denoiser = sequences(3, 4), exact_denoiser(p0)
+    late = torch.arange(4).expand(len(rows), -1) >= 1
+    best = torch.stack([best_given(p0, rows, i, i) for i in range(4)], -1)
+    expected = (best == rows)[:, 1:].double().mean(-1)
+    assert torch.equal(autoregressive_accuracy(denoiser, rows, scored=late, vocab_size=3), expected)
+    last = torch.arange(4).expand(len(rows), -1) == 3  # with one scored position it is masked in every draw
+    drawn = diffusion_accuracy(denoiser, rows, 2, generator(), scored=last, vocab_size=3)
+    assert torch.equal(drawn, (best == rows)[:, 3:].double().expand(-1, 2))
+
+
 def test_without_a_causal_branch() -> None:
     model = network(causal=None, exchange="one_way")
     x0 = torch.randint(5, (3, 7), generator=generator())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from caddf.data.token_set import Split
 from caddf.errors import InputError
-from caddf.evaluation.protocol import ACCURACY, PRESETS, Protocol, Window, stacked, windows
+from caddf.evaluation.protocol import ACCURACY, PRESETS, Protocol, Window, preset, stacked, windows
 
 EOS = 0
 ALL = Protocol(max_windows=None)
@@ -134,9 +134,27 @@ def test_some_windows_are_chosen_by_seed():
     assert few != plain(windows(tokens, Protocol(length=4, max_windows=10, seed=1), EOS))
 
 
-def test_settings_for_evaluate():
-    settings = PRESETS["radd"].settings(nfe=(4,))
-    assert (settings.samples, settings.max_windows, settings.nfe) == (1024, None, (4,))
+def test_windows_know_their_place():
+    tokens = text(399)
+    every = windows(tokens, replace(ALL, length=4), EOS)
+    assert [row.index for row in every] == list(range(100))
+    for row in windows(tokens, Protocol(length=4, max_windows=10), EOS):
+        assert row.tokens.tolist() == every[row.index].tokens.tolist()
+
+
+def test_what_is_no_window():
+    tokens = torch.arange(3)
+    for scored in ([True, False, True], [False, False, False], [True, True, False]):
+        with pytest.raises(InputError, match="given tokens come first"):
+            Window(tokens, torch.tensor(scored))
+    with pytest.raises(InputError, match=r"scored has shape \(2,\)"):
+        Window(tokens, torch.ones(2, dtype=torch.bool))
+
+
+def test_presets_have_names():
+    assert all(protocol.name == name for name, protocol in PRESETS.items()) and preset("sedd") is PRESETS["sedd"]
+    with pytest.raises(InputError, match="protocol is gpt; it must be one of caddf, sedd, radd, mdlm, mdlm-ar, bd3lm"):
+        preset("gpt")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +163,7 @@ def test_settings_for_evaluate():
         (Protocol(), "length is not set"),
         (Protocol(length=2, bos="given", closed=True), "length is 2; beside BOS and EOS"),
         (Protocol(length=4, stride=5), "stride is 5; it must be at most the 4 tokens"),
+        (Protocol(length=4, stride=2, bos="scored"), "stride is 2 and bos is scored; what overlaps is given"),
         (Protocol(length=50), "the test split has 4 tokens; one window needs 50"),
     ],
 )
@@ -167,5 +186,6 @@ def test_the_document_has_the_presets():
         if (cells := re.findall(r"`([^`]*)`", line)) and line[0] == "|"
     }
     for name, protocol in PRESETS.items():
-        assert table[name] == [str(getattr(protocol, field.name)) for field in fields(Protocol) if field.name != "seed"]
+        names = [field.name for field in fields(Protocol) if field.name not in ("name", "seed")]
+        assert table[name] == [str(getattr(protocol, each)) for each in names]
     assert all(meaning in page for meaning in ACCURACY.values())

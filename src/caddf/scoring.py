@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +16,78 @@ from caddf.data import TokenSet
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
 from caddf.evaluation.likelihood import Likelihood, Model
+from caddf.evaluation.protocol import PRESETS, Protocol, Window, preset, windows
 from caddf.text_model import TextModel, check_seed
 
+UNNAMED = replace(PRESETS["caddf"], split="validation")
+"""What is evaluated where no protocol is named: the windows of the tables, of the validation split."""
 
-def windows_of(model: TextModel, data: TokenSet, split: str) -> Int[Tensor, "N L"]:
-    """The windows of a split, as long as the model's context; raises `InputError` if the tokenizers differ."""
+
+def windows_of(model: TextModel, data: TokenSet, protocol: Protocol) -> list[Window]:
+    """The windows of a token set; raises `InputError` if the tokenizers differ, or the model cannot read as far."""
     if data.tokenizer.fingerprint != model.tokenizer.fingerprint:
         raise InputError(
             f"{data.folder} is tokenised by {data.tokenizer.name} ({data.tokenizer.fingerprint[:12]}), the model by "
             f"{model.tokenizer.name} ({model.tokenizer.fingerprint[:12]}); prepare the data with --tokenizer and the "
             "model's tokenizer.json"
         )
-    return torch.from_numpy(data.split(split).windows(model.context).astype("int64"))
+    if protocol.length is not None and protocol.length > model.context:
+        raise InputError(f"length is {protocol.length}; it must be at most the model's context, {model.context}")
+    return windows(data.split(protocol.split).tokens, protocol, model.tokenizer.eos_id, model.context)
 
 
 def evaluate(
     model: TextModel | Model,
-    data: TokenSet | str | Path | Int[Tensor, "N L"],
+    data: TokenSet | str | Path | Int[Tensor, "N L"] | Sequence[Window],
     *,
-    split: str = "validation",
+    split: str | None = None,
+    protocol: Protocol | str | None = None,
     settings: EvaluationConfig | None = None,
     vocab_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Every likelihood, bound and accuracy that a model has, in nats per token with standard errors, as plain values.
 
-    `data` is a token set (or its folder), scored in windows of the model's context, or a tensor of windows. A plain
-    function `x_t -> log-probabilities` may stand in the model's place, with `vocab_size` and a tensor of windows.
+    `data` is a token set (or its folder), cut and counted as `protocol` says (an object, or a preset's name; not set,
+    `UNNAMED`), or windows: a tensor, or a list of `Window`. Where `split` and `settings` are given, they come before
+    the protocol's split, and its samples, number of windows and seed. A plain function `x_t -> log-probabilities` may
+    stand in the model's place, with `vocab_size` and windows.
     """
-    settings = settings or EvaluationConfig()
-    check_seed(settings.seed)
-    if not isinstance(data, Tensor):
+    if isinstance(protocol, str):
+        protocol = preset(protocol)
+    about: dict[str, Any] = {}
+    if isinstance(data, TokenSet | str | Path):
         if not isinstance(model, TextModel):
             raise InputError("data is a token set, but the model has no tokenizer; give windows of tokens [N, L]")
-        data = windows_of(model, data if isinstance(data, TokenSet) else TokenSet.open(data), split)
-    length = data.shape[-1]
+        protocol = protocol or UNNAMED
+        settings = settings or EvaluationConfig(
+            samples=protocol.samples, max_windows=protocol.max_windows, seed=protocol.seed
+        )
+        check_seed(settings.seed)
+        protocol = replace(
+            protocol,
+            length=protocol.length or model.context,
+            split=split or protocol.split,
+            samples=settings.samples,
+            max_windows=settings.max_windows,
+            seed=settings.seed,
+        )
+        about = {"protocol": asdict(protocol)}
+        data = windows_of(model, data if isinstance(data, TokenSet) else TokenSet.open(data), protocol)
+    elif protocol is not None:
+        raise InputError(f"protocol is {protocol.name}, but data is windows, which are cut already; give a token set")
+    settings = settings or EvaluationConfig()
+    check_seed(settings.seed)
+    length = data.shape[-1] if isinstance(data, Tensor) else max((len(each.tokens) for each in data), default=0)
     if settings.block_size is not None and settings.block_size > length:
         raise InputError(f"block_size is {settings.block_size}; it must lie between 1 and the window, {length}")
     if not isinstance(model, TextModel):
         return evaluation.evaluate(model, data, settings, vocab_size=vocab_size, progress=progress)
     lengths = model.tokenizer.byte_lengths
-    return evaluation.evaluate(
+    measured = evaluation.evaluate(
         model.model, data, settings, byte_lengths=lengths, bound=model.bound, device=model.device, progress=progress
     )
+    return {**about, **measured}
 
 
 def score(

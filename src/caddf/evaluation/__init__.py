@@ -1,5 +1,6 @@
 """Measuring a model: exact likelihoods, bounds, accuracies."""
 
+from caddf.evaluation.acceptance import Acceptance, acceptance
 from caddf.evaluation.accuracy import MultiToken, autoregressive_accuracy, diffusion_accuracy, mtp
 from caddf.evaluation.likelihood import (
     Estimate,
@@ -18,9 +19,11 @@ from caddf.evaluation.likelihood import (
 from caddf.evaluation.suite import EvaluationConfig, evaluate
 
 __all__ = [
+    "Acceptance",
     "Estimate",
     "EvaluationConfig",
     "MultiToken",
+    "acceptance",
     "ar_nll",
     "autoregressive_accuracy",
     "block_nll",

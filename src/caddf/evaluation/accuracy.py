@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -14,8 +15,10 @@ from caddf.evaluation.likelihood import (
     Noise,
     at_least_one,
     checked,
+    counted,
     draw,
     interval_weights,
+    nth,
     read,
     read_exact,
     uniform,
@@ -37,20 +40,32 @@ class MultiToken:
 
 @torch.no_grad()
 def autoregressive_accuracy(
-    model: Model, x0: Int[Tensor, "B L"], *, vocab_size: int | None = None
+    model: Model,
+    x0: Int[Tensor, "B L"],
+    *,
+    scored: Bool[Tensor, "B L"] | None = None,
+    vocab_size: int | None = None,
 ) -> Float[Tensor, " B"]:
-    """Arg max of the head of the `ar` likelihood (fused, all-masked canvas), over all positions."""
+    """Arg max of the head of the `ar` likelihood (fused, all-masked canvas), over all scored positions."""
     best = read_exact(checked(model, x0, vocab_size), x0, "ar").best
-    return (best == x0).double().mean(-1)
+    scored, count = counted(x0, scored)
+    return ((best == x0) & scored.to(x0.device)).sum(-1).double() / count
 
 
 @torch.no_grad()
 def diffusion_accuracy(
-    model: Model, x0: Int[Tensor, "B L"], samples: int, noise: Noise, *, vocab_size: int | None = None
+    model: Model,
+    x0: Int[Tensor, "B L"],
+    samples: int,
+    noise: Noise,
+    *,
+    scored: Bool[Tensor, "B L"] | None = None,
+    vocab_size: int | None = None,
 ) -> Float[Tensor, "B samples"]:
     """Arg max of the denoiser over masked positions, averaged over lambda: the k masked have one share, k ~ U{1..L}."""
     model = checked(model, x0, vocab_size)
-    out = draw(model, x0, interval_weights(x0.shape[1], 0, 1), samples, noise)
+    scored, count = counted(x0, scored)
+    out = draw(model, x0, interval_weights(count, 0, 1), samples, noise, scored=scored)
     return out.right / out.counts
 
 
@@ -61,9 +76,10 @@ def mtp(
     block_size: int,
     noise: Noise | None = None,
     *,
+    scored: Bool[Tensor, "B L"] | None = None,
     vocab_size: int | None = None,
 ) -> MultiToken:
-    """Multi-token prediction: the k arg maxes of the draft head for each whole block of `x0`.
+    """Multi-token prediction: the k arg maxes of the draft head for each whole block of `x0` that is scored throughout.
 
     A chained draft knows the drafts before it: it is rolled on its own arg maxes, never on the text. What it drafts
     would be the later blocks' prefix, so one block per row is rolled, drawn from `noise` (by default from seed 0).
@@ -72,11 +88,15 @@ def mtp(
     model, (rows, length) = checked(model, x0, vocab_size), x0.shape
     if not (blocks := length // block_size):
         raise InputError(f"block_size is {block_size}; it must be at most the row's length, {length}")
-    block = Block(block_size).index(torch.arange(length, device=x0.device))
-    where = (block < blocks).expand(rows, -1)
+    scored, _ = counted(x0, scored)
+    whole = scored[:, : blocks * block_size].view(rows, blocks, block_size).all(-1)
+    if not whole.any(-1).all():
+        raise InputError(f"block_size is {block_size}; a row has no block of so many scored tokens")
     if model.chained:
         noise = torch.Generator().manual_seed(0) if noise is None else noise
-        where = block == (uniform((rows, 1), noise) * blocks).long().to(x0.device)
+        one = nth(whole, (uniform((rows, 1), noise) * whole.sum(-1, keepdim=True)).long())
+        whole = torch.zeros_like(whole).scatter(-1, one, True)
+    where = F.pad(whole.repeat_interleave(block_size, -1), (0, length - blocks * block_size)).to(x0.device)
     canvas = torch.full_like(x0, model.mask_id)
     states, _ = model(x0, canvas, Block(block_size))
     drafts = read(model, states, where, x0, "draft").best

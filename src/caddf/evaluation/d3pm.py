@@ -12,6 +12,9 @@ The network gives p~(x0 | x_t) over the V real tokens, and a step back is (their
 
 At an unmasked position of the uniform chain the factor q(x_t | x_{t-1}) brings in what the token itself says of x0, so
 the best p~ is p(x0_i | x_t but for its i-th token). Tokens are independent given x0, so all of this is token by token.
+
+Where `scored` marks some positions, the chain is theirs alone: the others stay what they are, and L is the number of
+the scored ones. A network of the uniform chain is not told which they are.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from caddf.errors import InputError
-from caddf.evaluation.likelihood import Model, Noise, checked, strata, uniform
+from caddf.evaluation.likelihood import Model, Noise, checked, counted, nth, strata, uniform
 from caddf.forward_process import mask_tokens, resample_tokens
 from caddf.interface import AnyOrder, LanguageModel
 
@@ -75,9 +78,17 @@ class Chain(ABC):
 
     @abstractmethod
     def estimate(
-        self, model: LanguageModel, x0: Int[Tensor, "B L"], t: Int[Tensor, " B"], u: Float[Tensor, "B L1"]
+        self,
+        model: LanguageModel,
+        x0: Int[Tensor, "B L"],
+        t: Int[Tensor, " B"],
+        u: Float[Tensor, "B L1"],
+        scored: Bool[Tensor, "B L"],
     ) -> Float[Tensor, " B"]:
-        """T times the divergence at t, summed over a row, for one x_t made of the uniforms `u` (L + 1 a row)."""
+        """T times the divergence at t, summed over the scored positions, as many in each row (on the CPU).
+
+        For one x_t made of the uniforms `u`, L + 1 a row.
+        """
 
 
 class Absorbing(Chain):
@@ -106,20 +117,25 @@ class Absorbing(Chain):
         return nats / t[:, None].to(nats)
 
     def estimate(
-        self, model: LanguageModel, x0: Int[Tensor, "B L"], t: Int[Tensor, " B"], u: Float[Tensor, "B L1"]
+        self,
+        model: LanguageModel,
+        x0: Int[Tensor, "B L"],
+        t: Int[Tensor, " B"],
+        u: Float[Tensor, "B L1"],
+        scored: Bool[Tensor, "B L"],
     ) -> Float[Tensor, " B"]:
         """L times the mean nats of the masked positions, one of which is masked whatever the others are.
 
         T / t times the sum over masked positions has weights up to T. Masked sets S drawn in proportion to |S| P(S)
         take them out: a uniform position, and the others with probability t / T, are such a set, and E_P |S| = L t / T.
         """
-        length = x0.shape[1]
-        sure = F.one_hot((u[:, -1] * length).long(), length).bool()
-        masked = ((u[:, :-1] < self.noised(t)[:, None]) | sure).to(x0.device)
+        count = scored.sum(-1)
+        sure = F.one_hot(nth(scored, (u[:, -1] * count).long()), x0.shape[1]).bool()
+        masked = ((u[:, :-1] < self.noised(t)[:, None]) & scored | sure).to(x0.device)
         x_t = torch.where(masked, model.mask_id, x0)
         states, _ = model(x_t, x_t, AnyOrder(self.level(t).to(x0.device)))
         nats = self._nats(model, states, x0, masked).double().sum(-1)
-        return (length * nats / masked.sum(-1)).cpu()
+        return count * nats.cpu() / masked.sum(-1).cpu()
 
     def _nats(
         self, model: LanguageModel, states: object, x0: Int[Tensor, "B L"], masked: Bool[Tensor, "B L"]
@@ -204,15 +220,21 @@ class Uniform(Chain):
         return (torch.xlogy(q, q) - q * log_p).sum(-1)
 
     def estimate(
-        self, model: LanguageModel, x0: Int[Tensor, "B L"], t: Int[Tensor, " B"], u: Float[Tensor, "B L1"]
+        self,
+        model: LanguageModel,
+        x0: Int[Tensor, "B L"],
+        t: Int[Tensor, " B"],
+        u: Float[Tensor, "B L1"],
+        scored: Bool[Tensor, "B L"],
     ) -> Float[Tensor, " B"]:
         """A uniform below lambda_t is a fresh token, and says which."""
         noised, u = self.noised(t)[:, None], u[:, :-1]
         fresh = (u / noised * model.vocab_size).long().clamp(max=model.vocab_size - 1)
-        x_t = torch.where((u < noised).to(x0.device), fresh.to(x0.device), x0)
+        x_t = torch.where(((u < noised) & scored).to(x0.device), fresh.to(x0.device), x0)
         at = t.to(x0.device)
         states, _ = model(x_t, x_t, AnyOrder(self.level(at)))
-        return (self.steps * self.divergence(model, states, x0, x_t, at).double().sum(-1)).cpu()
+        nats = self.divergence(model, states, x0, x_t, at).double().where(scored.to(x0.device), 0)
+        return (self.steps * nats.sum(-1)).cpu()
 
 
 Process = Literal["absorbing", "uniform"]
@@ -228,10 +250,12 @@ def d3pm_bound(
     process: Process = "absorbing",
     steps: int = 1000,
     *,
+    scored: Bool[Tensor, "B L"] | None = None,
     vocab_size: int | None = None,
 ) -> Float[Tensor, "B samples"]:
     """The bound of the T-step chain, one evaluation per sample: t is uniform, stratified over the samples of a row."""
     model, chain = checked(model, x0, vocab_size), CHAINS[process](steps)
+    scored, _ = counted(x0, scored)
     t = (strata(len(x0), samples, noise) * steps).long().clamp(max=steps - 1) + 1
     u = uniform((len(x0), samples, x0.shape[1] + 1), noise)
-    return torch.stack([chain.estimate(model, x0, t[:, s], u[:, s]) for s in range(samples)], -1)
+    return torch.stack([chain.estimate(model, x0, t[:, s], u[:, s], scored) for s in range(samples)], -1)

@@ -12,6 +12,9 @@ int 1/lambda dlambda, is infinite. Given k this noise is integrated out: no weig
 
 Nothing here averages over canvases with `prefix = x0` and a weight of 1 / lambda: that number lies below the entropy.
 
+Where `scored` marks some positions, the others are given: they are never masked, L is the number of the scored ones,
+and the sums bound -log p(scored | given), the orders being those of the scored positions.
+
 Noise comes from one generator, or from one per row, which makes a row's result independent of its batch.
 """
 
@@ -88,6 +91,30 @@ def check_anchor(model: LanguageModel, anchor: float) -> None:
         raise InputError(f"anchor is {anchor}; it must lie in [0, 1]")
     if anchor > 0 and "fused" not in model.heads:
         raise InputError(f"anchor is {anchor}; a model without a causal branch cannot infill, so it must be 0")
+
+
+def counted(x0: Int[Tensor, "B L"], scored: Bool[Tensor, "B L"] | None) -> tuple[Bool[Tensor, "B L"], int]:
+    """Which positions are scored (on the CPU; all of them, if not said), and how many of each row.
+
+    Raises `InputError` where that is not one number, or 0: rows of different numbers have different weights.
+    """
+    if scored is None:
+        return torch.ones(x0.shape, dtype=torch.bool), x0.shape[1]
+    if scored.shape != x0.shape or scored.dtype != torch.bool:
+        raise InputError(
+            f"scored has shape {tuple(scored.shape)} and type {scored.dtype}; a bool for each of the tokens "
+            f"{tuple(x0.shape)} is needed"
+        )
+    least, most = scored.sum(-1).aminmax()
+    if not 0 < least == most:
+        raise InputError(f"scored marks {least} to {most} positions of a row; it must be one number, at least 1")
+    return scored.cpu(), int(most)
+
+
+def nth(marked: Bool[Tensor, "B L"], n: Int[Tensor, "B ..."]) -> Int[Tensor, "B ..."]:
+    """Where the `n`-th of the marked positions of each row is, counted from 0."""
+    first = (~marked).long().argsort(dim=-1, stable=True)
+    return first.gather(-1, n.view(len(n), -1)).view_as(n)
 
 
 def at_least_one(**settings: int) -> None:
@@ -229,12 +256,22 @@ def strata(rows: int, samples: int, noise: Noise) -> Float[Tensor, "B S"]:
 
 
 def draw_masks(
-    shape: torch.Size, counts: Float[Tensor, " L1"], samples: int, noise: Noise
+    shape: torch.Size,
+    counts: Float[Tensor, " n1"],
+    samples: int,
+    noise: Noise,
+    scored: Bool[Tensor, "B L"] | None = None,
 ) -> Bool[Tensor, "samples B L"]:
-    """Sets of masked positions: their size k = 0..L from the probabilities `counts`, stratified; uniform given k."""
+    """Sets of masked positions: their size k = 0..n from the probabilities `counts`, stratified; uniform given k.
+
+    They lie among the `scored` positions, n of each row.
+    """
     rows, length = shape
     k = inverse_cdf(counts.expand(rows, samples, -1), strata(rows, samples, noise))
-    rank = uniform((rows, samples, length), noise).argsort(-1).argsort(-1)
+    place = uniform((rows, samples, length), noise)
+    if scored is not None:
+        place = place.where(scored[:, None], 1.0)  # behind all others
+    rank = place.argsort(-1).argsort(-1)
     return (rank < k[..., None]).transpose(0, 1)
 
 
@@ -284,14 +321,15 @@ def infilled(model: LanguageModel, x0: Int[Tensor, "B L"], where: Bool[Tensor, "
 def draw(
     model: LanguageModel,
     x0: Int[Tensor, "B L"],
-    weights: Float[Tensor, " L"],
+    weights: Float[Tensor, " n"],
     samples: int,
     noise: Noise,
     reading: Reading = denoised,
+    scored: Bool[Tensor, "B L"] | None = None,
 ) -> Draws:
-    """`samples` masked sets per row, k in proportion to `weights`, each read in one pass."""
+    """`samples` masked sets per row, k in proportion to `weights` (one per scored position), each read in one pass."""
     drawn = weights / weights.sum()
-    masked = draw_masks(x0.shape, F.pad(drawn, (1, 0)), samples, noise)
+    masked = draw_masks(x0.shape, F.pad(drawn, (1, 0)), samples, noise, scored)
     nats, right = [], []
     for where in masked.to(x0.device):
         out = reading(model, x0, where)
@@ -301,32 +339,50 @@ def draw(
 
 
 def _average(
-    model: LanguageModel, x0: Int[Tensor, "B L"], weights: Float[Tensor, " L"], samples: int, noise: Noise
+    model: LanguageModel,
+    x0: Int[Tensor, "B L"],
+    weights: Float[Tensor, " n"],
+    samples: int,
+    noise: Noise,
+    scored: Bool[Tensor, "B L"],
 ) -> Float[Tensor, "B S"]:
     if not weights.any():
         return torch.zeros(len(x0), samples, dtype=torch.float64)
-    return draw(model, x0, weights, samples, noise).average(weights)
+    return draw(model, x0, weights, samples, noise, scored=scored).average(weights)
 
 
 def infilling(
-    model: LanguageModel, x0: Int[Tensor, "B L"], anchor: float, samples: int, noise: Noise
+    model: LanguageModel,
+    x0: Int[Tensor, "B L"],
+    anchor: float,
+    samples: int,
+    noise: Noise,
+    scored: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B S"]:
     """`E[-sum over masked of log p_fused(x_i | x_<i, z)]`, z drawn at `anchor`: sum_k w_k A_k with w_k = k P(k)."""
     check_anchor(model, anchor)
+    scored, count = counted(x0, scored)
     if anchor == 0:  # nothing is masked
         return torch.zeros(len(x0), samples, dtype=torch.float64)
-    length = x0.shape[1]
-    weights = torch.arange(1, length + 1) * binomial(length, anchor)[1:]
+    weights = torch.arange(1, count + 1) * binomial(count, anchor)[1:]
     different = 1 if anchor == 1 else samples  # at 1 everything is masked in every draw
-    return draw(model, x0, weights, different, noise, infilled).average(weights).expand(-1, samples)
+    return draw(model, x0, weights, different, noise, infilled, scored).average(weights).expand(-1, samples)
 
 
 @torch.no_grad()
 def diffusion_bound(
-    model: Model, x0: Int[Tensor, "B L"], samples: int, noise: Noise, *, vocab_size: int | None = None
+    model: Model,
+    x0: Int[Tensor, "B L"],
+    samples: int,
+    noise: Noise,
+    *,
+    scored: Bool[Tensor, "B L"] | None = None,
+    vocab_size: int | None = None,
 ) -> Float[Tensor, "B samples"]:
     """Eq. 9 over all of lambda in [0, 1] with `prefix = x_t`: k ~ U{1..L}, weight L / k. The row mean is unbiased."""
-    return _average(checked(model, x0, vocab_size), x0, interval_weights(x0.shape[1], 0, 1), samples, noise)
+    model = checked(model, x0, vocab_size)
+    scored, count = counted(x0, scored)
+    return _average(model, x0, interval_weights(count, 0, 1), samples, noise, scored)
 
 
 @torch.no_grad()
@@ -337,14 +393,16 @@ def truncated(
     noise: Noise,
     schedule: Schedule = LOG_LINEAR,
     *,
+    scored: Bool[Tensor, "B L"] | None = None,
     vocab_size: int | None = None,
 ) -> Float[Tensor, "B samples"]:
     """Eq. 9 over the schedule's lambda(0) to lambda(1) alone. NOT a bound: it can lie below the entropy.
 
     This is the published form (log-linear: lambda ends at 0.999), here for comparison with published numbers only.
     """
-    weights = interval_weights(x0.shape[1], *schedule.limits)
-    return _average(checked(model, x0, vocab_size), x0, weights, samples, noise)
+    model = checked(model, x0, vocab_size)
+    scored, count = counted(x0, scored)
+    return _average(model, x0, interval_weights(count, *schedule.limits), samples, noise, scored)
 
 
 @torch.no_grad()
@@ -355,6 +413,7 @@ def schedule_bound(
     samples: int,
     noise: Noise,
     *,
+    scored: Bool[Tensor, "B L"] | None = None,
     vocab_size: int | None = None,
 ) -> Float[Tensor, "B samples"]:
     """Eq. 8 in t (no time term), and what `schedule` misses of lambda in [0, 1]: the same bound for every schedule.
@@ -362,28 +421,38 @@ def schedule_bound(
     Its noise is that of drawing each mask by itself; `diffusion_bound` is what to report. Up to three evaluations per
     sample.
     """
-    model, length = checked(model, x0, vocab_size), x0.shape[1]
+    model = checked(model, x0, vocab_size)
+    scored, count = counted(x0, scored)
     low, high = schedule.limits
     t = 1 - strata(len(x0), samples, noise)
-    masked = uniform((len(x0), samples, length), noise) < schedule.masked(t)[..., None]
+    masked = (uniform((len(x0), samples, x0.shape[1]), noise) < schedule.masked(t)[..., None]) & scored[:, None]
     nats = [denoised(model, x0, where).nats.sum(-1) for where in masked.transpose(0, 1).to(x0.device)]
     body = schedule.weight(t) * torch.stack(nats, -1).cpu()
-    ends = (interval_weights(length, 0, low), interval_weights(length, high, 1))
-    return body + sum(_average(model, x0, weights, samples, noise) for weights in ends)
+    ends = (interval_weights(count, 0, low), interval_weights(count, high, 1))
+    return body + sum(_average(model, x0, weights, samples, noise, scored) for weights in ends)
 
 
 @torch.no_grad()
 def hybrid_bound(
-    model: Model, x0: Int[Tensor, "B L"], anchor: float, samples: int, noise: Noise, *, vocab_size: int | None = None
+    model: Model,
+    x0: Int[Tensor, "B L"],
+    anchor: float,
+    samples: int,
+    noise: Noise,
+    *,
+    scored: Bool[Tensor, "B L"] | None = None,
+    vocab_size: int | None = None,
 ) -> Float[Tensor, "B samples"]:
     """Diffusion from lambda = 1 to l* = `anchor`, then left-to-right infilling; 1 is `ar_nll`, 0 `diffusion_bound`.
 
     `E_z[-sum over masked of log p_fused(x_i | x_<i, z)] + int_l*^1 1/lambda E[-sum over masked of log q] dlambda`, two
-    evaluations per sample.
+    evaluations per sample. Given tokens stand in z, as in a template: then 1 is not quite `ar_nll`, whose canvas is
+    all masked.
     """
     model = checked(model, x0, vocab_size)
-    infill = infilling(model, x0, anchor, samples, noise)
-    return infill + _average(model, x0, interval_weights(x0.shape[1], anchor, 1), samples, noise)
+    scored, count = counted(x0, scored)
+    infill = infilling(model, x0, anchor, samples, noise, scored)
+    return infill + _average(model, x0, interval_weights(count, anchor, 1), samples, noise, scored)
 
 
 @torch.no_grad()
@@ -396,6 +465,7 @@ def finite_step_bound(
     schedule: Schedule = LOG_LINEAR,
     anchor: float = 0.0,
     *,
+    scored: Bool[Tensor, "B L"] | None = None,
     vocab_size: int | None = None,
 ) -> Float[Tensor, "B samples"]:
     """Bound of the ancestral sampler in `steps` steps on `Schedule.grid` ("PPL at NFE"), to `anchor`, then infilling.
@@ -404,9 +474,9 @@ def finite_step_bound(
     steps at one evaluation per sample (two with an anchor): the step is drawn together with k.
     """
     model = checked(model, x0, vocab_size)
-    infill = infilling(model, x0, anchor, samples, noise)
-    weights = step_weights(x0.shape[1], schedule.grid(steps, anchor))
-    return infill + _average(model, x0, weights, samples, noise)
+    scored, count = counted(x0, scored)
+    infill = infilling(model, x0, anchor, samples, noise, scored)
+    return infill + _average(model, x0, step_weights(count, schedule.grid(steps, anchor)), samples, noise, scored)
 
 
 @torch.no_grad()
@@ -419,6 +489,7 @@ def importance_weighted_bound(
     schedule: Schedule = LOG_LINEAR,
     anchor: float = 0.0,
     *,
+    scored: Bool[Tensor, "B L"] | None = None,
     vocab_size: int | None = None,
 ) -> Float[Tensor, " B"]:
     """`-log mean over paths of w` for the chain of `finite_step_bound`, which it equals with one path (in expectation).
@@ -430,8 +501,10 @@ def importance_weighted_bound(
     at_least_one(paths=paths)
     model = checked(model, x0, vocab_size)
     check_anchor(model, anchor)
+    scored, _ = counted(x0, scored)
     lambdas = schedule.grid(steps, anchor)
-    jump = uniform((len(x0), paths, x0.shape[1]), noise)  # position i is masked while lambda > jump
+    # Position i is masked while lambda > jump: a given one never.
+    jump = uniform((len(x0), paths, x0.shape[1]), noise).where(scored[:, None], 1.0)
     log_w = torch.zeros(len(x0), paths, dtype=torch.float64)
     for p in range(paths):
         for above, below in zip(lambdas.flip(0)[:-1].tolist(), lambdas.flip(0)[1:].tolist(), strict=True):

@@ -12,6 +12,10 @@ sections 3.5 and 5; PLAID, section 2)
 
 Whatever the network, the schedule and its end points are, this is a bound; there is no piece of time that it misses.
 Levels, weights and embeddings are in float64; z is too, and a network takes it in the type of its weights.
+
+Where `scored` marks some positions, the diffusion is theirs alone: of the others the network is shown alpha_t x,
+without noise, and x as their xhat. Whatever it makes of these, which it was not trained on, the sum bounds
+-log p(scored | given).
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.evaluation.likelihood import Noise, checked, strata, uniform
+from caddf.evaluation.likelihood import Noise, checked, counted, strata, uniform
 from caddf.interface import LanguageModel
 
 
@@ -96,16 +100,21 @@ def denoise(
     gamma: Float[Tensor, " B"],
     embeddings: Float[Tensor, "V d"],
     self_condition: bool,
+    known: Float[Tensor, "B L d"] | None = None,
+    free: Bool[Tensor, "B L"] | None = None,
 ) -> Any:
     """States of z_t; with `self_condition` by a second pass that is given the xhat of the first (Chen et al. 2023).
 
-    The first pass gets no gradient. Both see z_t alone, which is all that a bound needs of xhat.
+    The first pass gets no gradient. Both see z_t alone, which is all that a bound needs of xhat. Positions that
+    are not `free` have `known` as their xhat.
     """
     estimate = None
     if self_condition:
         with torch.no_grad():
             everywhere = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
             estimate = model.mean(model(z, gamma, embeddings), everywhere).view_as(z)
+            if known is not None and free is not None:
+                estimate = torch.where(free[..., None], estimate, known.to(estimate))
     return model(z, gamma, embeddings, estimate)
 
 
@@ -137,7 +146,13 @@ def diffusion(
 
 @torch.no_grad()
 def plaid_bound(
-    model: GaussianModel, x0: Int[Tensor, "B L"], samples: int, noise: Noise, self_condition: bool = True
+    model: GaussianModel,
+    x0: Int[Tensor, "B L"],
+    samples: int,
+    noise: Noise,
+    self_condition: bool = True,
+    *,
+    scored: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B samples"]:
     """The three terms (nats per sequence): t stratified over the samples of a row, z_0 and z_t drawn for each.
 
@@ -145,22 +160,22 @@ def plaid_bound(
     measured: a network trained with it is better with it, and a bound is a bound either way.
     """
     checked(cast(LanguageModel, model), x0, None)
-    rows, length = x0.shape
+    (rows, length), (scored, count) = x0.shape, counted(x0, scored)
+    free = scored.to(x0.device)
     embeddings, (gamma_0, gamma_1) = model.embeddings(), model.ends()
     x, width = embeddings[x0], embeddings.shape[1]
-    everywhere = torch.ones_like(x0, dtype=torch.bool)
     times = strata(rows, samples, noise).to(x0.device)
 
     def draw(gamma: Tensor) -> tuple[Any, Tensor]:
-        z = diffuse(x, gamma, normal(uniform((rows, length, width), noise)).to(x0.device))
-        return denoise(model, z, gamma, embeddings, self_condition), gamma
+        noises = normal(uniform((rows, length, width), noise)).where(scored[..., None], 0).to(x0.device)
+        return denoise(model, diffuse(x, gamma, noises), gamma, embeddings, self_condition, x, free), gamma
 
     out = []
     for t in times.T:
         share, slope = model.schedule(t)
         at_0, _ = draw(gamma_0.expand(rows))
         at_t, gamma = draw(level(model, share))
-        nats = reconstruction(model, at_0, everywhere, x0)
-        nats = nats + diffusion(model, at_t, everywhere, x, gamma, (gamma_1 - gamma_0) * slope)
-        out.append(nats.view(rows, length).sum(-1) + length * prior(gamma_1, width))
+        nats = reconstruction(model, at_0, free, x0)
+        nats = nats + diffusion(model, at_t, free, x, gamma, (gamma_1 - gamma_0) * slope)
+        out.append(nats.view(rows, count).sum(-1) + count * prior(gamma_1, width))
     return torch.stack(out, -1).cpu()

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from caddf.errors import InputError
 from caddf.evaluation.likelihood import at_least_one
-from caddf.evaluation.suite import EvaluationConfig
 
 ACCURACY = {
     "autoregressive": "over all scored positions: is the arg max, given the true tokens before, the token",
@@ -30,16 +29,18 @@ ACCURACY = {
 class Protocol:
     """How text is scored.
 
-    length: tokens of a window, special ones included; None is the model's context. stride: from the start of a window's
-        text to the next; None is no overlap. What a window repeats is context there, and is not scored again.
+    name: of the preset that it comes from.
+    length: tokens of a window, special ones included; null is the model's context. stride: from the start of a window's
+        text to the next; null is no overlap. What a window repeats is context there, and is not scored again.
     documents: `concatenate` runs them together, `separate` begins a window with each. eos: `<|endoftext|>` after each.
     bos: what a window begins with: `none`, its text; `given`, `<|endoftext|>` that is not scored, and never masked;
         `scored`, the same as a token like any other. closed: a window ends with a scored `<|endoftext|>` of its own.
     tail: `drop` or `score` what is left over and does not fill a window.
-    split: of the data set. max_windows: so many windows, chosen with `seed`; None is all. samples: Monte-Carlo samples
-        of a bound, per window.
+    split: train, validation or test. max_windows: so many windows, chosen with `seed`; null is all. samples: of
+        each bound, by Monte Carlo, per window. seed: of that choice, and of all noise.
     """
 
+    name: str = "custom"
     length: int | None = None
     stride: int | None = None
     documents: Literal["concatenate", "separate"] = "concatenate"
@@ -58,34 +59,57 @@ class Protocol:
             if (value := getattr(self, name)) is not None:
                 at_least_one(**{name: value})
 
-    def settings(self, **others: Any) -> EvaluationConfig:
-        """What `evaluate` is told, given these windows: the samples and the seed, and `others`."""
-        return EvaluationConfig(**{"samples": self.samples, "seed": self.seed, "max_windows": None, **others})
 
-
+_PUBLISHED = Protocol(length=1024, max_windows=None, samples=1, split="validation")
 PRESETS = {
-    "caddf": Protocol(),
-    # louaaron/Score-Entropy-Discrete-Diffusion, data.py and run_train.py: 1,024 tokens of the rows run together.
-    "sedd": Protocol(length=1024, split="validation", max_windows=None, samples=1),
-    # ML-GSAI/RADD, evaluation_modeling.py: the same windows, 1,024 draws of the noise.
-    "radd": Protocol(length=1024, max_windows=None, samples=1024),
-    # kuleshov-group/mdlm, dataloader.py: BOS, 1,022 tokens, EOS; its autoregressive baseline is given BOS.
-    "mdlm": Protocol(length=1024, bos="scored", closed=True, split="validation", max_windows=None, samples=1),
-    "mdlm-ar": Protocol(length=1024, bos="given", closed=True, split="validation", max_windows=None, samples=1),
-    # kuleshov-group/bd3lms, scripts/zs_ppl: the same, nothing between rows, and BOS is never noised (`ignore_bos`).
-    "bd3lm": Protocol(
-        length=1024, eos=False, bos="given", closed=True, split="validation", max_windows=None, samples=1
-    ),
+    each.name: each
+    for each in (
+        Protocol("caddf"),
+        # louaaron/Score-Entropy-Discrete-Diffusion, data.py and run_train.py: 1,024 tokens of the rows run together.
+        replace(_PUBLISHED, name="sedd"),
+        # ML-GSAI/RADD, evaluation_modeling.py: the same windows, 1,024 draws of the noise.
+        replace(_PUBLISHED, name="radd", split="test", samples=1024),
+        # kuleshov-group/mdlm, dataloader.py: BOS, 1,022 tokens, EOS; its autoregressive baseline is given BOS.
+        replace(_PUBLISHED, name="mdlm", bos="scored", closed=True),
+        replace(_PUBLISHED, name="mdlm-ar", bos="given", closed=True),
+        # kuleshov-group/bd3lms, scripts/zs_ppl: the same, nothing between rows, and BOS is never noised (`ignore_bos`).
+        replace(_PUBLISHED, name="bd3lm", eos=False, bos="given", closed=True),
+    )
 }
 """Ours, and those of the published evaluations as their code has them."""
 
 
-@dataclass(frozen=True)
+def preset(name: str) -> Protocol:
+    """A protocol by its name; raises `InputError` where there is none."""
+    if name not in PRESETS:
+        raise InputError(f"protocol is {name}; it must be one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True, eq=False)
 class Window:
-    """Tokens to score together, and which of them count."""
+    """Tokens to score together, and which of them count: all after those that are given.
+
+    index: its place among all windows of the split, which names its noise; not set, its place in the list.
+    """
 
     tokens: Int[Tensor, " L"]
     scored: Bool[Tensor, " L"]
+    index: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scored.shape != self.tokens.shape or self.scored.dtype != torch.bool:
+            raise InputError(f"scored has shape {tuple(self.scored.shape)}; a bool per token is needed")
+        given = len(self.scored) - int(self.scored.sum())
+        if given == len(self.scored) or not self.scored[given:].all():
+            raise InputError("scored marks no tokens, or a given one after them; given tokens come first")
+
+
+def chosen(count: int, most: int | None, seed: int) -> Int[Tensor, " n"]:
+    """Which of `count` windows are evaluated: `most` of them, chosen with `seed`, in order."""
+    if most is None or most >= count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
 
 
 def windows(
@@ -105,6 +129,8 @@ def windows(
     stride = protocol.stride or room
     if stride > room:
         raise InputError(f"stride is {stride}; it must be at most the {room} tokens of text in a window")
+    if stride < room and protocol.bos == "scored":
+        raise InputError(f"stride is {stride} and bos is scored; what overlaps is given, so bos must be given or none")
     if not protocol.eos and protocol.documents == "concatenate":
         tokens = tokens[tokens != eos_id]
     spans = [
@@ -114,11 +140,8 @@ def windows(
     ]
     if not spans:
         raise InputError(f"the {protocol.split} split has {len(tokens)} tokens; one window needs {room}")
-    if protocol.max_windows is not None and protocol.max_windows < len(spans):
-        # The choice that `evaluate` makes of as many windows.
-        order = torch.randperm(len(spans), generator=torch.Generator().manual_seed(protocol.seed))
-        spans = [spans[index] for index in order[: protocol.max_windows].sort().values.tolist()]
-    return [_window(tokens[start:stop], seen, protocol, eos_id) for start, stop, seen in spans]
+    indices = chosen(len(spans), protocol.max_windows, protocol.seed).tolist()
+    return [_window(tokens, spans[index], index, protocol, eos_id) for index in indices]
 
 
 def stacked(rows: list[Window]) -> tuple[Int[Tensor, "N L"], Bool[Tensor, "N L"]]:
@@ -150,8 +173,13 @@ def _starts(count: int, room: int, stride: int, tail: str) -> range:
     return range(0, max(count - (room - stride), min(count, 1)), stride)
 
 
-def _window(text: Integer[np.ndarray, " l"], seen: int, protocol: Protocol, eos_id: int) -> Window:
-    opened, closed = protocol.bos != "none", protocol.closed
-    ids = [eos_id] * opened + text.tolist() + [eos_id] * closed
-    scored = [protocol.bos == "scored"] * opened + [place >= seen for place in range(len(text))] + [True] * closed
-    return Window(torch.tensor(ids), torch.tensor(scored))
+def _window(
+    tokens: Integer[np.ndarray, " T"], span: tuple[int, int, int], index: int, protocol: Protocol, eos_id: int
+) -> Window:
+    """The window of a span: start and end of its text, of which so many tokens are not scored."""
+    start, stop, seen = span
+    special = np.array([eos_id])
+    parts = [special[: protocol.bos != "none"], tokens[start:stop], special[: protocol.closed]]
+    ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    given = 1 if protocol.bos == "given" else 0
+    return Window(ids, torch.arange(len(ids)) >= given + seen, index)

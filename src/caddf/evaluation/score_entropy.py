@@ -3,16 +3,20 @@
 Both bounds hold for every network, and are the entropy of the data with the exact score (uniform: as `LOWEST` goes
 to 0). The integral of the score entropy depends on sbar alone, not on how a schedule runs through it; a schedule
 only says at which levels the network was trained.
+
+Where `scored` marks some positions, the chain is theirs alone: the others stay what they are, and L is the number of
+the scored ones. A network of the uniform process is not told which they are, so that the exact score of whole rows is
+not the exact one here.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.concrete_score import Uniform, log_scores, marked, process_of, score_entropy
-from caddf.evaluation.likelihood import LOG_LINEAR, Model, Noise, checked, read, strata, uniform
+from caddf.evaluation.likelihood import LOG_LINEAR, Model, Noise, checked, counted, nth, read, strata, uniform
 from caddf.interface import AnyOrder, LanguageModel
 from caddf.schedules import Schedule
 
@@ -28,16 +32,22 @@ def score_bound(
     noise: Noise,
     schedule: Schedule = LOG_LINEAR,
     *,
+    scored: Bool[Tensor, "B L"] | None = None,
     vocab_size: int | None = None,
 ) -> Float[Tensor, "B samples"]:
     """Nats per sequence, float64 on the CPU; the bound of the process that the model belongs to."""
     model = checked(model, x0, vocab_size)
     bound = uniform_bound if isinstance(process_of(model), Uniform) else absorbing_bound
-    return bound(model, x0, samples, noise, schedule)
+    return bound(model, x0, samples, noise, schedule, scored)
 
 
 def absorbing_bound(
-    model: LanguageModel, x0: Int[Tensor, "B L"], samples: int, noise: Noise, schedule: Schedule
+    model: LanguageModel,
+    x0: Int[Tensor, "B L"],
+    samples: int,
+    noise: Noise,
+    schedule: Schedule,
+    scored: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B samples"]:
     """`int_0^1 1/lambda E[sum over masked of g] dlambda`, over all of lambda in [0, 1].
 
@@ -48,11 +58,11 @@ def absorbing_bound(
     lambda, and one position that is masked for sure in place of the weight 1/lambda, are drawn first; the others are
     masked with probability lambda. So the number of masks is uniform, and the weight L / k never large.
     """
-    length, (low, high) = x0.shape[1], schedule.limits
+    (scored, count), (low, high) = counted(x0, scored), schedule.limits
     lambdas = strata(len(x0), samples, noise)
-    u = uniform((len(x0), samples, length), noise)
-    sure = (uniform((len(x0), samples), noise) * length).long()
-    masked = (u < lambdas[..., None]).scatter(-1, sure[..., None], True)
+    u = uniform((len(x0), samples, x0.shape[1]), noise)
+    sure = nth(scored, (uniform((len(x0), samples), noise) * count).long())
+    masked = ((u < lambdas[..., None]) & scored[:, None]).scatter(-1, sure[..., None], True)
     inside = (lambdas > low) & (lambdas <= high)
     ends = schedule.cumulative_rate(torch.tensor([0.0, 1.0], dtype=torch.float64))
     level = (-torch.log1p(-lambdas)).clamp(min=max(ends[0].item(), torch.finfo(torch.float64).tiny), max=ends[1].item())
@@ -67,12 +77,17 @@ def absorbing_bound(
             rest = ~full
             states, _ = model(x_t[rest], x_t[rest], AnyOrder(at[rest].to(x0.device)))
             dse[rest] = read(model, states, where[rest], x0[rest], model.denoiser).nats.sum(-1).cpu()
-        columns.append(length / where.sum(-1).cpu() * dse)
+        columns.append(count / where.sum(-1).cpu() * dse)
     return torch.stack(columns, -1)
 
 
 def uniform_bound(
-    model: LanguageModel, x0: Int[Tensor, "B L"], samples: int, noise: Noise, schedule: Schedule
+    model: LanguageModel,
+    x0: Int[Tensor, "B L"],
+    samples: int,
+    noise: Noise,
+    schedule: Schedule,
+    scored: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B samples"]:
     """The three terms between a = sbar(0), or `LOWEST` if that is more, and b = sbar(1).
 
@@ -82,6 +97,8 @@ def uniform_bound(
     3. Reconstruction: E[-log p(x0 | x_a)], with the network's posterior.
     """
     process, (rows, length) = Uniform(model.vocab_size), x0.shape
+    scored, count = counted(x0, scored)
+    ours = scored.to(x0.device)
     a, b = schedule.cumulative_rate(torch.tensor([0.0, 1.0], dtype=torch.float64)).clamp(min=LOWEST).tolist()
     ratio = torch.tensor(b / a, dtype=torch.float64).log()
     level = a * torch.exp(ratio * strata(rows, samples, noise))
@@ -92,13 +109,14 @@ def uniform_bound(
     columns = []
     for s in range(samples):
         at, end = level[:, s], torch.full((rows,), a, dtype=torch.float64)
-        x_t = torch.where((u[0, :, s] < -torch.expm1(-at)[:, None]).to(x0.device), fresh[:, s].to(x0.device), x0)
-        diffusion = at * ratio * score_entropy(model, x0, x_t, at).double().sum(-1).cpu()
-        x_a = torch.where((u[1, :, s] < -torch.expm1(-end)[:, None]).to(x0.device), fresh[:, s].to(x0.device), x0)
-        columns.append(diffusion + _reconstruction(model, process, x0, x_a, end))
+        hit, hit_at_a = ((u[i, :, s] < -torch.expm1(-to)[:, None]) & scored for i, to in enumerate((at, end)))
+        x_t = torch.where(hit.to(x0.device), fresh[:, s].to(x0.device), x0)
+        diffusion = at * ratio * score_entropy(model, x0, x_t, at).double().where(ours, 0).sum(-1).cpu()
+        x_a = torch.where(hit_at_a.to(x0.device), fresh[:, s].to(x0.device), x0)
+        columns.append(diffusion + _reconstruction(model, process, x0, x_a, end, ours))
     kept = torch.tensor(-b, dtype=torch.float64).exp()
     here, there = kept + (1 - kept) / model.vocab_size, (1 - kept) / model.vocab_size
-    prior = length * (
+    prior = count * (
         here * (here * model.vocab_size).log() + (model.vocab_size - 1) * there * (there * model.vocab_size).log()
     )
     return torch.stack(columns, -1) + prior
@@ -110,14 +128,15 @@ def _reconstruction(
     x0: Int[Tensor, "B L"],
     x_a: Int[Tensor, "B L"],
     level: Float[Tensor, " B"],
+    scored: Bool[Tensor, "B L"],
     elements: int = 1 << 24,
 ) -> Float[Tensor, " B"]:
-    """-log p(x0 | x_a), at most `elements` scores (or one row's) at a time."""
+    """-log p(x0 | x_a) over the scored positions, at most `elements` scores (or one row's) at a time."""
     states, _ = model(x_a, x_a, AnyOrder(level.to(x0.device)))
     nats = torch.zeros(len(x0), dtype=torch.float64)
     for rows in torch.arange(len(x0)).split(max(1, elements // (x0.shape[1] * model.vocab_size))):
         where = torch.zeros_like(x0, dtype=torch.bool)
-        where[rows] = True
+        where[rows] = scored[rows]
         log_s = log_scores(model, states, where, level).double()
         log_p = process.log_posterior(log_s, x_a[where], marked(level, where))
         nats[rows] = -log_p.gather(-1, x0[where][:, None]).view(len(rows), -1).sum(-1).cpu()

@@ -1,23 +1,28 @@
-"""All likelihoods and accuracies over a set of windows."""
+"""All likelihoods and accuracies over a set of windows.
+
+Windows are read together with others of their length and number of scored tokens. A figure per token is the total over
+windows by the total of scored tokens, with the standard error of such a ratio; shares are averaged in proportion to
+scored tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.errors import InputError
 from caddf.evaluation.accuracy import mtp
 from caddf.evaluation.likelihood import (
+    Likelihood,
     Model,
     Noise,
     at_least_one,
-    block_nll,
     checked,
     draw,
     estimate,
@@ -27,7 +32,8 @@ from caddf.evaluation.likelihood import (
     interval_weights,
     read_exact,
 )
-from caddf.interface import LanguageModel, as_model
+from caddf.evaluation.protocol import Window, chosen, stacked
+from caddf.interface import Head, LanguageModel, as_model
 from caddf.schedules import LogLinear
 
 
@@ -75,16 +81,29 @@ class EvaluationConfig:
                 raise InputError(f"anchors holds {anchor}; each must lie in [0, 1]")
 
 
-Bound = Callable[[LanguageModel, Tensor, int, Noise], Tensor]
-"""`(model, x0, samples, noise) -> [B, samples]`: nats per sequence whose mean bounds -log p(x0) from above."""
+class Bound(Protocol):
+    """What bounds -log p(scored | given) from above, in the mean."""
+
+    def __call__(
+        self,
+        model: Any,
+        x0: Int[Tensor, "B L"],
+        samples: int,
+        noise: Noise,
+        *,
+        scored: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B samples"]:
+        """Nats per sequence; all positions are scored unless told, as many in each row."""
+
+
 Rows = dict[tuple[str | float, ...], Tensor]
-"""One value per window of each measure: nats per sequence, or a share."""
+"""One value (or one per sample) for each window of each measure: nats per sequence, or a share."""
 
 
 @torch.no_grad()
 def evaluate(
     model: Model,
-    windows: Int[Tensor, "N L"],
+    windows: Int[Tensor, "N L"] | Sequence[Window],
     settings: EvaluationConfig = EvaluationConfig(),
     *,
     byte_lengths: Int[Tensor, " V"] | None = None,
@@ -95,32 +114,44 @@ def evaluate(
 ) -> dict[str, Any]:
     """Likelihoods (nats per token), accuracies and multi-token prediction over `windows`, as plain values for JSON.
 
+    Of a tensor every token is scored; a `Window` says which of its are, given the others.
     Likelihoods that the model does not have are absent. `bound` is the diffusion bound of a model that is no time-free
     denoiser, and then the only one of its kind. Bits per byte need `byte_lengths`, the bytes of each token.
     `device` is where the model is; `progress` is told the windows done and their number. A window's noise comes from
     `settings.seed` and its index alone. Raises `InputError` where there are no windows, or they are no tokens.
     """
-    if windows.ndim != 2 or not len(windows):
-        raise InputError(f"windows has shape {tuple(windows.shape)}; at least one window [N, L] is needed")
-    chosen = torch.arange(len(windows))
-    if settings.max_windows is not None and settings.max_windows < len(windows):
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
-        chosen = order[: settings.max_windows].sort().values
+    if isinstance(windows, Tensor):
+        if windows.ndim != 2:
+            raise InputError(f"windows has shape {tuple(windows.shape)}; at least one window [N, L] is needed")
+        windows = [Window(row.long(), torch.ones(len(row), dtype=torch.bool)) for row in windows]
+    if not windows:
+        raise InputError("windows is empty; at least one window is needed")
     model = as_model(model, vocab_size)
     block_size = settings.block_size or model.block_size
     parts: list[Rows] = []
     text_bytes, done = 0, 0
-    for indices in chosen.split(settings.batch_size):
-        x0 = windows[indices].long()
-        noise = [window_generator(settings.seed, i) for i in indices.tolist()]
-        parts.append(_measure(checked(model, x0, vocab_size), x0.to(device), settings, block_size, noise, bound))
+    indices = chosen(len(windows), settings.max_windows, settings.seed).tolist()
+    for batch in _batches(windows, indices, settings.batch_size):
+        x0, scored = stacked([windows[i] for i in batch])
+        own = [windows[i].index for i in batch]
+        noise = [window_generator(settings.seed, i if at is None else at) for i, at in zip(batch, own, strict=True)]
+        model = checked(model, x0, vocab_size)
+        parts.append(_measure(model, x0.to(device), scored, settings, block_size, noise, bound))
         if byte_lengths is not None:
-            text_bytes += int(byte_lengths[x0].sum())
-        done += len(indices)
+            text_bytes += int(byte_lengths[x0[scored]].sum())
+        done += len(batch)
         if progress is not None:
-            progress(done, len(chosen))
-    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return _summary(rows, windows.shape[1], text_bytes or None, settings, block_size)
+            progress(done, len(indices))
+    return _summary(parts, text_bytes or None, settings, block_size)
+
+
+def _batches(windows: Sequence[Window], indices: list[int], size: int) -> Iterator[list[int]]:
+    """Indices of windows to read together: of one length, and one number of scored tokens."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i in indices:
+        alike.setdefault((len(windows[i].tokens), int(windows[i].scored.sum())), []).append(i)
+    for group in alike.values():
+        yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
 def window_generator(seed: int, index: int) -> torch.Generator:
@@ -132,25 +163,28 @@ def window_generator(seed: int, index: int) -> torch.Generator:
 def _measure(
     model: LanguageModel,
     x0: Int[Tensor, "B L"],
+    scored: Bool[Tensor, "B L"],
     settings: EvaluationConfig,
     block_size: int,
     noise: Noise,
     bound: Bound | None,
 ) -> Rows:
-    """Every measure of one batch."""
-    rows: Rows = {}
-    for name in ("causal", "ar"):
-        if {"causal": "causal", "ar": "fused"}[name] in model.heads:
-            exact = read_exact(model, x0, name)
-            rows[name,], rows["accuracy", "ar"] = exact.nats.sum(-1), (exact.best == x0).double().mean(-1)
-    if "fused" in model.heads:
-        rows["block",] = block_nll(model, x0, block_size)
+    """Every measure of one batch, whose given tokens are as many in each window."""
+    (length, count), here = (x0.shape[1], int(scored[0].sum())), scored.to(x0.device)
+    rows: Rows = {("scored",): scored.sum(-1)}
+    exact: tuple[tuple[Likelihood, Head], ...] = (("causal", "causal"), ("ar", "fused"), ("block", "fused"))
+    for name, head in exact:
+        if head in model.heads:
+            out = read_exact(model, x0, name, block_size)
+            rows[name,] = out.nats.where(here, 0).sum(-1)
+            if name != "block":
+                rows["accuracy", "ar"] = ((out.best == x0) & here).sum(-1).double() / count
     if bound is not None:
-        rows["diffusion",] = bound(model, x0, settings.samples, noise).mean(-1, keepdim=True)
+        rows["diffusion",] = bound(model, x0, settings.samples, noise, scored=scored).mean(-1, keepdim=True)
     elif model.denoiser != "causal":
-        rows |= _any_order(model, x0, settings, noise, rows.get(("ar",)))
-        if block_size <= x0.shape[1]:
-            drafts = mtp(model, x0, block_size, noise)
+        rows |= _any_order(model, x0, scored, settings, noise, rows.get(("ar",)))
+        if length // block_size * block_size - block_size >= length - count:  # the last whole block is scored
+            drafts = mtp(model, x0, block_size, noise, scored=scored)
             rows["mtp", "accuracy"] = drafts.accuracy
             if drafts.agreement is not None:
                 rows["mtp", "agreement"] = drafts.agreement
@@ -158,37 +192,49 @@ def _measure(
 
 
 def _any_order(
-    model: LanguageModel, x0: Int[Tensor, "B L"], settings: EvaluationConfig, noise: Noise, ar: Tensor | None
+    model: LanguageModel,
+    x0: Int[Tensor, "B L"],
+    scored: Bool[Tensor, "B L"],
+    settings: EvaluationConfig,
+    noise: Noise,
+    ar: Tensor | None,
 ) -> Rows:
     """What a time-free denoiser bounds, from one set of draws; `ar` (nats) steadies the parts of the hybrid bounds."""
-    length, few = x0.shape[1], max(1, settings.samples // 4)
-    level = None if ar is None else ar.cpu() / length
-    everything = interval_weights(length, 0, 1)
-    draws = draw(model, x0, everything, settings.samples, noise)
+    count, few = int(scored[0].sum()), max(1, settings.samples // 4)
+    level = None if ar is None else ar.cpu() / count
+    everything = interval_weights(count, 0, 1)
+    draws = draw(model, x0, everything, settings.samples, noise, scored=scored)
     rows: Rows = {
         ("diffusion",): draws.average(everything),
-        ("truncated",): draws.average(interval_weights(length, *LogLinear().limits), level),
+        ("truncated",): draws.average(interval_weights(count, *LogLinear().limits), level),
         ("accuracy", "diffusion"): draws.right / draws.counts,
     }
     for steps in settings.nfe:
-        rows["nfe", steps] = finite_step_bound(model, x0, steps, few, noise)
+        rows["nfe", steps] = finite_step_bound(model, x0, steps, few, noise, scored=scored)
     if settings.paths:
         steps, paths = settings.importance_steps, settings.paths
-        rows["importance_weighted",] = importance_weighted_bound(model, x0, steps, paths, noise)
+        rows["importance_weighted",] = importance_weighted_bound(model, x0, steps, paths, noise, scored=scored)
     if ar is not None:
         for anchor in settings.anchors:
-            tail = draws.average(interval_weights(length, anchor, 1), level)
-            rows["hybrid", anchor] = tail + infilling(model, x0, anchor, few, noise).mean(-1, keepdim=True)
+            tail = draws.average(interval_weights(count, anchor, 1), level)
+            rows["hybrid", anchor] = tail + infilling(model, x0, anchor, few, noise, scored).mean(-1, keepdim=True)
     return rows
 
 
-def _summary(
-    rows: Rows, length: int, text_bytes: int | None, settings: EvaluationConfig, block_size: int
-) -> dict[str, Any]:
+def _summary(parts: list[Rows], text_bytes: int | None, settings: EvaluationConfig, block_size: int) -> dict[str, Any]:
     """Averages over the windows, named as they are reported."""
+    # A short window may have no block of drafts: each measure has its own windows.
+    names = dict.fromkeys(name for part in parts for name in part)
+    rows = {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+    counts = {name: torch.cat([part["scored",] for part in parts if name in part]) for name in names}
+    tokens = rows["scored",]
 
     def nats(*name: str | float) -> dict[str, Any]:
-        return dict(estimate(rows[name], length, text_bytes).to_dict())
+        return dict(estimate(rows[name], tokens, text_bytes).to_dict())
+
+    def shares(kind: str) -> dict[str, float]:
+        weights = {name: counts[name] / counts[name].double().mean() for name in rows if name[0] == kind}
+        return {str(name[1]): (rows[name].view(len(w), -1) * w[:, None]).mean().item() for name, w in weights.items()}
 
     plain = ("causal", "ar", "block", "diffusion", "truncated")
     likelihoods: dict[str, Any] = {name: nats(name) for name in plain if (name,) in rows}
@@ -199,13 +245,11 @@ def _summary(
     if ("importance_weighted",) in rows:
         which = {"steps": settings.importance_steps, "paths": settings.paths}
         likelihoods["importance_weighted"] = [{**which, **nats("importance_weighted")}]
-    windows = len(next(iter(rows.values())))
-    drafts = {name[1]: value.mean().item() for name, value in rows.items() if name[0] == "mtp"}
     return {
         "likelihoods": likelihoods,
-        "accuracy": {str(name[1]): value.mean().item() for name, value in rows.items() if name[0] == "accuracy"},
-        "mtp": {**drafts, "block_size": block_size},
-        "tokens": windows * length,
+        "accuracy": shares("accuracy"),
+        "mtp": {**shares("mtp"), "block_size": block_size},
+        "tokens": int(tokens.sum()),
         "samples": settings.samples,
-        "windows": windows,
+        "windows": len(tokens),
     }

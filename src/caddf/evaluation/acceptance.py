@@ -1,0 +1,122 @@
+"""How many drafts stand: what a round of speculation is worth, without a decoder.
+
+A round drafts d_1 .. d_n and accepts d_j with probability min(1, p/q), as long as all before it were (Leviathan et al.
+2023). So the first j stand with probability
+
+    E_q [ prod_{i<j} min(1, p(d_i) / q(d_i)) * sum_v min(p(v), q(v)) ]
+
+along drafts drawn from q, p and q being read behind d_1 .. d_{j-1}: the last acceptance is integrated out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from caddf.categorical import Warp, inverse_cdf
+from caddf.errors import InputError
+from caddf.evaluation.likelihood import Model, Noise, at_least_one, checked, uniform
+from caddf.interface import Block, LanguageModel
+
+Verifier = Literal["causal", "fused"]
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Rounds of speculation at places of held-out rows.
+
+    reached: estimates of the probability that the first j drafts of a row's rounds stand, j = 1 .. n.
+    bonus: whether a round that is accepted whole adds one more token.
+    """
+
+    reached: Float[Tensor, "B n"]
+    bonus: bool
+
+    @property
+    def tokens(self) -> Float[Tensor, " B"]:
+        """Expected tokens of a row's round: the drafts that stand, and the corrected or the bonus token."""
+        return self.reached.sum(-1) + 1 - (0 if self.bonus else self.reached[:, -1])
+
+    def by_offset(self) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """The share of drafts accepted at each offset, of those reached, and its standard error over the rows."""
+        before = F.pad(self.reached, (1, 0), value=1.0)[:, :-1]
+        share = self.reached.mean(0) / before.mean(0)
+        spread = (self.reached - share * before).std(0) / before.mean(0)  # of a ratio of means
+        return share, spread / len(before) ** 0.5
+
+
+@torch.no_grad()
+def acceptance(
+    model: Model,
+    x0: Int[Tensor, "B L"],
+    target: Verifier,
+    noise: Noise,
+    *,
+    rounds: int = 1,
+    block_size: int | None = None,
+    warp: Warp | None = None,
+    elements: int = 1 << 24,
+    vocab_size: int | None = None,
+) -> Acceptance:
+    """`rounds` rounds per row, each at a block of it drawn from `noise`, the text before it given.
+
+    `fused`: the k drafts of an all-masked block. `causal`: a window that slides starts with the last token that stands,
+    so the block's first token is given, and the other k-1 are drafted. `block_size` is the model's if not given. At
+    most `elements` probabilities (or one round's) are made at a time. Raises `InputError` where the model does not have
+    the head, or a block has no draft.
+    """
+    model = checked(model, x0, vocab_size)
+    size = model.block_size if block_size is None else block_size
+    at_least_one(rounds=rounds, block_size=size)
+    given, blocks = int(target == "causal"), x0.shape[1] // size
+    if {target, "draft"} - model.heads:
+        raise InputError(f"target is {target}; this model has the heads {', '.join(sorted(model.heads))} alone")
+    if not given < size <= x0.shape[1]:
+        raise InputError(
+            f"block_size is {size}; with target {target} it must lie between {given + 1} and the row's length"
+        )
+    u = uniform((len(x0), rounds, 1 + size), noise).flatten(0, 1).to(x0.device)
+    start = (u[:, 0] * blocks).long() * size
+    reached = u.new_empty(len(u), size - given)
+    # Nothing behind a window is read: rounds of windows at like places share a batch that ends with the last of them.
+    for some in start.argsort(stable=True).split(max(1, elements // (size * model.vocab_size))):
+        rows = x0[some // rounds, : int(start[some].max()) + size]
+        reached[some] = _reached(model, rows, start[some], u[some, 1 + given :], target, size, warp or Warp())
+    return Acceptance(reached.view(len(x0), rounds, -1).mean(1).cpu(), bonus=bool(given))
+
+
+def _reached(
+    model: LanguageModel,
+    x: Int[Tensor, "m T"],
+    start: Int[Tensor, " m"],
+    u: Float[Tensor, "m n"],
+    target: Verifier,
+    size: int,
+    warp: Warp,
+) -> Float[Tensor, "m n"]:
+    """One round per row, in the window of `size` from `start` on, of whose places the last n are drafted with `u`."""
+    n, pattern = u.shape[1], Block(size)
+    window = start[:, None] + torch.arange(size, device=x.device)
+    shown = window[:, : size - n]
+    canvas = torch.full_like(x, model.mask_id).scatter(1, shown, x.gather(1, shown))
+
+    def read(prefix: Int[Tensor, "m T"], at: Int[Tensor, "m j"], head: Verifier | Literal["draft"]) -> Tensor:
+        states, _ = model(prefix, canvas, pattern)
+        where = torch.zeros_like(x, dtype=torch.bool).scatter(1, at, True)
+        return warp(model.log_probs(states, where, head)).view(*at.shape, -1)
+
+    parts, step = [], 1 if model.chained else n
+    for j in range(0, n, step):  # all at once, or one after the other where drafts chain
+        at = window[:, size - n + j :][:, :step]
+        parts.append(read(x, at, "draft"))
+        x = x.scatter(1, at, inverse_cdf(parts[-1], u[:, j : j + step]))
+    drafted = window[:, size - n :]
+    q, p = torch.cat(parts, 1), read(x, drafted, target)
+    p_d, q_d = (probs.gather(-1, x.gather(1, drafted)[..., None])[..., 0] for probs in (p, q))
+    stands = (p_d / q_d).clamp(max=1).cumprod(1)
+    return F.pad(stands, (1, 0), value=1.0)[:, :-1] * torch.minimum(p, q).sum(-1)
