@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader
 from caddf.checkpoint import read_json, write_json_atomic, write_text_atomic
 from caddf.errors import InputError
 from caddf.machine import machine
-from caddf.plots import plain_ticks
+from caddf.plots import plain_ticks, saved
 
 SAME = ("processor", "cores", "threads", "gpu", "torch")
 """What must not change between the parts of one measurement."""
@@ -83,16 +83,7 @@ class Results:
         templates = Environment(loader=PackageLoader("caddf"), trim_blocks=True, keep_trailing_newline=True)
         text = templates.get_template("benchmark.md").render(self.values, about=about, header=header, table=table)
         write_text_atomic(self.markdown, text)
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(layout="constrained")
-        draw(axes)
-        for kind in ("png", "svg"):
-            figure.savefig(self.folder / f"{self.name}.{kind}", dpi=150)
-        pyplot.close(figure)
+        saved(draw, self.folder, self.name, self.name)
 
 
 @dataclass(frozen=True)

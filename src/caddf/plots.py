@@ -1,0 +1,239 @@
+"""Curves from result files: perplexity against l* and steps, acceptance, speed against quality, costs, losses.
+
+Every `draw_*` puts the numbers of result files on axes, and knows nothing of where they are shown; `saved` writes a
+drawing as PNG and SVG, and returns it as SVG for a page, whose ink is the page's own (`currentColor`).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Draw = Callable[[Any], None]
+Rows = Sequence[dict[str, Any]]
+
+INK = "#1a1d21"
+"""Of text and axes; on a page it becomes the colour of the text there."""
+COLOURS = ("#3d85c6", "#d9722e", "#2e9e72", "#b6559b", "#a58a1e", "#7f74d6", "#cf4f4f", "#4a9aa8", "#8a8f98", "#8f6a4a")
+"""Of series: each can be told from white, from near-black, and from its neighbours."""
+
+
+def style(salt: str) -> Any:
+    """matplotlib's settings for all drawings; with `salt` the same numbers make the same SVG."""
+    from cycler import cycler
+
+    inks = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    return {
+        **inks,
+        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+        "figure.figsize": (7, 4.2),
+        "grid.color": INK,
+        "grid.linewidth": 0.6,
+        "grid.alpha": 0.18,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 5,
+        "font.size": 10,
+        "text.parse_math": False,  # names of runs are names
+        "svg.fonttype": "none",  # text stays text: selectable, and in the reader's font
+        "svg.hashsalt": salt,
+    }
+
+
+def saved(draw: Draw, folder: Path | None, name: str, label: str) -> str:
+    """The drawing as SVG for a page, where `label` is its own; with a folder, NAME.png and .svg there, on white."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context(style(label)):
+        figure, axes = pyplot.subplots(layout="constrained")
+        try:
+            draw(axes)
+            page = io.StringIO()
+            figure.savefig(page, format="svg", facecolor="none", metadata={"Date": None})
+            if folder is not None:
+                figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
+                figure.savefig(folder / f"{name}.png", facecolor="white", dpi=150)
+        finally:
+            pyplot.close(figure)
+    return for_page(page.getvalue(), label)
+
+
+def for_page(svg: str, label: str) -> str:
+    """An SVG file as part of an HTML page: its ink the page's, its width the column's, no identifier taken twice."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", svg)
+    names = set(re.findall(r'\bid="([^"]+)"', svg))
+    for name in names:
+        svg = re.sub(rf'(["#]){re.escape(name)}\b', rf"\g<1>{label}-{name}", svg)
+    width = re.search(r'<svg[^>]* width="([\d.]+)pt"', svg)
+    assert width is not None
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    shown = f'<svg role="img" aria-label="{label}" style="max-width:{float(width[1]) * 4 / 3:.0f}px"'
+    return svg.replace("<svg", shown, 1).replace(INK, "currentColor")
+
+
+# Likelihoods.
+
+
+def draw_hybrid(axes: Any, evaluations: Mapping[str, Mapping[str, Any]]) -> None:
+    """PPL against l*, the share masked where the causal branch takes over, a line per evaluation.
+
+    At 0 stands the diffusion bound, which is the hybrid one there; dotted, the exact block likelihood.
+    """
+    for i, (name, likelihoods) in enumerate(evaluations.items()):
+        points = list(likelihoods["hybrid"])
+        if "diffusion" in likelihoods:
+            points.insert(0, {"lambda": 0.0, **likelihoods["diffusion"]})
+        points.sort(key=lambda each: each["lambda"])
+        colour = COLOURS[i % len(COLOURS)]
+        axes.errorbar(
+            [each["lambda"] for each in points], [each["ppl"] for each in points], yerr=_errors(points), marker="o",
+            capsize=3, color=colour, label=name,
+        )  # fmt: skip
+        if "block" in likelihoods:
+            axes.axhline(likelihoods["block"]["ppl"], color=colour, ls=":", lw=1.2)
+    axes.set(xlabel="l*: 0 is diffusion alone", ylabel="PPL (upper bound ± standard error)", yscale="log")
+    _finish(axes, axes.yaxis)
+
+
+def draw_nfe(axes: Any, evaluations: Mapping[str, Mapping[str, Any]]) -> None:
+    """PPL of a sampler with n steps against n; dashed, the bound at infinitely many."""
+    for i, (name, likelihoods) in enumerate(evaluations.items()):
+        points = sorted(likelihoods["nfe"], key=lambda each: each["steps"])
+        colour = COLOURS[i % len(COLOURS)]
+        axes.errorbar(
+            [each["steps"] for each in points], [each["ppl"] for each in points], yerr=_errors(points), marker="o",
+            capsize=3, color=colour, label=name,
+        )  # fmt: skip
+        if "diffusion" in likelihoods:
+            axes.axhline(likelihoods["diffusion"]["ppl"], color=colour, ls="--", lw=1.2)
+    axes.set(xlabel="steps (NFE)", ylabel="PPL (upper bound ± standard error)", xscale="log", yscale="log")
+    axes.set_xticks(*_labelled({each["steps"] for e in evaluations.values() for each in e["nfe"]}))
+    axes.minorticks_off()
+    _finish(axes, axes.yaxis)
+
+
+def _errors(points: Rows) -> list[float]:
+    """Of perplexities, from those of nats per token (the delta method)."""
+    return [each["ppl"] * (each.get("standard_error") or 0.0) for each in points]
+
+
+# Acceptance.
+
+
+def draw_by_offset(axes: Any, rows: Rows) -> None:
+    """Share of drafts accepted against their place in the round, of those reached, at each model's last step."""
+    for row in _last_of(rows):
+        shares, errors = row["by_offset"], row["by_offset_errors"]
+        axes.errorbar(range(1, len(shares) + 1), shares, yerr=errors, marker="o", capsize=3, label=_told(row))
+    axes.set(xlabel="place of the draft in its round", ylabel="share accepted, of those reached", ylim=(0, 1.02))
+    axes.set_xticks(*_labelled(range(1, max(len(row["by_offset"]) for row in rows) + 1)))
+    _finish(axes)
+
+
+def draw_by_temperature(axes: Any, rows: Rows) -> None:
+    """Tokens per round against temperature, at each model's last step."""
+    _draw_tokens(axes, _last_of(rows), "temperature", "temperature")
+
+
+def draw_by_step(axes: Any, rows: Rows) -> None:
+    """Tokens per round against the training step."""
+    _draw_tokens(axes, rows, "step", "training step")
+
+
+def _last_of(rows: Rows) -> Rows:
+    last = {row["model"]: max(each["step"] or 0 for each in rows if each["model"] == row["model"]) for row in rows}
+    return [row for row in rows if (row["step"] or 0) == last[row["model"]]]
+
+
+def _draw_tokens(axes: Any, rows: Rows, key: str, said: str) -> None:
+    """A line for what else tells the rows apart."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(_told({**row, key: None}), []).append(row)
+    for name, line in lines.items():
+        line.sort(key=lambda row: row[key])
+        xs, ys, errors = ([row[each] for row in line] for each in (key, "tokens_per_round", "standard_error"))
+        axes.errorbar(xs, ys, yerr=None if None in errors else errors, marker="o", capsize=3, label=name)
+    axes.set(xlabel=said, ylabel="tokens per round ± standard error")
+    axes.locator_params(axis="x", integer=key == "step")
+    _finish(axes)
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    """What tells a row of acceptances from others."""
+    said = [str(row[name]) for name in ("model", "target") if row.get(name) is not None]
+    return ", ".join(said + [f"{name} {row[name]:g}" for name in ("temperature", "step") if row.get(name) is not None])
+
+
+# Training.
+
+
+def draw_losses(axes: Any, runs: Mapping[str, Rows]) -> None:
+    """The training loss of each run (faint) and its validation (marked), in nats per token, against the step."""
+    for i, (name, rows) in enumerate(runs.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        for key, look in (("loss", {"lw": 0.9, "alpha": 0.45}), ("validation", {"marker": "o", "ms": 3.5})):
+            steps = [row["step"] for row in rows if key in row]
+            values = [row[key] for row in rows if key in row]
+            if values:
+                axes.plot(steps, values, color=colour, label=f"{name}, {key}", **look)
+    axes.set(xlabel="step", ylabel="nats per token", yscale="log")
+    _finish(axes, axes.yaxis)
+
+
+# Parts of all drawings.
+
+
+def _finish(axes: Any, logarithmic: Any = None) -> None:
+    """Grid, legend, and plain numbers on a logarithmic axis."""
+    if logarithmic is not None:
+        _plain(logarithmic)
+    axes.grid(True)
+    if len(axes.get_legend_handles_labels()[1]) > 4:
+        axes.figure.set_size_inches(9, 4.6)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        axes.legend(fontsize=9)
+
+
+def _plain(axis: Any) -> None:
+    """Numbers without powers; within less than a factor of four, evenly spaced ones."""
+    from matplotlib import ticker
+
+    low, high = axis.get_view_interval()
+    if low > 0 and math.log(high / low) > math.log(4):
+        plain_ticks(axis)
+        return
+    axis.set_major_locator(ticker.MaxNLocator(6))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def _labelled(values: Iterable[int]) -> tuple[list[int], list[str]]:
+    """Ticks at these numbers, and their labels."""
+    ticks = sorted(values)
+    return ticks, [str(tick) for tick in ticks]
+
+
+def plain_ticks(axis: Any) -> None:
+    """A logarithmic axis labelled 1, 2, 5, 10, ... without powers."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())

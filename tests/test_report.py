@@ -1,0 +1,422 @@
+"""The report: every number on one page, from files alone; what is missing, broken or hostile does no harm."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import caddf
+from caddf.cli import main
+from caddf.errors import InputError
+from caddf.generation import generate
+from caddf.report import COMMANDS, report
+from caddf.samples import SamplesSettings, collect_samples
+
+pytest.importorskip("matplotlib")
+HOSTILE = '</script><img src="https://example.org/x" onerror=alert(1)>&amp;{{ 7 * 7 }}'
+MACHINE = {"processor": "a processor", "cores": 2, "commit": "0123456789abcdef", "date": "2026-01-01", "gpu": None}
+VOID = {"meta", "br", "img", "input", "link", "hr"}
+
+
+def cell(ppl, accuracy=0.25):
+    return {"nll": math.log(ppl), "standard_error": 0.01, "ppl": ppl, "bits_per_byte": 1.25, "accuracy": accuracy,
+            "windows": 8}  # fmt: skip
+
+
+def row(method, likelihood, ppls, parameters):
+    sets = {name: cell(ppl, accuracy=ppl / 1000) for name, ppl in zip(("one", "two"), ppls, strict=True)}
+    return {
+        "method": method,
+        "likelihood": likelihood,
+        "parameters": parameters,
+        "training": {"tokens": 98765},
+        "sets": sets,
+    }
+
+
+TABLE = {
+    "table": "table1",
+    "settings": {"scale": "debug", "training_set": "books", "windows": 8, "samples": 2, "seed": 3},
+    "machine": MACHINE,
+    "sets": {"one": "First", "two": "Second"},
+    "rows": [
+        row("gpt2", "causal", (41.37, 52.48), 1_234_567),
+        row("caddf", "diffusion", (63.59, 74.61), 1_234_999),
+        row("caddf", "hybrid 0.5", (58.72, 69.83), 1_234_999),
+        {**row("radd", "diffusion", (85.94, 96.05), 1_230_001),
+         "sets": {"one": {**cell(85.94, None), "standard_error": None}}},
+    ],
+}  # fmt: skip
+BENCHMARK = {
+    "benchmark": "scaling",
+    "settings": {"size": "debug", "seed": 5, "repeats": 5, "contexts": "64,128"},
+    "machine": MACHINE,
+    "rows": [
+        {"label": "ar", "context": context, "seconds_per_round": context / 1e4, "bytes_ratio": 1.5}
+        for context in (64, 128)
+    ],
+    "ratios": {"a": 1.2345},
+    "ratio_quartiles": {"a": [1.1, 1.4]},
+    "ratio_of": {"a": "this / that", "b": "not told: no such row"},
+    "shown": {
+        "about": "What it is of.",
+        "columns": {"model": "", "ms/token": "median"},
+        "rows": [["ar<br>too", "6.54"]],
+    },
+}
+EVALUATION = {"model": "run", "seed": 7, "machine": MACHINE, "command": "caddf evaluate run --data set --json",
+              "samples": 2,
+              "likelihoods": {"block": cell(33.21), "hybrid": [{"lambda": 0.5, **cell(44.32)}]}}  # fmt: skip
+SAMPLES = {
+    "samples": [{"model": "m", "method": "gpt2", "decoder": "autoregressive", "settings": {}, "prompt": HOSTILE,
+                 "text": HOSTILE, "tokens": 17, "finished": False, "cost": 16.96, "evaluations": {"causal": 17},
+                 "seconds": 1.0}],
+    "prompts": [HOSTILE], "unit": "m", "machine": MACHINE,
+    "settings": {"budget": 17.0, "max_new_tokens": 64, "temperature": 1.0, "seed": 0},
+}  # fmt: skip
+FRAMES = [
+    {"pieces": [["Once", "given"], [HOSTILE, "accepted"], ["x", "rejected"], ["y", "corrected"], ["z", "rejected"],
+                ["_", "open"]], "evaluations": {"causal": 1, "diffusion": 1}, "rounds": 1, "seconds": 0.1},
+    {"pieces": [["Once", "given"], [HOSTILE, "kept"], ["y", "kept"], ["\n", "fresh"]],
+     "evaluations": {"causal": 2, "diffusion": 2}, "rounds": 2, "seconds": 0.2},
+]  # fmt: skip
+RECORDING = {
+    "recording": {"model": "m", "decoder": "speculative", "seed": 1, "command": f"caddf generate m --prompt {HOSTILE}"},
+    "machine": MACHINE,
+    "rows": [{"prompt": "Once", "seed": 1, "template": False, "frames": FRAMES,
+              "result": {"tokens": 3, "evaluations": {"causal": 2, "diffusion": 2}}}],
+}  # fmt: skip
+FILES = {
+    "table1-debug/table.json": TABLE,
+    "scaling/scaling.json": BENCHMARK,
+    "eval/ours.json": EVALUATION,
+    "samples/samples.json": SAMPLES,
+    "demo/recording.json": RECORDING,
+}
+
+
+class Page(HTMLParser):
+    """What a page says: its text, its tags, and the data of its JSON scripts."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.text, self.data, self.ids = [], [], "", [], []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            if self.tags[-1][1].get("type") == "application/json":
+                self.data.append(json.loads(data))
+        elif "style" not in self.open:
+            self.text += data
+
+
+def write(folder, files):
+    for name, values in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    results = write(folder / "results", FILES)
+    metrics = [{"step": 1, "loss": 3.0}, {"step": 2, "sample": HOSTILE}, {"step": 2, "validation": 2.5, "tokens": 9}]
+    write(results, {"loss/gpt2.jsonl": "".join(json.dumps(line) + "\n" for line in metrics)})
+    report(results, folder / "report.html")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(whole):
+    return (whole / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
+
+
+def test_the_page_needs_nothing_else(html, page):
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base")
+        assert "src" not in attributes and not any(name.startswith("on") for name in attributes)
+        for name in ("href", "xlink:href"):
+            assert not re.match(r"\w+:|//", attributes.get(name) or "")
+    assert "@import" not in html and set(re.findall(r"url\((.)", html)) <= {"#"}
+    assert "fetch(" not in html and "XMLHttpRequest" not in html
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_every_number_of_a_table_is_there(html, page):
+    for line in TABLE["rows"]:
+        assert f"{line['parameters']:,}" in page.text and f"{line['training']['tokens']:,}" in page.text
+        for name, each in line["sets"].items():
+            error = each["standard_error"]
+            assert (
+                f"{each['ppl']:.1f}" if error is None else f"{each['ppl']:.1f} ± {each['ppl'] * error:.1f}"
+            ) in page.text
+            assert f"{each['nll']:.4f}" in html and name in TABLE["sets"]
+            assert each["accuracy"] is None or f"{100 * each['accuracy']:.1f}%" in page.text
+    for said in ("6.54", "ar\ntoo", "1.23", "1.1 to 1.4", "this / that", "not told: no such row", "33.2 ± 0.3"):
+        assert said in page.text
+
+
+def test_every_figure_names_its_file_and_how_it_was_made(whole, page):
+    files = [*FILES, "loss/gpt2.jsonl"]
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    for name in files:
+        assert links.count(f"results/{name}") >= 2 and f"results/{name}" in page.text
+    assert all((whole / link).is_file() for link in links if not link.startswith("#"))
+    for command in (
+        "caddf reproduce table1 --scale debug --windows 8 --samples 2 --seed 3 --out ",
+        "caddf benchmark scaling --size debug --seed 5 --contexts 64,128 --out ",
+        EVALUATION["command"],
+        RECORDING["recording"]["command"],
+    ):
+        assert command in page.text
+    assert page.text.count("commit 0123456789") == 2 * len(FILES) and "processor a processor" in page.text
+
+
+def test_figures_are_on_the_page_and_in_the_folder(whole, page):
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+    for drawn in ("table1-debug/table-hybrid", "eval/hybrid", "loss/losses"):
+        assert (whole / "results" / f"{drawn}.png").is_file() and (whole / "results" / f"{drawn}.svg").is_file()
+    assert not (whole / "results/scaling/scaling.png").exists()  # the benchmark's own command leaves it
+
+
+def test_hostile_text_is_text(html, page):
+    assert page.text.count(HOSTILE) >= 4 and "alert(1)>" not in html
+    assert not any(tag == "img" for tag, _ in page.tags)
+
+
+def test_the_stepper_has_the_recorded_frames(page):
+    assert page.data == [FRAMES]
+    shown = [attributes.get("class") for tag, attributes in page.tags if tag == "span"]
+    assert shown[-4:] == [kind for _, kind in FRAMES[-1]["pieces"]]
+    assert "In all 2 rounds: 3 drafted, 1 accepted" in " ".join(page.text.split())
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_stepper_shows_each_round_drafted_and_verified():
+    script = (Path(caddf.__file__).parent / "templates" / "report.js").read_text(encoding="utf-8")
+    ask = f"console.log(JSON.stringify(stagesOf({json.dumps(FRAMES)})))"
+    ask = f"const document = {{querySelectorAll: () => []}};\n{script}\n{ask}"
+    stages = json.loads(subprocess.run(["node", "-e", ask], capture_output=True, text=True, check=True).stdout)
+    assert [stage["pieces"] for stage in stages] == [
+        [["Once", "given"], ["_", "open"], ["_", "open"], ["_", "open"]],
+        [["Once", "given"], [HOSTILE, "drafted"], ["x", "drafted"], ["z", "drafted"]],
+        FRAMES[0]["pieces"],
+        FRAMES[1]["pieces"],
+    ]
+    said = [stage["said"] for stage in stages]
+    assert said[1] == "round 1 of 2: 3 drafted"
+    assert said[2].startswith("round 1 of 2: 1 accepted, 2 rejected or dropped, 1 corrected, 0 drawn besides; 1 open.")
+    assert said[3] == "round 2 of 2: 1 drawn; 0 open. Passes so far: 2 causal, 2 diffusion"
+
+
+def test_what_is_missing_is_named_with_its_command(tmp_path):
+    (tmp_path / "results").mkdir()
+    report(tmp_path / "results", tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.text.count("Missing.") == len(COMMANDS)
+    assert all(command in page.text for command in COMMANDS.values())
+    with pytest.raises(InputError, match="which is no folder"):
+        report(tmp_path / "nothing", tmp_path / "report.html")
+
+
+def test_what_does_not_fit_is_named_and_the_rest_stands(tmp_path):
+    unfinished = {name: value for name, value in BENCHMARK.items() if name != "shown"}
+    write(tmp_path / "results", {
+        "a/broken.json": "{", "b/list.json": "[]", "c/other.json": {"else": 1}, "d/scaling.json": unfinished,
+        "e/table.json": {"table": "table1", "settings": {}, "rows": [{}], "sets": {}}, "f/metrics.jsonl": "{}\n",
+        "g/table.json": TABLE,
+    })  # fmt: skip
+    shown = report(tmp_path / "results", tmp_path / "report.html")
+    assert [Path(link).parts[1] for link in shown.unread] == ["a", "b", "c", "d", "f", "e"]
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "41.4 ± 0.4" in page.text and all(link in page.text for link in shown.unread)
+
+
+def test_a_table_of_any_shape_is_shown_whole(tmp_path):
+    rows = [
+        {"model": "full", "mtp": {"accuracy": 0.4321}, "ppl": 12.34, "ok": True, "seeds": [1, 2]},
+        {"model": "less", "ppl": 23.4567},
+    ]
+    write(tmp_path / "results", {"table4/table.json": {"table": "table4", "settings": {"scale": "demo"}, "rows": rows}})
+    report(tmp_path / "results", tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    for said in ("Table 4. Ablations, scale demo", "mtp accuracy", "0.4321", "12.34", "yes", "1, 2", "less", "23.46"):
+        assert said in page.text
+
+
+# What is decoded for it.
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A dual branch, a causal model and a masked one, a few steps old, and the commands' folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.txt").write_text("".join(f"a{i % 7} = open(b{i % 5})\n\n" for i in range(300)), encoding="utf-8")
+    assert (
+        main(
+            [
+                "data",
+                "prepare",
+                "--input",
+                str(folder / "text.txt"),
+                "--tokenizer",
+                "bytes",
+                "--out",
+                str(folder / "set"),
+            ]
+        )
+        == 0
+    )
+    for method in ("gpt2", "radd-lambda-dce", "caddf-lambda-dce"):
+        settings = [
+            "--config",
+            method,
+            "--data",
+            str(folder / "set"),
+            "--out",
+            str(folder / f"{method}-0"),
+            "--device",
+            "cpu",
+        ]
+        small = [
+            "--model.size",
+            "debug",
+            "--train.steps",
+            "3",
+            "--train.tensorboard",
+            "false",
+            "--train.sample_every",
+            "0",
+        ]
+        assert main(["train", *settings, *small, "--dtype", "float32"]) == 0
+    return folder
+
+
+def test_a_recording_holds_every_frame(runs, tmp_path, capsys):
+    file = tmp_path / "new" / "recording.json"
+    given = [str(runs / "caddf-lambda-dce-0"), "--prompt", "a1 = ", "--max-new-tokens", "12", "--seed", "3"]
+    assert main(["generate", *given, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert main(["generate", *given, "--json", "--record", str(file)]) == 0
+    said, recorded = json.loads(capsys.readouterr().out), json.loads(file.read_text())
+    (row,) = recorded["rows"]
+    assert said["text"] == plain["text"] == row["result"]["text"]
+    frames = list(generate(caddf.load(given[0]), given[2], max_new_tokens=12, seed=3))
+    as_pieces = [
+        [[text, "fresh" if kind == "accepted" else kind] for text, kind in each["pieces"]] for each in row["frames"]
+    ]
+    assert as_pieces == [[list(piece) for piece in frame.pieces()] for frame in frames]
+    # A draft is accepted or rejected; all of a round that were drafted are one of the two.
+    for frame, each in zip(frames, row["frames"], strict=True):
+        kinds = Counter(kind for _, kind in each["pieces"])
+        assert kinds["accepted"] + kinds["rejected"] == int((frame.frame.drafts != frame.task.mask_id).sum())
+    assert recorded["recording"]["command"].startswith("caddf generate ") and recorded["machine"]["torch"]
+    assert main(["generate", *given, "--record", str(tmp_path)]) == 2
+    assert "which is a folder" in capsys.readouterr().err
+
+
+def test_samples_cost_no_more_than_the_budget(runs, tmp_path, capsys):
+    models = ",".join(f"{name}={runs / name}-0" for name in ("gpt2", "radd-lambda-dce", "caddf-lambda-dce"))
+    given = [
+        "samples",
+        "--models",
+        models,
+        "--prompt",
+        "a1 = ",
+        "--budget",
+        "6",
+        "--max-new-tokens",
+        "10",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main([*given, "--decoders", "speculative,autoregressive,ancestral,confidence"]) == 0
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    rows = {(row["model"], row["decoder"], row["settings"].get("target")): row for row in samples["samples"]}
+    assert len(rows) == len(samples["samples"]) == 8
+    assert all(row["cost"] <= 6 + 1e-6 for row in rows.values())
+    # Six passes of the unit are six tokens; the text of a decoding that is cut off is that of one that is shorter.
+    alone = rows["gpt2", "autoregressive", None]
+    assert alone["tokens"] == 6 and alone["cost"] == pytest.approx(6) and not alone["finished"]
+    model = caddf.load(runs / "gpt2-0")
+    last = list(generate(model, "a1 = ", decoder="autoregressive", max_new_tokens=6))[-1]
+    assert alone["text"] == model.tokenizer.decode(last.frame.tokens[0][last.task.wanted[0]].tolist())
+    chain = rows["radd-lambda-dce", "ancestral", None]
+    assert (
+        chain["finished"]
+        and "_" not in chain["text"]
+        and chain["evaluations"]["diffusion"] <= chain["settings"]["steps"]
+    )
+    report(tmp_path, tmp_path / "report.html")
+    assert Page((tmp_path / "report.html").read_text(encoding="utf-8")).text.count("autoregressive") >= 3
+
+
+@pytest.mark.parametrize(
+    ("prompts", "budget", "said"),
+    [([], 8.0, "no prompt is given"), (["a"], 0.5, "budget is 0.5"), (["a" * 99], 8.0, "the prompt has 99 tokens")],
+)
+def test_samples_refuse_before_they_run(runs, prompts, budget, said):
+    settings = SamplesSettings(f"gpt2={runs / 'gpt2-0'}", budget=budget, max_new_tokens=4)
+    with pytest.raises(InputError, match=said):
+        collect_samples(prompts, settings, Console(quiet=True))
+
+
+def test_acceptance_is_measured_at_each_checkpoint(runs, tmp_path, capsys):
+    given = [
+        "--models",
+        str(runs),
+        "--data",
+        str(runs / "set"),
+        "--windows",
+        "3",
+        "--rounds",
+        "2",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert main(["benchmark", "acceptance", *given, "--temperatures", "[0.5,1]", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["model"], row["target"], row["temperature"], row["step"]) for row in rows] == [
+        ("caddf-lambda-dce", target, temperature, 3) for target in ("causal", "fused") for temperature in (0.5, 1.0)
+    ]
+    for row in rows:
+        stand, reached = 0.0, 1.0
+        for share in row["by_offset"]:
+            reached *= share
+            stand += reached
+        full = reached if row["target"] == "fused" else 0.0  # a block that is accepted whole adds no token
+        assert row["tokens_per_round"] == pytest.approx(1 + stand - full)
+    report(tmp_path, tmp_path / "report.html")
+    assert (tmp_path / "a" / "acceptance-temperature.svg").is_file() and not (
+        tmp_path / "a" / "acceptance-step.svg"
+    ).exists()
