@@ -14,6 +14,11 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hub,dev]'
 	@touch $@
 
+# What only the tests of the harness adapter need, and half a minute of set-up.
+.venv/lm-eval: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'lm-eval>=0.4.10'
+	@touch $@
+
 # Python's own standard library is the corpus: real text that is already on the machine.
 demo: setup
 	rm -rf demo
@@ -23,7 +28,7 @@ demo: setup
 	$(CADDF) generate demo/run --prompt 'def __init__(self, ' --max-new-tokens 96 --temperature 0.7 --show
 	$(CADDF) generate demo/run --template 'def read(self, path):[MASK:24]return data' --decoder ancestral --steps 8 --show
 
-test: setup lint
+test: setup lint .venv/lm-eval
 	$(BIN)/pytest -q -n 2
 
 lint: setup

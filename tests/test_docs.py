@@ -1,12 +1,16 @@
 """What the documents show runs as shown."""
 
+import itertools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import test_published as published
 import torch
 
 from caddf.categorical import RowGenerators
+from caddf.cli import main
 from caddf.decoding import Task
 from caddf.experiment import METHODS, ModelSettings
 from caddf.models.backbone import DualBranch
@@ -56,3 +60,112 @@ def test_contributing_adds_a_method(model, monkeypatch):
     method = added["METHODS"]["caddf-ao"]
     objective = method.build(method.settings(**method.defaults), model.config)
     assert objective(model, torch.randint(20, (4, 16)), torch.Generator().manual_seed(0)).total.isfinite()
+
+
+SMALL = {
+    "--model.size": "debug",
+    "--train.steps": "2",
+    "--train.batch_size": "4",
+    "--input": "my-text",
+    "--test": "my-text",
+    "--tokenizer gpt2": "bytes",
+    "--max-windows": "2",
+    "--samples": "1",
+    "--max-new-tokens": "8",
+    "--steps": "4",
+    "--batch": "2",
+    "--batch-size": "2",
+    "--device": "cpu",
+    "--dtype": "float32",
+}
+"""Options (with any value, or one) that take long or ask for what a machine may not have, and values in their place."""
+HERE = {
+    "bpe:2048": "bpe:400",
+    "bpe:8192": "bpe:400",
+    "hf:openai-community/gpt2": "gpt2",
+    "hf:JingyangOu/radd-lambda-dce": "radd",
+}
+"""Tokenizers and names on the hub, and what stands for them."""
+PREPARE = "caddf data prepare --input my-text --tokenizer bpe:400 --out my-data"
+BEFORE = {
+    "add-a-method.md": [PREPARE],
+    "run-on-a-gpu.md": [PREPARE],
+    "evaluate-with-lm-eval.md": [PREPARE, "caddf train --data my-data --out my-run --model.size debug --train.steps 2"],
+}
+"""Where a how-to begins with what another has made."""
+
+
+def steps(name: str) -> list[tuple[str, str]]:
+    """The blocks of a document in their order, each with its language."""
+    return re.findall(
+        r"^```(python|bash|yaml)\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+
+
+def commands(block: str) -> list[list[str]]:
+    """The words of each command: a line, but where a quotation or a backslash goes over its end."""
+    lines, found = "", []
+    for line in block.splitlines():
+        lines += line + "\n"
+        try:
+            words = shlex.split(lines.replace("\\\n", " "), comments=True)
+        except ValueError:  # an open quotation
+            continue
+        found, lines = [*found, words], ""
+    assert not lines, "a quotation is never closed"
+    return [words for words in found if words]
+
+
+def run_small(words: list[str]) -> None:
+    """Runs a command with the values of `SMALL` and `HERE`; of the harness's, makes the model that it asks for."""
+    if "caddf.harness" in words:
+        harness = pytest.importorskip("caddf.harness")
+        harness.HarnessModel.create_from_arg_string(words[words.index("--model_args") + 1])
+        return
+    values = [
+        SMALL.get(before) or SMALL.get(f"{before} {word}") or HERE.get(word, word)
+        for before, word in itertools.pairwise(words)
+    ]
+    assert main(values[words.index("caddf") :]) == 0, words
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with what the how-tos take as given: text, a task's data, and checkpoints as published."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(published, "WIDTH", 32)
+    monkeypatch.setattr(published, "LENGTH", 1024)
+    code = "def area(width, height):\n    result = width * height\n    return result\n\nimport time\n\n"
+    code += "def now():\n    return time.time()\n\n"
+    for folder in ("my-text", "tasks"):
+        (tmp_path / folder).mkdir()
+    for i in range(20):
+        (tmp_path / "my-text" / f"{i}.txt").write_text(f"# File {i}.\n" + code * 4)
+    (tmp_path / "pets.jsonl").write_text('{"question": "the cat sat on the", "answer": 0}\n' * 2)
+    gpt2, radd = published.CONFIGS["gpt2"], published.CONFIGS["radd-t-dce"]
+    wide = {**radd["model"], "hidden_size": 32, "length": 1024}
+    published.write(tmp_path / "gpt2", "gpt2", config={**gpt2, "n_embd": 32, "n_positions": 1024, "n_ctx": 1024})
+    published.write(tmp_path / "radd", "radd-t-dce", config={**radd, "model": wide})
+    methods = dict(METHODS)
+    yield tmp_path
+    METHODS.clear()
+    METHODS.update(methods)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "docs" / "howto").glob("*.md")))
+def test_a_howto_works_from_top_to_bottom(name, place):
+    names: dict = {}
+    for command in BEFORE.get(name, []):
+        run_small(shlex.split(command))
+    for language, block in steps(f"docs/howto/{name}"):
+        if language == "yaml":
+            (place / "tasks" / "task.yaml").write_text(block)
+        elif language == "bash":
+            for words in commands(block):
+                run_small(words)
+        else:
+            if "lm_eval" in block:
+                pytest.importorskip("lm_eval")
+            for there, here in HERE.items():
+                block = block.replace(f'"{there}"', f'"{here}"')
+            names = run(block, **names)

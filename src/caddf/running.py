@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from caddf.experiment import (
 )
 from caddf.generation import generate
 from caddf.interface import LanguageModel
+from caddf.models.backbone import DualBranch
 from caddf.text_model import TextModel, check_seed, initialise_from, resolve_device
 from caddf.training import Result, TrainConfig, train
 from caddf.training.config import Device, Precision
@@ -113,20 +115,22 @@ class RunSettings:
 
 def start(settings: RunSettings, run: Path, console: Console) -> Result:
     """Trains into the new folder `run`; raises `InputError` before it is made if anything does not fit."""
-    if run.exists():
+    main = os.environ.get("RANK", "0") == "0"  # of several processes, the first makes the folder for all
+    if main and run.exists():
         raise InputError(f"out is {run}, which exists; give a new folder, or go on with caddf train --resume {run}")
     settings = dataclasses.replace(settings, data=_absolute(settings.data))
     if settings.init_from is not None:
         settings = dataclasses.replace(settings, init_from=_absolute(settings.init_from))
     data = TokenSet.open(settings.data)
     go = _prepare(settings, data, run, console, resumed=False)
-    with atomic_folder(run) as partial:
-        settings.save(partial)
-        write_json_atomic(partial / IDENTITY, _identity(data))
+    if main:
+        with atomic_folder(run) as partial:
+            settings.save(partial)
+            write_json_atomic(partial / IDENTITY, _identity(data))
     try:
         return go()
     except InputError:
-        if _is_empty(run):
+        if main and _is_empty(run):
             shutil.rmtree(run)
         raise
 
@@ -150,6 +154,8 @@ def _prepare(settings: RunSettings, data: TokenSet, run: Path, console: Console,
     batches = Batches(data.split("train").tokens, model_config.context, config.rows_per_pass, config.seed)
     torch.manual_seed(config.seed)
     model = ARCHITECTURES[method.architecture].network(model_config)
+    if isinstance(model, DualBranch) and model.draft_tokens is not None:
+        model.choose_draft_tokens(data.split("train").counts(model.vocab_size))
     if settings.init_from is not None and not resumed:
         kept = initialise_from(model, settings.init_from, tokenizer)
         said = f"weights from {settings.init_from}" + (f"; {len(kept)} tensors start anew" if kept else "")
