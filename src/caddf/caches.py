@@ -9,22 +9,75 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Slots:
+    """The slots that one pass reads and fills: `[B, n]`, or `[n]` consecutive ones where all rows stand alike.
+
+    `first` is the first slot where all rows stand alike, and then nothing needs an index; `upto` is behind the last.
+    """
+
+    positions: Int[Tensor, "B n"] | Int[Tensor, " n"]
+    first: int | None
+    upto: int
+
+    @classmethod
+    def of(cls, positions: Int[Tensor, "B n"] | Int[Tensor, " n"]) -> Slots:
+        """Those at `positions`."""
+        if positions.ndim > 1:
+            return cls(positions, None, int(positions.max()) + 1)
+        first = int(positions[0])
+        return cls(positions, first, first + len(positions))
+
+    @property
+    def where(self) -> slice | Int[Tensor, "B n"]:
+        """Where a cache holds them."""
+        return self.positions if self.first is None else slice(self.first, self.upto)
+
+    def since(self, context: int) -> int:
+        """The first slot that any of them sees, `context` being how far attention reaches."""
+        return 0 if self.first is None else max(0, self.first + 1 - context)
+
+    def visible(self, context: int) -> Bool[Tensor, "..."] | None:
+        """What each sees of the slots from `since` to `upto`: those up to itself; None where that is all of them."""
+        if self.first is not None and self.upto == self.first + 1:
+            return None
+        slots = torch.arange(self.since(context), self.upto, device=self.positions.device)
+        at = self.positions[..., None, :, None]
+        visible = slots <= at
+        return visible if self.upto <= context else visible & (slots > at - context)
+
+
+@dataclass(frozen=True)
 class KVCache:
-    """Keys and values of a stack of attention layers, `[layers, B, H, T, size]`."""
+    """Keys and values of a stack of attention layers, `[layers, B, H, T, size]`.
+
+    `turns`, where given, are the rotary angles (cosines and sines) of all positions, made once for all passes.
+    """
 
     keys: Float[Tensor, "layers B H T size"]
     values: Float[Tensor, "layers B H T size"]
+    turns: tuple[Float[Tensor, "1 1 P size"], Float[Tensor, "1 1 P size"]] | None = None
 
     @classmethod
-    def allocate(cls, layers: int, rows: int, heads: int, length: int, size: int, like: Tensor) -> KVCache:
+    def allocate(
+        cls,
+        layers: int,
+        rows: int,
+        heads: int,
+        length: int,
+        size: int,
+        like: Tensor,
+        turns: tuple[Tensor, Tensor] | None = None,
+    ) -> KVCache:
         """An empty cache for positions 0 to `length - 1`, of the device and dtype of `like`."""
         shape = (layers, rows, heads, length, size)
-        return cls(like.new_zeros(shape), like.new_zeros(shape))
+        cos_sin = None if turns is None else (turns[0].to(like.dtype), turns[1].to(like.dtype))
+        return cls(like.new_zeros(shape), like.new_zeros(shape), cos_sin)
 
     @property
     def length(self) -> int:
@@ -34,18 +87,32 @@ class KVCache:
     def write(
         self,
         layer: int,
-        positions: Int[Tensor, "B n"],
+        where: slice | Int[Tensor, "B n"],
         keys: Float[Tensor, "B H n size"],
         values: Float[Tensor, "B H n size"],
     ) -> None:
-        """Fills the slots `positions` of one layer; other slots stay as they are."""
-        index = positions[:, None, :, None].expand_as(keys)
+        """Fills the slots `where` of one layer; other slots stay as they are."""
+        if isinstance(where, slice):
+            self.keys[layer, :, :, where] = keys
+            self.values[layer, :, :, where] = values
+            return
+        index = where[:, None, :, None].expand_as(keys)
         self.keys[layer].scatter_(2, index, keys.to(self.keys.dtype))
         self.values[layer].scatter_(2, index, values.to(self.values.dtype))
 
-    def read(self, layer: int, upto: int) -> tuple[Float[Tensor, "B H upto size"], Float[Tensor, "B H upto size"]]:
-        """Keys and values of the slots below `upto`, without a copy."""
-        return self.keys[layer, :, :, :upto], self.values[layer, :, :, :upto]
+    def read(
+        self, layer: int, upto: int, since: int = 0
+    ) -> tuple[Float[Tensor, "B H m size"], Float[Tensor, "B H m size"]]:
+        """Keys and values of the slots from `since` to `upto - 1`, without a copy."""
+        return self.keys[layer, :, :, since:upto], self.values[layer, :, :, since:upto]
+
+    def turn(self, slots: Slots) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+        """Cosines and sines of the angles at `slots`, `[1 or B, 1, n, size]`."""
+        assert self.turns is not None
+        cos, sin = self.turns
+        if isinstance(where := slots.where, slice):
+            return cos[:, :, where], sin[:, :, where]
+        return cos[0, 0, where][:, None], sin[0, 0, where][:, None]
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ class Warp:
         if self.banned:
             log_probs = log_probs.index_fill(-1, torch.tensor(self.banned, device=log_probs.device), -torch.inf)
         if self.temperature == 0:
-            return torch.nn.functional.one_hot(log_probs.argmax(-1), log_probs.shape[-1]).double()
-        p = torch.softmax(log_probs / self.temperature, -1)
+            return torch.zeros_like(log_probs).scatter_(-1, log_probs.argmax(-1, keepdim=True), 1.0)
+        p = torch.softmax(log_probs if self.temperature == 1 else log_probs / self.temperature, -1)
         if self.top_k and self.top_k < p.shape[-1]:
             kept = torch.zeros_like(p).scatter(-1, p.topk(self.top_k, -1).indices, 1.0)
             p = p * kept
@@ -62,16 +62,21 @@ class Warp:
             p = p / p.sum(-1, keepdim=True)
         return p
 
+    def draw(self, log_probs: Float[Tensor, "*N V"], u: Float[Tensor, "*N"]) -> Int[Tensor, "*N"]:
+        """A token of each distribution after the warp, by inverse CDF; the arg max, and no float64, where greedy."""
+        if self.temperature == 0 and not self.banned:
+            return log_probs.argmax(-1)
+        return inverse_cdf(self(log_probs), u)
+
 
 def inverse_cdf(probs: Float[Tensor, "*N V"], u: Float[Tensor, "*N"]) -> Int[Tensor, "*N"]:
     """The token whose cumulative probability first exceeds `u` in [0, 1); never one of probability zero."""
     cdf = probs.double().cumsum(-1)
-    tokens = torch.searchsorted(cdf, (u.double() * cdf[..., -1])[..., None], right=True)[..., 0]
-    return torch.minimum(tokens, _last_possible(probs))
-
-
-def _last_possible(probs: Float[Tensor, "*N V"]) -> Int[Tensor, "*N"]:
-    return probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)
+    total = cdf[..., -1:]
+    below = torch.minimum(
+        u.double()[..., None] * total, total.nextafter(-torch.ones_like(total))
+    )  # u total may round up
+    return torch.searchsorted(cdf, below, right=True)[..., 0]
 
 
 class RowGenerators:
@@ -87,8 +92,6 @@ class RowGenerators:
         Row r draws as many as it has marks, in order: what other rows mark, or how wide the tensor is, changes nothing.
         """
         where = where.cpu()
-        out = torch.zeros(where.shape, dtype=torch.float64)
-        for row, marks, generator in zip(out, where, self.generators, strict=True):
-            if count := int(marks.sum()):
-                row[marks] = torch.rand(count, dtype=torch.float64, generator=generator)
-        return out
+        counts = where.reshape(len(where), math.prod(where.shape[1:])).sum(1).tolist()
+        drawn = [torch.rand(n, dtype=torch.float64, generator=g) for n, g in zip(counts, self.generators, strict=True)]
+        return torch.zeros(where.shape, dtype=torch.float64).masked_scatter_(where, torch.cat(drawn))

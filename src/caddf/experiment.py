@@ -49,6 +49,7 @@ class ModelSettings:
     exchange: mutual (the diffusion branch reads the causal branch's states too) or one_way; not set, mutual with fusion
         late.
     draft: factorised, or chained (a draft knows the drafts before it).
+    draft_vocab: how many tokens, the most frequent of the training data, chained drafts are of; not set, all.
     block_size: k of block training, the block likelihood and block decoding.
     context: length of a training window in tokens; not set, the preset's.
     positions, bias: learned and true build the causal branch as GPT-2's, whose weights can then start it.
@@ -60,6 +61,7 @@ class ModelSettings:
     fusion: Literal["late", "layers", "none"] = "late"
     exchange: Literal["one_way", "mutual"] | None = None
     draft: Literal["factorised", "chained"] = "factorised"
+    draft_vocab: int | None = None
     block_size: int = 8
     context: int | None = None
     positions: Literal["rotary", "learned"] = "rotary"
@@ -93,6 +95,7 @@ class ModelSettings:
             fusion=self.fusion,
             exchange=exchange,
             draft=self.draft,
+            draft_vocab=self.draft_vocab,
             block_size=self.block_size,
         )
         if self.match is None:
@@ -109,13 +112,14 @@ class ModelSettings:
                 whole, causal=branch, diffusion=dataclasses.replace(other, width=size * other.heads, layers=depth)
             )
 
-        return scaled(matched(lambda branch: DualBranch(scaled(branch)), whole.causal or whole.diffusion, self.match))
+        base = whole.causal or whole.diffusion
+        return scaled(matched(lambda branch: DualBranch(scaled(branch)), base, self.match, step=8))
 
     def parameters(self, vocab_size: int) -> int:
         """What a method with one branch gets: `match`, or as many parameters as the dual branch of this size has."""
         if self.match is not None:
             return self.match
-        plain = ModelSettings(self.size, context=self.context)
+        plain = ModelSettings(self.size, context=self.context, block_size=self.block_size)
         return count(lambda: DualBranch(plain.dual(vocab_size, 0)))
 
 

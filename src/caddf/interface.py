@@ -112,8 +112,11 @@ class Incremental(LanguageModel, Protocol):
     def allocate(self, rows: int, length: int) -> Any:
         """Empty caches for the slots 0 to `length - 1`."""
 
-    def read(self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"], caches: Any, seen: Any = None) -> Any:
-        """States of the slots `positions` of the rows `tokens`; fused ones too where `seen` says with what."""
+    def read(self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"], caches: Any) -> Any:
+        """States of the slots `positions`, of each row or consecutive ones that are the same for all rows."""
+
+    def fuse(self, states: Any, positions: Int[Tensor, "B n"] | Int[Tensor, " n"], caches: Any, seen: Any) -> Any:
+        """The states that `read` gave of the slots `positions`, fused with what is `seen` of the canvas."""
 
     def encode(
         self,
@@ -125,12 +128,19 @@ class Incremental(LanguageModel, Protocol):
     ) -> Any:
         """What is seen of one window of canvas per row, from position `start`, over slots that have been read.
 
-        Under `Block` the window is a block, and the slots up to `start` must have been read; under `Infill` it is the
-        whole row (up to `lengths`), and the slots up to its first masked position must have been.
+        `start` is each row's, or one for all. Under `Block` the window is a block, and the slots up to `start` must
+        have been read; under `Infill` it is the whole row (up to `lengths`), and the slots up to its first masked
+        position must have been.
         """
 
     def draft(self, seen: Any, tokens: Int[Tensor, "B T"]) -> Any:
         """Draft states of the window; a chain reads the drafts in `tokens` before each position."""
+
+    def allocate_drafts(self, rows: int, size: int) -> Any:
+        """An empty cache for the drafts of a window of `size`; None where they do not chain."""
+
+    def draft_step(self, seen: Any, tokens: Int[Tensor, "B T"], places: Int[Tensor, "B n"], cache: Any) -> Any:
+        """Draft states at `places` of the window alone, over a cache of those before: what `draft` gives there."""
 
 
 Denoiser = Callable[[Int[Tensor, "B L"], Bool[Tensor, "B L"]], Float[Tensor, "N V"]]

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
+import torch
+from jaxtyping import Int, Integer
+from torch import Tensor
 
 from caddf.errors import InputError
 from caddf.tokenizer import Tokenizer
@@ -37,6 +39,11 @@ class Split:
         if not count:
             raise InputError(f"the {self.name} split has {len(self.tokens)} tokens; one window needs {length}")
         return self.tokens[: count * length].reshape(count, length)
+
+    def counts(self, vocab_size: int) -> Int[Tensor, " V"]:
+        """How often each token occurs."""
+        parts = np.array_split(self.tokens, len(self.tokens) // 2**24 + 1)  # bincount makes 8 bytes of each token
+        return torch.from_numpy(sum(np.bincount(part, minlength=vocab_size) for part in parts))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from caddf.categorical import inverse_cdf
 from caddf.decoding.left_to_right import Plan, Target, first_open, reader_for
 from caddf.decoding.task import Counts, Frame, Task
 from caddf.interface import LanguageModel
@@ -31,12 +30,11 @@ class Autoregressive:
         x, counts = task.tokens.clone(), counts or Counts.zeros(len(task.tokens))
         plan = Plan.of(model, task, self.target, self.block_size or model.block_size)
         reader = reader_for(model, plan, counts, drafting=False, cache=self.cache)
-        state = reader.start()
-        while (rows := task.unfinished(x)).any():
-            n = first_open(task, x)
+        state, at = reader.start(), torch.arange(x.shape[1], device=x.device)
+        while (rows := ((n := first_open(task, x)) < x.shape[1]) & ~task.finished(x)).any():
             log_p, state = reader.target(state, x, n, n + 1, rows)
             u = task.generators.uniform(rows).to(x.device)
-            where = torch.nn.functional.one_hot(n, x.shape[1] + 1)[:, :-1].bool() & rows[:, None]
-            x = torch.where(where, inverse_cdf(task.warp(log_p[:, 0]), u)[:, None], x)
+            where = (at == n[:, None]) & rows[:, None]
+            x = torch.where(where, task.warp.draw(log_p[:, 0], u)[:, None], x)
             counts.add(rows, rounds=1)
             yield Frame(x, where, counts)

@@ -23,12 +23,16 @@ Target = Literal["causal", "fused"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the target is and where drafts stand: the head, the pattern of its canvas, and whether windows slide."""
+    """What the target is and where drafts stand: the head, the pattern of its canvas, and whether windows slide.
+
+    `chained` says whether drafts are made one after the other: in blocks, by a model with a chain.
+    """
 
     task: Task
     head: Head
     pattern: Block | Infill
     sliding: bool
+    chained: bool
 
     @classmethod
     def of(cls, model: LanguageModel, task: Task, target: Target, block_size: int) -> Plan:
@@ -41,7 +45,8 @@ class Plan:
             raise InputError(
                 f"target is {head}; this model does not read left to right, it only has {sorted(model.heads)}"
             )
-        return cls(task, head, Infill() if task.template else Block(block_size), head == "causal")
+        pattern = Infill() if task.template else Block(block_size)
+        return cls(task, head, pattern, head == "causal", model.chained and not task.template)
 
     def window(self, n: Int[Tensor, " B"], size: int) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Where the window of drafts from n on starts and ends.
@@ -70,6 +75,8 @@ def _width(start: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> int:
 
 def _padded(log_p: Float[Tensor, "N V"], where: Bool[Tensor, "B n"]) -> Float[Tensor, "B n V"]:
     """Row-major readings back in their places, 0 where nothing was read."""
+    if len(log_p) == where.numel():
+        return log_p.view(*where.shape, -1)
     out = log_p.new_zeros(*where.shape, log_p.shape[-1])
     out[where] = log_p
     return out
@@ -193,6 +200,20 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Window:
+    """A window of drafts as the diffusion branch sees it: `width` positions from each row's `start` on.
+
+    Drafts begin at `n`; where they chain, `chain` is the cache of what the chain has read.
+    """
+
+    seen: Any
+    start: Int[Tensor, " B"]
+    width: int
+    n: Int[Tensor, " B"]
+    chain: Any = None
+
+
+@dataclass(frozen=True)
 class CachedReader:
     """Reads each slot once (again only after its token changed), and each block's canvas once."""
 
@@ -201,10 +222,10 @@ class CachedReader:
     counts: Counts
 
     def start(self) -> Progress:
-        """Empty caches, with one slot behind the rows for what is read beyond their ends."""
+        """Empty caches."""
         rows, length = self.plan.task.tokens.shape
         none = torch.zeros(rows, dtype=torch.long, device=self.plan.task.tokens.device)
-        return Progress(self.model.allocate(rows, length + 1), none, None, none - 1)
+        return Progress(self.model.allocate(rows, length), none, None, none - 1)
 
     def target(
         self,
@@ -214,19 +235,23 @@ class CachedReader:
         end: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
     ) -> tuple[Float[Tensor, "B m V"], Progress]:
-        """Reads the slots from the first that does not hold."""
-        if self.plan.head == "fused":
+        """Reads the slots from the first that does not hold.
+
+        With the fused target also the slot behind, where its token is drafted: the next block starts from it.
+        """
+        fused, upto = self.plan.head == "fused", end
+        if fused and isinstance(self.plan.pattern, Block):
+            upto = end + (rows & (end < self.plan.task.lengths) & (_at(x, end - 1) != self.plan.task.mask_id))
+        states, positions, state = self._read(state, x, torch.minimum(state.read, n), upto, rows)
+        if fused:
             state = self._see(state, x, n, rows)
-        seen = state.seen if self.plan.head == "fused" else None
-        states, positions, state = self._read(state, x, torch.minimum(state.read, n), end, rows, seen)
-        where = (positions >= n[:, None]) & (positions < end[:, None]) & rows[:, None]
-        self.counts.add(rows, needed=(1 if self.plan.head == "causal" else 2) * end)
-        inside = (torch.arange(_width(n, end), device=n.device) < (end - n)[:, None]) & rows[:, None]
-        return _padded(self.model.log_probs(states, where, self.plan.head), inside), state
+            states = self.model.fuse(states, positions.clamp(max=x.shape[1] - 1), state.caches, state.seen)
+        self.counts.add(rows, needed=(2 if fused else 1) * end)
+        return self._log_probs(states, positions, n, end, rows, self.plan.head), state
 
     def look(
         self, state: Progress, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], size: int, rows: Bool[Tensor, " B"]
-    ) -> tuple[tuple[Any, Tensor, int], Progress]:
+    ) -> tuple[Window, Progress]:
         """Encodes the window; a block of which nothing stands yet has been seen by the target already."""
         start, end = self.plan.window(n, size)
         self.counts.add(rows, needed=2 * end)
@@ -236,30 +261,34 @@ class CachedReader:
             state = self._catch_up(state, x, n, rows)
             self.counts.add(rows, diffusion=1, computed=self.plan.task.lengths)
             seen = self.model.encode(x, start, self.plan.task.lengths, Infill(), state.caches)
-            return (seen, start, x.shape[1]), state
+            return Window(seen, start, x.shape[1], n), state
+        chain = self.model.allocate_drafts(len(x), size)
         if not self.plan.sliding and bool((n == start)[rows].all()):
-            return (state.seen, start, size), state
+            return Window(state.seen, start, size, n, chain), state
         state = self._catch_up(state, x, start, rows)
         new = rows if self.plan.sliding else rows & (n != start)
         self.counts.add(new, diffusion=1, computed=size)
         canvas = _gather(x, start[:, None] + torch.arange(size, device=x.device), self.model.mask_id)
-        seen = self.model.encode(canvas, start, self.plan.task.lengths, Block(size), state.caches)
-        return (seen, start, size), state
+        return Window(self._encode(state, canvas, start, Block(size), rows), start, size, n, chain), state
 
     def drafts(
         self,
-        look: tuple[Any, Tensor, int],
+        look: Window,
         x: Int[Tensor, "B T"],
         at: Int[Tensor, " B"],
         end: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
     ) -> Float[Tensor, "B m V"]:
-        """The draft head over the window."""
-        seen, start, width = look
-        positions = start[:, None] + torch.arange(width, device=x.device)
-        where = (positions >= at[:, None]) & (positions < end[:, None]) & rows[:, None]
-        inside = (torch.arange(_width(at, end), device=x.device) < (end - at)[:, None]) & rows[:, None]
-        return _padded(self.model.log_probs(self.model.draft(seen, x), where, "draft"), inside)
+        """The draft head over the window; a chain steps on, at first from the window's start."""
+        places = torch.arange(look.width, device=x.device)
+        if look.chain is None:
+            states = self.model.draft(look.seen, x)
+        else:
+            last = at - look.start
+            first = torch.where(at == look.n, 0, last)
+            places = (first[:, None] + places[: int((last - first).max()) + 1]).clamp(max=look.width - 1)
+            states = self.model.draft_step(look.seen, x, places, look.chain)
+        return self._log_probs(states, look.start[:, None] + places, at, end, rows, "draft")
 
     def keep(self, state: Progress, below: Int[Tensor, " B"]) -> Progress:
         """Going back is a smaller number."""
@@ -285,10 +314,15 @@ class CachedReader:
         if new.any():
             state = self._catch_up(state, x, start, new)
             masked = torch.full((len(x), pattern.size), self.model.mask_id, device=x.device)
-            seen = self.model.encode(masked, start, task.lengths, pattern, state.caches)
             self.counts.add(new, diffusion=1, computed=pattern.size)
-            state = replace(state, seen=seen, seen_start=start)
+            state = replace(state, seen=self._encode(state, masked, start, pattern, rows), seen_start=start)
         return state
+
+    def _encode(
+        self, state: Progress, canvas: Int[Tensor, "B k"], start: Int[Tensor, " B"], block: Block, rows: Tensor
+    ) -> Any:
+        """One pass of the diffusion branch over a block of each row."""
+        return self.model.encode(canvas, _alike(start, rows), self.plan.task.lengths, block, state.caches)
 
     def _catch_up(
         self, state: Progress, x: Int[Tensor, "B T"], slot: Int[Tensor, " B"], rows: Bool[Tensor, " B"]
@@ -306,15 +340,45 @@ class CachedReader:
         start: Int[Tensor, " B"],
         end: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
-        seen: Any = None,
-    ) -> tuple[Any, Int[Tensor, "B n"], Progress]:
-        """One pass of the causal branch over slots `start` to `end - 1`, as wide as the widest row needs."""
-        positions = start[:, None] + torch.arange(int((end - start)[rows].max()), device=x.device)
-        positions = positions.clamp(max=x.shape[1])
-        states = self.model.read(x, positions, state.caches, seen)
+    ) -> tuple[Any, Int[Tensor, "B n"] | Int[Tensor, " n"], Progress]:
+        """One pass of the causal branch over slots `start` to `end - 1`, as wide as the widest row needs.
+
+        Other rows go along: what they held they read again as it was, and slots behind that are not counted as read.
+        """
+        wide = torch.arange(int((end - start)[rows].max()), device=x.device)
+        if len(first := _alike(start, rows)) == 1:
+            positions = first + wide
+        else:
+            positions = start[:, None] + wide
+        states = self.model.read(x, positions.clamp(max=x.shape[1] - 1), state.caches)
         self.counts.add(rows, causal=1, computed=end - start)
-        read = torch.where(rows, torch.maximum(state.read, end), torch.minimum(state.read, start))
+        read = torch.where(rows, torch.maximum(state.read, end), state.read)
         return states, positions, replace(state, read=read)
+
+    def _log_probs(
+        self,
+        states: Any,
+        positions: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        at: Int[Tensor, " B"],
+        end: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+        head: Head,
+    ) -> Float[Tensor, "B m V"]:
+        """The head at `at` to `end - 1` of states at `positions`; 0 where a row has nothing to read."""
+        where = (positions >= at[:, None]) & (positions < end[:, None]) & rows[:, None]
+        inside = (torch.arange(_width(at, end), device=at.device) < (end - at)[:, None]) & rows[:, None]
+        return _padded(self.model.log_probs(states, where, head), inside)
+
+
+def _alike(start: Int[Tensor, " B"], rows: Bool[Tensor, " B"]) -> Int[Tensor, " B"] | Int[Tensor, " 1"]:
+    """`start`, or the one start that all `rows` share."""
+    shared = start[rows]
+    return shared[:1] if bool((shared == shared[0]).all()) else start
+
+
+def _at(x: Int[Tensor, "B T"], position: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """The token at one position of each row."""
+    return x.gather(1, position.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
 
 
 def _gather(x: Int[Tensor, "B T"], positions: Int[Tensor, "B n"], beyond: int) -> Int[Tensor, "B n"]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from caddf.categorical import inverse_cdf
 from caddf.decoding.left_to_right import Plan, Target, first_open, reader_for
 from caddf.decoding.task import Counts, Frame, Task
+from caddf.errors import InputError
 from caddf.interface import LanguageModel
 
 
@@ -36,41 +37,56 @@ class Speculative:
     target: `causal` (the causal branch's own head; the window slides and a round that is accepted whole adds a token)
         or `fused` (in blocks of `block_size`, each fused with its all-masked start; templates always).
     block_size: k; not set, the model's own.
+    least: drafts are verified while the product of their largest draft probabilities is at least this; 0 verifies all.
     cache: false reads whole rows each time, for comparison.
     """
 
     target: Target = "causal"
     block_size: int | None = None
+    least: float = 0.0
     cache: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= 1:
+            raise InputError(f"least is {self.least}; it must lie in [0, 1]")
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame per round."""
         x, counts = task.tokens.clone(), counts or Counts.zeros(len(task.tokens))
-        size, at = self.block_size or model.block_size, torch.arange(x.shape[1], device=x.device)
+        size, at, wanted = self.block_size or model.block_size, torch.arange(x.shape[1], device=x.device), task.wanted
         plan = Plan.of(model, task, self.target, size)
         reader = reader_for(model, plan, counts, drafting=True, cache=self.cache)
         state = reader.start()
-        while (rows := task.unfinished(x)).any():
-            n = first_open(task, x)
+        while (rows := ((n := first_open(task, x)) < x.shape[1]) & ~task.finished(x)).any():
             before = x
 
             # Draft: q at the masked positions of the window, all at once, or one after the other where drafts chain.
             look, state = reader.look(state, x, n, size, rows)
-            end = torch.where(rows, plan.window(n, size)[1], n)
-            count = int((end - n).max())
+            end = whole = torch.where(rows, plan.window(n, size)[1], n)
+            count, j = int((end - n).max()), 0
             place = n[:, None] + torch.arange(count, device=x.device)
-            drafting = (place < end[:, None]) & _at(task.wanted, place)
+            drafting = (place < end[:, None]) & _at(wanted, place)
             q = torch.zeros(len(x), count, model.vocab_size, dtype=torch.float64, device=x.device)
-            step = 1 if model.chained else max(count, 1)
-            for j in range(0, count, step):
-                now = drafting[:, j : j + step]
+            chance = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
+            step = 1 if plan.chained else max(count, 1)
+            while j < count:
                 log_q = reader.drafts(look, x, n + j, torch.minimum(n + j + step, end).clamp(min=n + j), rows)
+                if self.least:  # it is from q that a window's end follows, never from what is drawn there or behind
+                    sure = chance[:, -1:] + (log_q.amax(-1).double() * drafting[:, j : j + step]).cumsum(1)
+                    chance = torch.cat([chance, sure], 1)
+                    good = (chance[:, 1:].exp() >= self.least).cumprod(1).sum(1)
+                    end = torch.where(good < j + step, torch.minimum(end, n + good.clamp(min=1)), end)
+                    drafting, count = drafting & (place < end[:, None]), int((end - n).max())
+                now = drafting[:, j : j + step]
                 q[:, j : j + step] = task.warp(log_q) * now[..., None]
                 u = task.generators.uniform(now).to(x.device)
                 x = _put(x, place[:, j : j + step], now, inverse_cdf(q[:, j : j + step], u))
+                j += step
+            q, place, drafting = q[:, :count], place[:, :count], drafting[:, :count]
 
-            # Verify in one pass of the target; what is given counts as accepted, a sliding window shows one token more.
-            shown = torch.where(rows, torch.minimum(end + plan.sliding, task.lengths), n)
+            # Verify in one pass of the target; what is given counts as accepted. Where the target is known behind the
+            # drafts it is read there too, for one token more.
+            shown = torch.where(rows, torch.minimum(end + 1, task.lengths if plan.sliding else whole), n)
             log_p, state = reader.target(state, x, n, shown, rows)
             p = task.warp(log_p)
             u = task.generators.uniform(drafting).to(x.device)
@@ -79,12 +95,12 @@ class Speculative:
             stop = n + accepted.long().cumprod(1).sum(1)
 
             # Correct the first rejected draft, or add the bonus token; drafts behind it are forgotten.
-            more = stop < shown
+            more = (stop < shown) & _at(wanted, stop[:, None])[:, 0]
             p_stop, q_stop = (_row(part, stop - n) for part in (p, q))
             u = task.generators.uniform(more).to(x.device)
             token = inverse_cdf(residual(p_stop, q_stop), u)
-            drafts = torch.where((at >= n[:, None]) & (at < end[:, None]) & task.wanted, x, task.mask_id)
-            x = torch.where(task.wanted & (at >= stop[:, None]) & rows[:, None], task.mask_id, x)
+            drafts = torch.where((at >= n[:, None]) & (at < end[:, None]) & wanted, x, task.mask_id)
+            x = torch.where(wanted & (at >= stop[:, None]) & rows[:, None], task.mask_id, x)
             here = (at == stop[:, None]) & more[:, None]
             x = torch.where(here, token[:, None], x)
             state = reader.keep(state, stop + 1)

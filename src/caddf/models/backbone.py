@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from caddf.caches import Caches, KVCache
+from caddf.caches import Caches, KVCache, Slots
 from caddf.errors import InputError
 from caddf.interface import AnyOrder, Block, Head, Infill, Pattern
-from caddf.models.causal import CausalBranch
+from caddf.models.causal import CausalBranch, tokens_before
+from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
-from caddf.models.diffusion import DiffusionBranch, DraftChain
+from caddf.models.diffusion import DiffusionBranch
 from caddf.models.fusion import CrossFusion, Mixer
-from caddf.models.layers import head_log_probs, head_nll
+from caddf.models.layers import Readout, Rotation, head_log_probs, head_nll
 
 
 @dataclass(frozen=True)
 class States:
-    """What a forward pass leaves to be read: one state per position and head, None for a head that does not exist."""
+    """What a forward pass leaves to be read: one state per position and head, None for a head that does not exist.
+
+    `chained` says whether the draft states are those of a chain, whose vocabulary may be a small one.
+    """
 
     fused: Float[Tensor, "B L D"] | None
     draft: Float[Tensor, "B L d"] | None
     causal: Float[Tensor, "B L D"] | None
+    chained: bool = False
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """Canvas states as the fusion reads them: m states at `positions`, and what each output sees of them."""
+    """Canvas states as the fusion reads them: m states at `positions`, and what each output sees of them.
+
+    `turn` is their rotation in the fusion, where it has been made before.
+    """
 
     states: Float[Tensor, "B m d"]
     positions: Int[Tensor, "..."]
     visible: Bool[Tensor, "..."] | None
+    turn: Rotation | None = None
 
 
 def _whole(pattern: Block, length: int) -> int:
@@ -58,6 +67,10 @@ class DualBranch(nn.Module):
         source_width = config.causal.width if config.causal is not None and mutual else None
         self.diffusion = DiffusionBranch(config.diffusion, config.rows, source_width)
         self.chain = DraftChain(config.diffusion) if config.draft == "chained" else None
+        self.draft_tokens: Tensor | None
+        small = None if config.draft_vocab is None else torch.arange(config.draft_vocab)
+        self.register_buffer("draft_tokens", small)
+        self._small: tuple[tuple[int, int], Tensor] | None = None
         self.causal: CausalBranch | None = None
         self.fusion: CrossFusion | Mixer | None = None
         if config.causal is not None:
@@ -68,6 +81,7 @@ class DualBranch(nn.Module):
         self.heads: frozenset[Head] = frozenset({"draft"} if self.causal is None else {"draft", "causal", "fused"})
         self.denoiser: Head = "draft" if self.causal is None else "fused"
         self.chained, self.block_size = self.chain is not None, config.block_size
+        self.readouts: dict[str, nn.Module] = {}  # heads in another form than the embeddings' rows (`caddf.quantise`)
 
     def forward(
         self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Caches | None = None
@@ -88,11 +102,12 @@ class DualBranch(nn.Module):
             if caches is None:
                 h_trans = self.causal(inputs, positions)
             else:
-                h_trans = self._read(inputs, positions.expand_as(inputs), caches)
+                h_trans = self._read(inputs, Slots.of(positions), caches)
         seen = self._canvas(prefix, canvas, pattern, h_trans)
+        chained = self.chain is not None and isinstance(pattern, Block)
         draft = self._drafts(seen, inputs, pattern) if isinstance(pattern, Block) else seen.states
         fused = None if h_trans is None else self._fused(h_trans, inputs, positions, seen, pattern)
-        return States(fused, draft, h_trans), caches
+        return States(fused, draft, h_trans, chained), caches
 
     def shift(self, prefix: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
         """The causal branch's inputs: slot i reads token i-1, slot 0 reads BOS."""
@@ -135,13 +150,19 @@ class DualBranch(nn.Module):
     def _drafts(self, seen: Canvas, inputs: Int[Tensor, "B L"], pattern: Block) -> Float[Tensor, "B L d"]:
         """Draft states under `Block`: the noised part of the canvas, chained where the model has a chain."""
         positions = torch.arange(inputs.shape[1], device=inputs.device)
-        index = pattern.index(positions)
         offset = seen.states.shape[1] - _whole(pattern, len(positions))
         h_cad = seen.states[:, offset : offset + len(positions)]
         if self.chain is None:
             return h_cad
-        visible = (index[:, None] == index) & (positions[:, None] >= positions)
-        return self.chain(h_cad, self.diffusion.embedding(inputs), self.diffusion.rotary(positions), visible)
+        index, size = pattern.index(positions), min(pattern.size, len(positions))
+        place = (index - index[0]) * size + positions - pattern.start(positions)
+
+        def blocks(x: Float[Tensor, "B L d"]) -> Float[Tensor, "N k d"]:
+            whole = x.new_zeros(len(x), size * int(index[-1] - index[0] + 1), x.shape[-1])
+            return whole.index_copy(1, place, x).view(-1, size, x.shape[-1])
+
+        drafts = self.chain(blocks(h_cad), blocks(self.diffusion.embedding(inputs)))
+        return drafts.view(len(h_cad), -1, h_cad.shape[-1])[:, place]
 
     def _fused(
         self, h_trans: Tensor, inputs: Int[Tensor, "B L"], positions: Tensor, seen: Canvas, pattern: Pattern
@@ -155,15 +176,13 @@ class DualBranch(nn.Module):
             if visible is not None:  # later blocks read these states: they may hold clean blocks, and no block's canvas
                 visible = visible & (torch.arange(visible.shape[1], device=visible.device) < len(positions))
             h_trans = self.causal(inputs, positions, source=(seen.states, self.causal.rotary(seen.positions), visible))
-        return self.fuse(h_trans, positions, seen)
+        return self._cross(h_trans, self.causal.rotary(positions), seen)
 
-    def fuse(
-        self, h_trans: Float[Tensor, "B n D"], positions: Int[Tensor, "..."], seen: Canvas
-    ) -> Float[Tensor, "B n D"]:
-        """Eq. 10 at the slots `positions`, over canvas states (fusion `late` and `layers`)."""
+    def _cross(self, h_trans: Float[Tensor, "B n D"], turn: Rotation, seen: Canvas) -> Float[Tensor, "B n D"]:
+        """Eq. 10 at slots turned by `turn`, over canvas states (fusion `late` and `layers`)."""
         assert self.causal is not None and isinstance(self.fusion, CrossFusion)
-        keys_values = self.fusion.cross.keys_values(seen.states, self.causal.rotary(seen.positions))
-        return self.fusion(h_trans, self.causal.rotary(positions), keys_values, seen.visible)
+        keys_values = self.fusion.cross.keys_values(seen.states, seen.turn or self.causal.rotary(seen.positions))
+        return self.fusion(h_trans, turn, keys_values, seen.visible)
 
     # Decoding (`caddf.interface.Incremental`): the same modules over caches.
 
@@ -174,19 +193,32 @@ class DualBranch(nn.Module):
     def allocate(self, rows: int, length: int) -> Caches:
         """Empty caches for `rows` rows and the slots 0 to `length - 1`."""
         assert self.causal is not None
-        like, causal, diffusion = self.causal.embedding.weight, self.causal.config, self.config.diffusion
-        own = KVCache.allocate(causal.layers, rows, causal.heads, length, causal.width // causal.heads, like)
+        own = self.causal.allocate(rows, length)
         if not self.diffusion.mutual:
             return Caches(own, None)
-        size = diffusion.width // diffusion.heads
-        return Caches(own, KVCache.allocate(diffusion.layers, rows, diffusion.heads, length, size, like))
+        config, like = self.config.diffusion, self.diffusion.embedding.weight
+        turns = self.diffusion.rotary(torch.arange(length + self.config.context, device=like.device))
+        size = config.width // config.heads
+        return Caches(own, KVCache.allocate(config.layers, rows, config.heads, length, size, like, turns))
 
     def read(
-        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"], caches: Caches, seen: Canvas | None = None
+        self,
+        tokens: Int[Tensor, "B T"],
+        positions: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        caches: Caches,
+        seen: Canvas | None = None,
     ) -> States:
         """States of the slots `positions`, whose keys and values go into `caches`; fused where `seen` is given."""
-        h_trans = self._read(self.before(tokens, positions), positions, caches)
-        return States(None if seen is None else self.fuse(h_trans, positions, seen), None, h_trans)
+        slots = Slots.of(positions)
+        states = States(None, None, self._read(tokens_before(tokens, slots, self.config.bos_id), slots, caches))
+        return states if seen is None else self.fuse(states, positions, caches, seen)
+
+    def fuse(
+        self, states: States, positions: Int[Tensor, "B n"] | Int[Tensor, " n"], caches: Caches, seen: Canvas
+    ) -> States:
+        """The states of slots that have been read, fused with `seen`."""
+        assert states.causal is not None
+        return replace(states, fused=self._cross(states.causal, caches.causal.turn(Slots.of(positions)), seen))
 
     def encode(
         self,
@@ -197,42 +229,55 @@ class DualBranch(nn.Module):
         caches: Caches,
     ) -> Canvas:
         """h_cad of one window per row over the cached causal states: up to the block's start, or the first mask."""
-        positions = start[:, None] + torch.arange(canvas.shape[1], device=canvas.device)
+        window = torch.arange(canvas.shape[1], device=canvas.device)
+        positions = window + start[:, None] if len(start) > 1 else window + start
+        slots = Slots.of(positions)
         visible, until = None, start
         if isinstance(pattern, Infill):
             visible = (positions < lengths[:, None])[:, None, None, :]
             until = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1)
-        exchange, exchanged = [], None
-        if caches.exchange is not None:
-            upto = min(int(until.max()) + 1, caches.exchange.length)
-            exchange = [caches.exchange.read(layer, upto) for layer in range(len(self.diffusion.layers))]
-            slots, last = torch.arange(upto, device=canvas.device), until[:, None, None, None]
-            exchanged = (slots <= last) & (slots > last - self.config.context)
-        return Canvas(self.diffusion(canvas, positions, visible, exchange, exchanged), positions, visible)
+        turn = caches.causal.turn(slots)
+        if caches.exchange is None:
+            return Canvas(self.diffusion(canvas, positions, visible), positions, visible, turn)
+        until = until.clamp(max=caches.exchange.length - 1)
+        alike = bool((until == until[0]).all())
+        last = Slots.of(until[:1] if alike else until[:, None])  # what the window sees is what its last slot sees
+        exchanged, since = last.visible(self.config.context), last.since(self.config.context)
+        exchange = [caches.exchange.read(layer, last.upto, since) for layer in range(len(self.diffusion.layers))]
+        states = self.diffusion(canvas, caches.exchange.turn(slots), visible, exchange, exchanged)
+        return Canvas(states, positions, visible, turn)
 
     def draft(self, seen: Canvas, tokens: Int[Tensor, "B T"]) -> States:
         """Draft states of a window, chained where the model has a chain and the window is a block."""
-        h_cad = seen.states
-        if self.chain is not None and seen.visible is None:
-            turn, n = self.diffusion.rotary(seen.positions), h_cad.shape[1]
-            before = self.diffusion.embedding(self.before(tokens, seen.positions))
-            h_cad = self.chain(h_cad, before, turn, torch.ones(n, n, dtype=torch.bool, device=h_cad.device).tril())
-        return States(None, h_cad, None)
+        if self.chain is None or seen.visible is not None:
+            return States(None, seen.states, None)
+        before = self.diffusion.embedding(self.before(tokens, seen.positions.expand(len(tokens), -1)))
+        return States(None, self.chain(seen.states, before), None, chained=True)
+
+    def allocate_drafts(self, rows: int, size: int) -> KVCache | None:
+        """An empty cache for the drafts of a window of `size`; None where they do not chain."""
+        return None if self.chain is None else self.chain.allocate(rows, size)
+
+    def draft_step(
+        self, seen: Canvas, tokens: Int[Tensor, "B T"], places: Int[Tensor, "B n"], cache: KVCache
+    ) -> States:
+        """Chained draft states at `places` of a window alone; `cache` holds what the chain read of those before."""
+        assert self.chain is not None
+        h_cad = seen.states.gather(1, places[..., None].expand(-1, -1, seen.states.shape[-1]))
+        before = self.before(tokens, seen.positions.expand(len(tokens), -1).gather(1, places))
+        return States(None, self.chain.step(h_cad, self.diffusion.embedding(before), places, cache), None, chained=True)
 
     def before(self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"]) -> Int[Tensor, "B n"]:
         """The token before each of `positions` (BOS at 0): what slots at them read."""
-        index = (positions - 1).clamp(0, tokens.shape[1] - 1)
-        return torch.where(positions > 0, tokens.gather(1, index), self.config.bos_id)
+        return tokens_before(tokens, Slots(positions, None, 0), self.config.bos_id)
 
-    def _read(
-        self, inputs: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], caches: Caches
-    ) -> Float[Tensor, "B n D"]:
-        """h_trans of the slots `positions`; what both branches keep of them is written into `caches`."""
+    def _read(self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches) -> Float[Tensor, "B n D"]:
+        """h_trans of `slots`; what both branches keep of them is written into `caches`."""
         assert self.causal is not None
-        h_trans = self.causal(inputs, positions, caches.causal)
+        h_trans = self.causal(inputs, slots, caches.causal)
         if caches.exchange is not None:
-            for layer, (keys, values) in enumerate(self.diffusion.exchange(h_trans, positions)):
-                caches.exchange.write(layer, positions, keys, values)
+            for layer, keys_values in enumerate(self.diffusion.exchange(h_trans, caches.exchange.turn(slots))):
+                caches.exchange.write(layer, slots.where, *keys_values)
         return h_trans
 
     # Block diffusion over the diffusion branch's own cache: blocks before are clean, and their keys and values stay.
@@ -267,25 +312,62 @@ class DualBranch(nn.Module):
     # Heads.
 
     def log_probs(self, states: States, where: Bool[Tensor, "B L"], head: Head = "fused") -> Float[Tensor, "N V"]:
-        """Log-probabilities (nats) at the positions in `where`, normalised over V in float32 or better."""
-        return head_log_probs(*self._head(states, where, head))
+        """Log-probabilities (nats) at the positions in `where`, normalised over V in float32 or better.
+
+        A chain's drafts over a small vocabulary are -inf outside it.
+        """
+        read, table, small = self._head(states, where, head)
+        log_q = head_log_probs(read, table)
+        if small is None:
+            return log_q
+        return log_q.new_full((len(log_q), self.vocab_size), -torch.inf).index_copy(1, small, log_q)
 
     def nll(
         self, states: States, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "fused"
     ) -> Float[Tensor, " N"]:
         """`-log_probs` (nats) of `targets` at the positions in `where`, in chunks of logits."""
-        return head_nll(*self._head(states, where, head), targets[where])
+        read, table, small = self._head(states, where, head)
+        targets = targets[where]
+        if small is None:
+            return head_nll(read, table, targets)
+        index = torch.searchsorted(small, targets).clamp(max=len(small) - 1)
+        inside = small[index] == targets
+        nats = head_nll(read[inside], table, index[inside])
+        return nats.new_full(targets.shape, torch.inf).masked_scatter(inside, nats)
 
     def tokens_of(self, head: Head) -> Float[Tensor, "V D"]:
         """The head's output embeddings: the rows of the V real tokens alone."""
         branch = self.diffusion if head == "draft" or self.causal is None else self.causal
         return branch.embedding.weight[: self.vocab_size]
 
-    def _head(self, states: States, where: Bool[Tensor, "B L"], head: Head) -> tuple[Tensor, Tensor]:
+    def choose_draft_tokens(self, counts: Int[Tensor, " V"]) -> None:
+        """Makes the most frequent tokens the small draft vocabulary (`draft_tokens`, by id), where there is one."""
+        if self.config.draft_vocab is not None:
+            frequent = counts.argsort(descending=True, stable=True)[: self.config.draft_vocab]
+            self.draft_tokens = frequent.sort().values.to(self.diffusion.embedding.weight.device)
+            self._small = None
+
+    def _small_table(self, small: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """The rows of the small vocabulary; where nothing is learnt they are kept, since a copy costs like a pass."""
+        weight = self.diffusion.embedding.weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return weight[small]
+        which = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self._small is None or self._small[0] != which:
+            self._small = (which, weight[small])
+        return self._small[1]
+
+    def _head(
+        self, states: States, where: Bool[Tensor, "B L"], head: Head
+    ) -> tuple[Float[Tensor, "N D"], Readout, Int[Tensor, " n"] | None]:
+        """States, what makes logits of them, and the small vocabulary where the head has one here."""
         read = getattr(states, head)
         if read is None:
             raise InputError(f"head is {head}; a model with causal off has the heads {sorted(self.heads)} alone")
-        return read[where], self.tokens_of(head)
+        small = self.draft_tokens if head == "draft" and states.chained else None
+        if (name := head if small is None else "chain") in self.readouts:
+            return read[where], self.readouts[name], small
+        return read[where], self.tokens_of(head) if small is None else self._small_table(small), small
 
     # Accounts.
 

@@ -6,13 +6,23 @@ Slot i reads token i-1 (BOS for i = 0) and carries position i, the position that
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from caddf.caches import KVCache
+from caddf.caches import KVCache, Slots
 from caddf.errors import InputError
 from caddf.models.config import BranchConfig
 from caddf.models.layers import KeysValues, Layer, Layers, Rotation, initialise, rotation
+
+
+def tokens_before(tokens: Int[Tensor, "B T"], slots: Slots, bos_id: int) -> Int[Tensor, "B n"]:
+    """What `slots` read: the token before each, BOS before the first."""
+    if slots.first is not None:
+        read = tokens[:, max(slots.first - 1, 0) : slots.upto - 1]
+        return read if slots.first else F.pad(read, (1, 0), value=bos_id)
+    index = (slots.positions - 1).clamp(0, tokens.shape[1] - 1)
+    return torch.where(slots.positions > 0, tokens.gather(1, index), bos_id)
 
 
 class CausalBranch(nn.Module):
@@ -34,10 +44,17 @@ class CausalBranch(nn.Module):
         """Rotary angles of `positions`, for attention between the branches (and within, without a learned table)."""
         return rotation(positions, self.config.width // self.config.heads)
 
+    def allocate(self, rows: int, length: int) -> KVCache:
+        """An empty cache for the slots 0 to `length - 1`, with the angles of a context more (windows reach beyond)."""
+        size, positions = self.config.width // self.config.heads, torch.arange(length + self.context)
+        like = self.embedding.weight
+        turns = self.rotary(positions.to(like.device))
+        return KVCache.allocate(self.config.layers, rows, self.config.heads, length, size, like, turns)
+
     def forward(
         self,
         inputs: Int[Tensor, "B n"],
-        positions: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        positions: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots,
         cache: KVCache | None = None,
         source: tuple[Float[Tensor, "B m S"], Rotation, Bool[Tensor, "..."] | None] | None = None,
     ) -> Float[Tensor, "B n D"]:
@@ -48,26 +65,29 @@ class CausalBranch(nn.Module):
         Beyond the context attention slides: a slot sees the last `context` slots, at distances known from training.
         Raises `InputError` where a learned table ends.
         """
-        x = self.embedding(inputs)
-        if self.table is not None:
-            if (last := int(positions.max())) >= self.context:
-                raise InputError(f"position {last} is beyond the learned positions; the context is {self.context}")
-            x = x + self.table(positions)
-        turn = self.rotary(positions) if self.table is None else None
-        visible, upto = None, int(positions.max()) + 1 if cache is not None else inputs.shape[1]
-        if cache is not None or upto > self.context:
-            slots, at = torch.arange(upto, device=inputs.device), positions[..., None, :, None]
-            visible = (slots <= at) & (slots > at - self.context)
+        slots = positions if isinstance(positions, Slots) else Slots.of(positions)
+        x, turn = self.embedding(inputs), None
+        if self.table is None:
+            turn = self.rotary(slots.positions) if cache is None or cache.turns is None else cache.turn(slots)
+        elif slots.upto > self.context:
+            raise InputError(
+                f"position {slots.upto - 1} is beyond the learned positions; the context is {self.context}"
+            )
+        else:
+            x = x + self.table(slots.positions)
+        whole = slots.first == 0 and slots.upto <= self.context
+        visible, causal = (None, inputs.shape[1] > 1) if whole else (slots.visible(self.context), False)
+        since = slots.since(self.context) if cache is not None else 0
         for i, layer in enumerate(self.layers):
             h = layer.attention_norm(x)
             keys_values: KeysValues = layer.attention.keys_values(h, turn)
             if cache is not None:
-                cache.write(i, positions, *keys_values)
-                keys_values = cache.read(i, upto)
-            x = x + layer.attention(h, turn, keys_values, visible, causal=visible is None)
+                cache.write(i, slots.where, *keys_values)
+                keys_values = cache.read(i, slots.upto, since)
+            x = x + layer.attention(h, turn, keys_values, visible, causal=causal)
             if source is not None:
                 states, source_turn, seen = source
                 looked_up = layer.cross.keys_values(states, source_turn)
-                x = x + layer.cross(layer.cross_norm(x), self.rotary(positions), looked_up, seen)
+                x = x + layer.cross(layer.cross_norm(x), self.rotary(slots.positions), looked_up, seen)
             x = x + layer.mlp(layer.mlp_norm(x))
         return self.norm(x)

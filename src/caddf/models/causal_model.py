@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from caddf.caches import Caches, KVCache
+from caddf.caches import Caches, Slots
 from caddf.errors import InputError
 from caddf.interface import Block, Head, Infill, Pattern
 from caddf.models.backbone import States
-from caddf.models.causal import CausalBranch
+from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.config import BranchConfig
-from caddf.models.layers import head_log_probs, head_nll
+from caddf.models.layers import Readout, head_log_probs, head_nll
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class CausalModel(nn.Module):
         self.vocab_size = self.mask_id = config.vocab_size
         self.block_size = config.block_size
         self.causal = CausalBranch(config.branch, config.rows, config.context)
+        self.readouts: dict[str, nn.Module] = {}  # heads in another form than the embeddings' rows (`caddf.quantise`)
 
     def forward(
         self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Caches | None = None
@@ -72,7 +73,7 @@ class CausalModel(nn.Module):
         positions = torch.arange(prefix.shape[1], device=prefix.device)
         if caches is None:
             return States(None, None, self.causal(inputs, positions)), None
-        return States(None, None, self.causal(inputs, positions.expand_as(inputs), caches.causal)), caches
+        return States(None, None, self.causal(inputs, positions, caches.causal)), caches
 
     def incremental(self, pattern: Pattern) -> bool:
         """No canvas to encode: only the causal head reads over caches."""
@@ -80,17 +81,18 @@ class CausalModel(nn.Module):
 
     def allocate(self, rows: int, length: int) -> Caches:
         """Empty caches for `rows` rows and the slots 0 to `length - 1`."""
-        branch, like = self.config.branch, self.causal.embedding.weight
-        size = branch.width // branch.heads
-        return Caches(KVCache.allocate(branch.layers, rows, branch.heads, length, size, like))
+        return Caches(self.causal.allocate(rows, length))
 
     def read(
-        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"], caches: Caches, seen: None = None
+        self,
+        tokens: Int[Tensor, "B T"],
+        positions: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        caches: Caches,
+        seen: None = None,
     ) -> States:
         """States of the slots `positions`, whose keys and values go into `caches`."""
-        index = (positions - 1).clamp(0, tokens.shape[1] - 1)
-        inputs = torch.where(positions > 0, tokens.gather(1, index), self.config.bos_id)
-        return States(None, None, self.causal(inputs, positions, caches.causal))
+        slots = Slots.of(positions)
+        return States(None, None, self.causal(tokens_before(tokens, slots, self.config.bos_id), slots, caches.causal))
 
     def log_probs(self, states: States, where: Bool[Tensor, "B L"], head: Head = "causal") -> Float[Tensor, "N V"]:
         """Log-probabilities (nats) at the positions in `where`, normalised over V in float32 or better."""
@@ -102,10 +104,14 @@ class CausalModel(nn.Module):
         """`-log_probs` (nats) of `targets` at the positions in `where`, in chunks of logits."""
         return head_nll(*self._head(states, where, head), targets[where])
 
-    def _head(self, states: States, where: Bool[Tensor, "B L"], head: Head) -> tuple[Tensor, Tensor]:
+    def tokens_of(self, head: Head) -> Float[Tensor, "V D"]:
+        """The head's output embeddings: the rows of the V real tokens alone."""
+        return self.causal.embedding.weight[: self.vocab_size]
+
+    def _head(self, states: States, where: Bool[Tensor, "B L"], head: Head) -> tuple[Tensor, Readout]:
         if head != "causal" or states.causal is None:
             raise InputError(f"head is {head}; a causal model has the head causal alone")
-        return states.causal[where], self.causal.embedding.weight[: self.vocab_size]
+        return states.causal[where], self.readouts.get(head, self.tokens_of(head))
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters per part, and in all."""

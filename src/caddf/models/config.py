@@ -45,6 +45,7 @@ class ModelConfig:
         or `none` (no cross-attention).
     exchange: `one_way` (the causal branch reads the diffusion branch) or `mutual` (and the reverse; needs `late`).
     draft: `factorised`, or `chained` (one light causal layer over the drafts of a block).
+    draft_vocab: how many tokens, the most frequent ones, a chain drafts from; None is all.
     block_size: k, the size of a block in training, in the block likelihood and in block decoding.
     """
 
@@ -58,6 +59,7 @@ class ModelConfig:
     exchange: Literal["one_way", "mutual"] = "mutual"
     draft: Literal["factorised", "chained"] = "factorised"
     block_size: int = 8
+    draft_vocab: int | None = None
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -72,6 +74,16 @@ class ModelConfig:
             raise InputError(f"context is {self.context}; it must be at least 1")
         if not 1 <= self.block_size <= self.context:
             raise InputError(f"block_size is {self.block_size}; it must lie between 1 and the context, {self.context}")
+        if self.draft_vocab is not None:
+            if not 1 <= self.draft_vocab <= self.vocab_size:
+                raise InputError(
+                    f"draft_vocab is {self.draft_vocab}; it must lie between 1 and the {self.vocab_size} tokens"
+                )
+            if self.draft != "chained" or self.causal is None:
+                raise InputError(
+                    f"draft_vocab is {self.draft_vocab}, which is for chained drafts that a causal branch verifies; "
+                    "set draft to chained and causal to on, or leave draft_vocab out"
+                )
         if self.exchange == "mutual" and self.causal is not None and self.fusion != "late":
             raise InputError(
                 f"exchange is mutual with fusion {self.fusion}; mutual exchange needs fusion late, since with "

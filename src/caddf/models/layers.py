@@ -6,7 +6,7 @@ Shapes: B rows, n queries, m keys, H heads. A mask is boolean, True where a quer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from functools import partial
 from typing import Literal, cast
 
@@ -20,6 +20,8 @@ Rotation = tuple[Tensor, Tensor]
 """Cosines and (first half negated) sines `[B or 1, 1, n, size]` of the angles of a row of positions."""
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values `[B, H, m, size]`."""
+Readout = Tensor | nn.Module
+"""What makes logits of states: output embeddings `[V, D]`, or a map in their place that has a length, V."""
 LevelScale = Literal["log", "linear"]
 
 
@@ -163,23 +165,28 @@ class Layers(nn.ModuleList):
 def initialise(module: nn.Module, layers: int) -> None:
     """GPT-2's initialisation: normal, 0.02; maps into a residual stream are smaller by sqrt(2 layers)."""
     for name, parameter in module.named_parameters():
-        if parameter.ndim < 2:
+        if parameter.ndim < 2 or parameter.is_meta:
             continue
         into_stream = name.endswith(("out.weight", "down.weight"))
         nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if into_stream else 0.02)
 
 
+def logits_of(states: Float[Tensor, "N D"], tokens: Readout, bias: Float[Tensor, " V"] | None) -> Float[Tensor, "N V"]:
+    """Logits of the states, in float32 or better."""
+    logits = F.linear(states, tokens, bias) if isinstance(tokens, Tensor) else tokens(states)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def head_log_probs(
-    states: Float[Tensor, "N D"], tokens: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None = None
+    states: Float[Tensor, "N D"], tokens: Readout, bias: Float[Tensor, " V"] | None = None
 ) -> Float[Tensor, "N V"]:
     """log softmax over the V real tokens (nats), in float32 or better."""
-    logits = F.linear(states, tokens, bias)
-    return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    return F.log_softmax(logits_of(states, tokens, bias), -1)
 
 
 def head_nll(
     states: Float[Tensor, "N D"],
-    tokens: Float[Tensor, "V D"],
+    tokens: Readout,
     targets: Int[Tensor, " N"],
     elements: int = 1 << 24,
     bias: Float[Tensor, " V"] | None = None,
@@ -189,11 +196,10 @@ def head_nll(
     Beyond one chunk the logits are made again in the backward pass, so that a large vocabulary never stands in memory.
     """
 
-    def nll(part: Tensor, weight: Tensor, bias: Tensor | None, at: Tensor) -> Tensor:
-        logits = F.linear(part, weight, bias)
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), at, reduction="none")
+    def nll(part: Tensor, tokens: Readout, bias: Tensor | None, at: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(part, tokens, bias), at, reduction="none")
 
-    size = max(1, elements // len(tokens))
+    size = max(1, elements // (len(tokens) if isinstance(tokens, Tensor) else len(cast(Sized, tokens))))
     if len(states) <= size:
         return nll(states, tokens, bias, targets)
     chunks = zip(states.split(size), targets.split(size), strict=True)

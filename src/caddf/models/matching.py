@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
@@ -22,27 +23,32 @@ def count(build: Callable[[], nn.Module]) -> int:
         return sum(p.numel() for p in build().parameters())
 
 
-def matched(build: Callable[[BranchConfig], nn.Module], base: BranchConfig, parameters: int) -> BranchConfig:
+def matched(
+    build: Callable[[BranchConfig], nn.Module], base: BranchConfig, parameters: int, step: int = 16
+) -> BranchConfig:
     """The branch closest in shape to `base` with which `build` has `parameters` parameters, within 2%.
 
-    Depth and width vary; heads keep their size as nearly as they can. A network's count is linear in its depth.
+    Depth and width (in steps of `step`, where the base is wide) vary; heads keep their size as nearly as they can.
+    A network's count is linear in its depth, or nearly so where another branch follows in proportion, in whole layers.
     Raises `InputError` where no such branch exists.
     """
 
-    def total(layers: int, width: int, heads: int) -> int:
-        return count(lambda: build(_shape(base, layers, width, heads)))
+    def total(branch: BranchConfig) -> int:
+        return count(lambda: build(branch))
 
-    best: tuple[float, BranchConfig] | None = None
-    for width, heads in _widths(base):
-        one, two = total(1, width, heads), total(2, width, heads)
-        for depth in {max(1, round((parameters - one) / (two - one)) + 1 + step) for step in (-1, 0, 1)}:
-            error = abs(one + (depth - 1) * (two - one) - parameters) / parameters
-            shape = abs(torch.tensor((width / depth) / (base.width / base.layers)).log().item())
-            if error <= TOLERANCE and (best is None or shape + 10 * error < best[0]):
-                best = (shape + 10 * error, _shape(base, depth, width, heads))
-    if best is None:
-        raise InputError(f"model.match is {parameters}; no width and depth come within 2% of so many parameters")
-    return best[1]
+    found: list[tuple[float, BranchConfig]] = []
+    for width, heads in _widths(base, step):
+        two, four = (total(_shape(base, layers, width, heads)) for layers in (2, 4))
+        depth = 2 + round(2 * (parameters - two) / (four - two))
+        for layers in {max(1, depth + more) for more in (-1, 0, 1)}:
+            error = abs(two + (layers - 2) * (four - two) / 2 - parameters) / parameters
+            shape = abs(math.log((width / layers) / (base.width / base.layers)))
+            if error <= TOLERANCE:
+                found.append((shape + 10 * error, _shape(base, layers, width, heads)))
+    for _, branch in sorted(found, key=lambda each: each[0]):
+        if abs(total(branch) - parameters) <= TOLERANCE * parameters:
+            return branch
+    raise InputError(f"model.match is {parameters}; no width and depth come within 2% of so many parameters")
 
 
 def _shape(base: BranchConfig, layers: int, width: int, heads: int) -> BranchConfig:
@@ -50,12 +56,12 @@ def _shape(base: BranchConfig, layers: int, width: int, heads: int) -> BranchCon
 
 
 @lru_cache
-def _widths(base: BranchConfig) -> tuple[tuple[int, int], ...]:
+def _widths(base: BranchConfig, step: int) -> tuple[tuple[int, int], ...]:
     """Widths from half to twice the base's, with a number of heads whose size is even and near the base's."""
 
     def options() -> Iterator[tuple[int, int]]:
-        size, step = base.width // base.heads, 16 if base.width >= 128 else 2
-        for width in range(base.width // 2 // step * step, 2 * base.width + 1, step):
+        size, by = base.width // base.heads, step if base.width >= 128 else 2
+        for width in range(base.width // 2 // by * by, 2 * base.width + 1, by):
             fits = [h for h in range(1, width + 1) if width % h == 0 and width // h % 2 == 0]
             if fits:
                 yield width, min(fits, key=lambda h: abs(width // h - size))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.errors import InputError
 from caddf.forward_process import mask_tokens
-from caddf.interface import AnyOrder, Block, Head, Infill, LanguageModel, Pattern
+from caddf.interface import AnyOrder, Block, Infill, LanguageModel, Pattern
+from caddf.objectives.distillation import Divergence, divergence_at
 from caddf.objectives.forms import Form, ScheduleName, denoising
 from caddf.objectives.loss import Loss, Times, nats_at
 
@@ -25,7 +27,14 @@ class SynergisticConfig:
     times: how the noise levels of a batch are drawn.
     all_masked: share of infill canvases that are all masked, which is where decoding starts.
     revealed: share of blocks whose first tokens are revealed, as after an accepted draft; the rest is all masked.
+    revealed_most: most tokens that are revealed; not set, all of a block but one. A window of drafts that slides
+        (target causal) always starts with one.
     draft_weight, causal_weight: weights of the draft head's and the causal head's loss beside the fused head's.
+    draft_decay: weight of a draft's loss over that of the draft before it in the block.
+    distill: share of a block's draft loss that is the divergence from the head that verifies the drafts, the rest being
+        the cross-entropy of the text.
+    distill_form: kl (from that head to the drafts), or tv, the share of drafts that it would reject.
+    distill_from: that head.
     """
 
     denoise: float = 0.3
@@ -36,8 +45,13 @@ class SynergisticConfig:
     times: Times = "stratified"
     all_masked: float = 0.5
     revealed: float = 0.3
+    revealed_most: int | None = None
     draft_weight: float = 0.5
     causal_weight: float = 1.0
+    draft_decay: float = 1.0
+    distill: float = 0.0
+    distill_form: Divergence = "kl"
+    distill_from: Literal["causal", "fused"] = "causal"
 
     def __post_init__(self) -> None:
         shares = (self.denoise, self.infill, self.block)
@@ -45,9 +59,11 @@ class SynergisticConfig:
             raise InputError(
                 f"denoise, infill and block are {shares}; shares must be 0 or more, and one of them above 0"
             )
-        for name in ("all_masked", "revealed"):
+        for name in ("all_masked", "revealed", "draft_decay", "distill"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; a share must lie in [0, 1]")
+                raise InputError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        if self.revealed_most is not None and self.revealed_most < 1:
+            raise InputError(f"revealed_most is {self.revealed_most}; it must be 1 or more (revealed 0 reveals none)")
         for name in ("draft_weight", "causal_weight"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; a weight must be 0 or more")
@@ -97,14 +113,16 @@ class Synergistic:
         return self._score(model, x0, x0, canvas, Infill(), "infill")
 
     def _block(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
-        """Eq. 6 in blocks: each all masked, or but for its first j tokens, j ~ U{1..k-1}."""
-        pattern, positions = Block(self.block_size), torch.arange(x0.shape[1])
+        """Eq. 6 in blocks: each all masked, or but for its first j tokens, j ~ U{1..k-1} (or up to `revealed_most`)."""
+        config, pattern, positions = self.config, Block(self.block_size), torch.arange(x0.shape[1])
         index, shape = pattern.index(positions), (len(x0), -(-x0.shape[1] // self.block_size))
-        count = torch.randint(1, max(2, self.block_size), shape, generator=generator)
-        count = count * (torch.rand(shape, generator=generator) < self.config.revealed) * (self.block_size > 1)
-        shown = positions - pattern.start(positions) < count[:, index]
-        canvas = torch.where(shown.to(x0.device), x0, model.mask_id)
-        return self._score(model, x0, x0, canvas, pattern, "block")
+        most = min(config.revealed_most or self.block_size, self.block_size - 1)
+        count = torch.randint(1, max(2, most + 1), shape, generator=generator)
+        count = count * (torch.rand(shape, generator=generator) < config.revealed) * (self.block_size > 1)
+        nth = positions - pattern.start(positions) - count[:, index]
+        canvas = torch.where((nth < 0).to(x0.device), x0, model.mask_id)
+        decay = config.draft_decay ** nth.clamp(min=0).double()
+        return self._score(model, x0, x0, canvas, pattern, "block", drafts=decay.to(x0.device))
 
     def _score(
         self,
@@ -115,23 +133,35 @@ class Synergistic:
         pattern: Pattern,
         name: str,
         weight: Float[Tensor, " B"] | None = None,
+        drafts: Float[Tensor, "B L"] | None = None,
     ) -> Loss:
-        """Each head's loss in one reading; without `weight`, the mean over the masked positions."""
+        """Each head's loss in one reading; without `weight`, the mean over the masked positions.
+
+        `drafts` are the weights of a block's drafts in theirs.
+        """
+        config = self.config
         states, _ = model(prefix, canvas, pattern)
         masked = canvas == model.mask_id
 
-        def mean(head: Head) -> Tensor:
-            nats = nats_at(model, states, masked, x0, head)
+        def mean(nats: Float[Tensor, "B L"], each: Bool[Tensor, "B L"] | Float[Tensor, "B L"] = masked) -> Tensor:
             if weight is not None:
                 return (weight[:, None].to(nats) * nats).mean()
-            return nats.sum() / masked.sum().clamp(min=1)
+            return (each * nats).sum() / each.sum().clamp(min=torch.finfo(nats.dtype).tiny)
 
-        main = mean(model.denoiser)
+        main = mean(nats_at(model, states, masked, x0, model.denoiser))
         parts, total = {name: main.detach()}, main
         if model.denoiser != "draft":
-            draft = mean("draft")
-            parts[f"{name}_draft"], total = draft.detach(), total + self.config.draft_weight * draft
+            nats = nats_at(model, states, masked, x0, "draft")
+            never = nats == torch.inf  # what a small draft vocabulary does not have
+            each = masked if drafts is None else masked * drafts.to(nats)
+            draft = mean(nats.masked_fill(never, 0), each * ~never)
+            parts[f"{name}_draft"] = draft.detach()
+            if drafts is not None and config.distill:
+                gap = mean(divergence_at(model, states, masked, config.distill_from, config.distill_form), each)
+                parts[f"{name}_distill"] = gap.detach()
+                draft = (1 - config.distill) * draft + config.distill * gap
+            total = total + config.draft_weight * draft
         if "causal" in model.heads and not isinstance(pattern, AnyOrder):
             causal = model.nll(states, torch.ones_like(masked), x0, "causal").mean()
-            parts[f"{name}_causal"], total = causal.detach(), total + self.config.causal_weight * causal
+            parts[f"{name}_causal"], total = causal.detach(), total + config.causal_weight * causal
         return Loss(total, parts)

@@ -1,0 +1,143 @@
+"""Left to right: adaptive windows, chains step by step, passes, interruption, templates and ragged batches."""
+
+import itertools
+
+import pytest
+import torch
+
+from caddf.categorical import RowGenerators, Warp, inverse_cdf
+from caddf.decoding import Autoregressive, Speculative, Task
+from caddf.errors import InputError
+from caddf.interface import Block
+from caddf.models.backbone import DualBranch
+from caddf.models.causal_model import CausalConfig, CausalModel
+from caddf.models.config import BranchConfig, ModelConfig
+
+V, T, K = 11, 24, 4
+ROWS, ODDS = 2000, 1e-6
+KINDS = {"mutual": {}, "chained": {"draft": "chained"}, "one_way": {"exchange": "one_way"}}
+PROMPTS = [[1, 2, 3] + [V] * 13, [4] + [V] * 15, [V] * 16]
+TEMPLATES = [[1, 2, 3] + [V] * 5 + [5, 6] + [V] * 6, [4] + [V] * 7 + [7] * 8, [V, 1] * 8]
+
+
+def dual(kind: str, vocab: int = V, block_size: int = K) -> DualBranch:
+    torch.manual_seed(1)
+    branches = {"causal": BranchConfig(1, 16, 2), "diffusion": BranchConfig(2, 16, 2)}
+    model = DualBranch(ModelConfig(vocab, T, block_size=block_size, **branches, **KINDS[kind])).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(8)
+    return model.requires_grad_(False)
+
+
+def task(model, tokens, warp=None, template=False) -> Task:
+    tokens = torch.as_tensor(tokens)
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    return Task(tokens, lengths, model.mask_id, RowGenerators(0, len(tokens)), warp or Warp(), template=template)
+
+
+def last(frames):
+    return list(frames)[-1]
+
+
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("target", ["causal", "fused"])
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("least", [0.05, 0.3, 1.0])
+def test_adaptive_windows_are_exact(kind, target, template, least):
+    model, tokens = dual(kind), TEMPLATES if template else PROMPTS
+    cached, uncached = (
+        last(Speculative(target, least=least, cache=cache)(model, task(model, tokens, template=template)))
+        for cache in (True, False)
+    )
+    assert torch.equal(cached.tokens, uncached.tokens)
+    greedy, plain = (
+        last(decoder(model, task(model, tokens, Warp(0.0), template)))
+        for decoder in (Speculative(target, least=least), Autoregressive(target))
+    )
+    assert torch.equal(greedy.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize("target", ["causal", "fused"])
+@pytest.mark.parametrize("kind", ["mutual", "chained"])
+def test_adaptive_windows_draw_the_target(kind, target):
+    """Chi-squared over all sequences; it fails by chance once in a million."""
+    vocab, length = 3, 3
+    model, least = dual(kind, vocab, 3), 0.4
+    x = torch.tensor(list(itertools.product(range(vocab), repeat=length)))
+    states, _ = model(x, torch.full_like(x, vocab), Block(3))
+    log_p = -model.nll(states, torch.ones_like(x, dtype=torch.bool), x, target).view(len(x), -1).sum(1)
+    frames = list(Speculative(target, least=least)(model, task(model, torch.full((ROWS, length), vocab))))
+    drafted = (frames[0].drafts != vocab).sum(1)
+    assert drafted.min() < drafted.max() or drafted.max() < length  # some windows are cut
+    index = (frames[-1].tokens * vocab ** torch.arange(length - 1, -1, -1)).sum(1)
+    seen, expected = torch.bincount(index, minlength=len(x)).double(), log_p.exp() * ROWS
+    rare = expected < 5
+    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None].clamp(min=1e-9)])
+    statistic = ((seen - expected) ** 2 / expected).sum()
+    assert torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2).double(), statistic / 2) > ODDS
+
+
+def test_fewer_drafts_are_made_where_they_are_unsure():
+    model = dual("chained")
+    drafts = [
+        sum(int((frame.drafts != V).sum()) for frame in Speculative(least=least)(model, task(model, PROMPTS)))
+        for least in (0.01, 0.05, 1.0)
+    ]
+    assert drafts[0] > drafts[1] > drafts[2]
+    with pytest.raises(InputError, match="least is 2"):
+        Speculative(least=2.0)
+
+
+@pytest.mark.parametrize("target, passes", [("causal", 16), ("fused", 16)])
+def test_each_token_costs_one_pass(target, passes):
+    counts = last(Autoregressive(target)(dual("mutual"), task(dual("mutual"), [[V] * 16]))).counts
+    assert int(counts.causal) == passes and int(counts.diffusion) == (0 if target == "causal" else 16 // K)
+
+
+@pytest.mark.parametrize("target", ["causal", "fused"])
+@pytest.mark.parametrize("kind", ["mutual", "chained"])
+def test_a_round_costs_one_pass_but_where_a_block_starts_from_a_correction(kind, target):
+    model, corrected, rounds, starts = dual(kind), 0, 0, 0
+    for frame in Speculative(target)(model, task(model, [[V] * T])):
+        rounds += 1
+        at = (frame.corrected[0] if frame.corrected is not None else torch.zeros(T)).nonzero()
+        starts += int(len(at) and (int(at) + 1) % K == 0 and int(at) + 1 < T)
+        corrected += len(at)
+    assert corrected and int(frame.counts.causal) == rounds + 1 + (starts if target == "fused" else 0)
+
+
+@pytest.mark.parametrize("decoder", [Autoregressive(), Autoregressive("fused"), Speculative(), Speculative("fused")])
+def test_an_interrupted_decoder_leaves_model_and_caches_reusable(decoder):
+    model = dual("chained")
+    whole = last(decoder(model, task(model, PROMPTS))).tokens
+    for stop in (1, 3):
+        frames = decoder(model, task(model, PROMPTS))
+        for _ in range(stop):
+            frame = next(frames)
+        frames.close()
+        other = last(decoder(model, task(model, PROMPTS))).tokens
+        assert torch.equal(other, whole)
+    assert (frame.tokens == V).any()  # it was in the middle
+
+
+def test_gpt2_positions_last_to_the_end_of_the_context_in_a_ragged_batch():
+    torch.manual_seed(0)
+    model = CausalModel(CausalConfig(V, 16, BranchConfig(1, 16, 2, positions="learned", bias=True))).double()
+    together = last(Autoregressive()(model, task(model, PROMPTS)))
+    alone = last(Autoregressive()(model, task(model, PROMPTS[:1])))
+    assert torch.equal(together.tokens[0], alone.tokens[0]) and (together.tokens < V).all()
+
+
+def test_draws_by_inverse_cdf_never_fall_on_what_is_impossible():
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4 + 1e-16, 0.0]])
+    for u, expected in ((0.0, [1, 0, 0]), (0.5, [3, 0, 2]), (1 - 2**-53, [3, 0, 3]), (1.0, [3, 0, 3])):
+        assert inverse_cdf(probs, torch.full((3,), u, dtype=torch.float64)).tolist() == expected
+
+
+def test_greedy_draws_are_the_arg_max_of_the_warp():
+    log_p = torch.randn(5, V).log_softmax(-1)
+    for warp in (Warp(0.0), Warp(0.0, banned=(int(log_p[0].argmax()),))):
+        drawn = warp.draw(log_p, torch.full((5,), 0.5))
+        assert torch.equal(drawn, inverse_cdf(warp(log_p), torch.full((5,), 0.5)))
