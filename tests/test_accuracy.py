@@ -19,7 +19,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def network(**settings: object) -> DualBranch:
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     values = {"causal": BranchConfig(2, 8, 2), **settings}
     model = DualBranch(ModelConfig(5, 7, BranchConfig(1, 8, 2), block_size=3, **values)).double()
     for parameter in model.parameters():

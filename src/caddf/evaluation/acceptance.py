@@ -10,8 +10,9 @@ along drafts drawn from q, p and q being read behind d_1 .. d_{j-1}: the last ac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor
 from caddf.categorical import Warp, inverse_cdf
 from caddf.errors import InputError
 from caddf.evaluation.likelihood import Model, Noise, at_least_one, checked, uniform
-from caddf.interface import Block, LanguageModel
+from caddf.interface import Block, Head, Incremental, LanguageModel
 
 Verifier = Literal["causal", "fused"]
 
@@ -83,7 +84,7 @@ def acceptance(
     u = uniform((len(x0), rounds, 1 + size), noise).flatten(0, 1).to(x0.device)
     start = (u[:, 0] * blocks).long() * size
     reached = u.new_empty(len(u), size - given)
-    # Nothing behind a window is read: rounds of windows at like places share a batch that ends with the last of them.
+    # Nothing behind a window is read: rounds at like places share a batch that ends with the last of them.
     for some in start.argsort(stable=True).split(max(1, elements // (size * model.vocab_size))):
         rows = x0[some // rounds, : int(start[some].max()) + size]
         reached[some] = _reached(model, rows, start[some], u[some, 1 + given :], target, size, warp or Warp())
@@ -100,23 +101,58 @@ def _reached(
     warp: Warp,
 ) -> Float[Tensor, "m n"]:
     """One round per row, in the window of `size` from `start` on, of whose places the last n are drafted with `u`."""
-    n, pattern = u.shape[1], Block(size)
+    n = u.shape[1]
     window = start[:, None] + torch.arange(size, device=x.device)
-    shown = window[:, : size - n]
-    canvas = torch.full_like(x, model.mask_id).scatter(1, shown, x.gather(1, shown))
-
-    def read(prefix: Int[Tensor, "m T"], at: Int[Tensor, "m j"], head: Verifier | Literal["draft"]) -> Tensor:
-        states, _ = model(prefix, canvas, pattern)
-        where = torch.zeros_like(x, dtype=torch.bool).scatter(1, at, True)
-        return warp(model.log_probs(states, where, head)).view(*at.shape, -1)
-
+    if hasattr(model, "incremental") and cast(Incremental, model).incremental(Block(size)):
+        read = _cached(cast(Incremental, model), x, window, size - n)
+    else:
+        read = _full(model, x, window, size - n)
     parts, step = [], 1 if model.chained else n
     for j in range(0, n, step):  # all at once, or one after the other where drafts chain
         at = window[:, size - n + j :][:, :step]
-        parts.append(read(x, at, "draft"))
+        parts.append(warp(read(x, at, "draft")))
         x = x.scatter(1, at, inverse_cdf(parts[-1], u[:, j : j + step]))
     drafted = window[:, size - n :]
-    q, p = torch.cat(parts, 1), read(x, drafted, target)
+    q, p = torch.cat(parts, 1), warp(read(x, drafted, target))
     p_d, q_d = (probs.gather(-1, x.gather(1, drafted)[..., None])[..., 0] for probs in (p, q))
     stands = (p_d / q_d).clamp(max=1).cumprod(1)
     return F.pad(stands, (1, 0), value=1.0)[:, :-1] * torch.minimum(p, q).sum(-1)
+
+
+Reading = Callable[[Int[Tensor, "m T"], Int[Tensor, "m j"], Head], Float[Tensor, "m j V"]]
+"""`(rows, places, head) -> log-probabilities` at places of each row's window, given the row's tokens before them."""
+
+
+def _full(model: LanguageModel, x: Int[Tensor, "m T"], window: Int[Tensor, "m k"], given: int) -> Reading:
+    """Whole rows, in one pass per reading."""
+    shown = window[:, :given]
+    canvas = torch.full_like(x, model.mask_id).scatter(1, shown, x.gather(1, shown))
+
+    def read(x: Int[Tensor, "m T"], at: Int[Tensor, "m j"], head: Head) -> Float[Tensor, "m j V"]:
+        states, _ = model(x, canvas, Block(window.shape[1]))
+        where = torch.zeros_like(x, dtype=torch.bool).scatter(1, at, True)
+        return model.log_probs(states, where, head).view(*at.shape, -1)
+
+    return read
+
+
+def _cached(model: Incremental, x: Int[Tensor, "m T"], window: Int[Tensor, "m k"], given: int) -> Reading:
+    """Rows once, then their windows alone."""
+    caches = model.allocate(len(x), x.shape[1])
+    model.read(x, torch.arange(x.shape[1], device=x.device), caches)
+    canvas = torch.full_like(window, model.mask_id)
+    canvas[:, :given] = x.gather(1, window[:, :given])
+    lengths = torch.full_like(window[:, 0], x.shape[1])
+    seen = model.encode(canvas, window[:, 0], lengths, Block(window.shape[1]), caches)
+
+    def read(x: Int[Tensor, "m T"], at: Int[Tensor, "m j"], head: Head) -> Float[Tensor, "m j V"]:
+        if head == "draft":
+            states = model.draft(seen, x)
+        else:
+            states = model.read(x, window, caches)
+            if head == "fused":
+                states = model.fuse(states, window, caches, seen)
+        where = (window[..., None] == at[:, None]).any(-1)
+        return model.log_probs(states, where, head).view(*at.shape, -1)
+
+    return read
