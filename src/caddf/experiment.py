@@ -48,7 +48,7 @@ class ModelSettings:
     fusion: late (eq. 10, after the last causal layer), layers (eq. 7 too), or none (no cross-attention).
     exchange: mutual (the diffusion branch reads the causal branch's states too) or one_way; not set, mutual with fusion
         late.
-    draft: factorised, or chained (a draft knows the drafts before it).
+    draft: factorised, or chained (a draft knows the drafts before it); not set, chained where there is a causal branch.
     draft_vocab: how many tokens, the most frequent of the training data, chained drafts are of; not set, all.
     block_size: k of block training, the block likelihood and block decoding.
     context: length of a training window in tokens; not set, the preset's.
@@ -60,7 +60,7 @@ class ModelSettings:
     causal: Literal["on", "off"] = "on"
     fusion: Literal["late", "layers", "none"] = "late"
     exchange: Literal["one_way", "mutual"] | None = None
-    draft: Literal["factorised", "chained"] = "factorised"
+    draft: Literal["factorised", "chained"] | None = None
     draft_vocab: int | None = None
     block_size: int = 8
     context: int | None = None
@@ -94,7 +94,7 @@ class ModelSettings:
             rows=rows_of(vocab_size),
             fusion=self.fusion,
             exchange=exchange,
-            draft=self.draft,
+            draft=self.draft or ("chained" if self.causal == "on" else "factorised"),
             draft_vocab=self.draft_vocab,
             block_size=self.block_size,
         )
@@ -112,8 +112,8 @@ class ModelSettings:
                 whole, causal=branch, diffusion=dataclasses.replace(other, width=size * other.heads, layers=depth)
             )
 
-        base = whole.causal or whole.diffusion
-        return scaled(matched(lambda branch: DualBranch(scaled(branch)), base, self.match, step=8))
+        base, step = (whole.diffusion, 16) if whole.causal is None else (whole.causal, 8)  # two branches step further
+        return scaled(matched(lambda branch: DualBranch(scaled(branch)), base, self.match, step))
 
     def parameters(self, vocab_size: int) -> int:
         """What a method with one branch gets: `match`, or as many parameters as the dual branch of this size has."""
@@ -230,7 +230,7 @@ def _synergistic(denoising: str) -> Method:
         likelihood="exact causal, ar, block; hybrid and diffusion bounds",
         sampler="speculative, and all others",
         source="CAD-DF",
-        defaults={"denoising": denoising},
+        defaults={"denoising": denoising, "distill": 1.0},
     )
 
 
