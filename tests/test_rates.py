@@ -204,3 +204,16 @@ def test_a_finished_row_works_no_more():
 def test_settings_are_checked(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         Euler(**settings)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_schedule_reveals_at_its_first_step_what_its_levels_say(schedule):
+    length, steps = 4000, 4
+    uniform = as_model(lambda x: torch.full((*x.shape, 3), 1 / 3, dtype=torch.float64).log(), 3)
+    task = Task(torch.full((1, length), 3), torch.tensor([length]), 3, RowGenerators(0, 1))
+    first = next(iter(TauLeaping(steps=steps, schedule=schedule)(uniform, task)))
+    kept = SCHEDULES[schedule]().kept(torch.tensor(1 - 1 / steps, dtype=torch.float64)).item()
+    at_one = SCHEDULES[schedule]().kept(torch.tensor(1.0, dtype=torch.float64)).item()
+    share = 1 - (1 - kept) / (1 - at_one)  # revealed by the first step, of what was masked at t = 1
+    spread = (share * (1 - share) / length) ** 0.5
+    assert abs(first.fresh.double().mean().item() - share) < 5 * spread + 1e-4  # by chance once in 1.7e6

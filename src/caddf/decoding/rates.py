@@ -69,7 +69,9 @@ class Rates:
             fresh = (task.generators.uniform(wanted) * model.vocab_size).long().to(x.device)
             x = torch.where(wanted, fresh, x)
         active = wanted.any(1) if revisits else task.unfinished(x)
-        times = torch.linspace(1, self.end, self.steps + 1, dtype=torch.float64)
+        one = torch.ones((), dtype=torch.float64)
+        start = 1.0 if schedule.cumulative_rate(one).isfinite() else 1 - self.end  # cosine: no rate reaches t = 1
+        times = torch.linspace(start, self.end, self.steps + 1, dtype=torch.float64)
         for t, s in [*pairwise(times), (times[-1], None)]:
             where = wanted & process.noisy(x) & active[:, None]
             if not where.any():
