@@ -1,9 +1,9 @@
-# make demo | test | setup | clean: each works on a fresh clone.
+# make demo | demo-train | test | setup | clean: each works on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
 CADDF := $(BIN)/caddf
 
-.PHONY: setup demo test lint wheel clean
+.PHONY: setup demo demo-shipped demo-train test lint wheel clean
 
 setup: .venv/installed
 
@@ -19,8 +19,21 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'lm-eval>=0.4.10'
 	@touch $@
 
-# Python's own standard library is the corpus: real text that is already on the machine.
-demo: setup
+# Writes with the model that is shipped; where there is none, with one that is trained first.
+SHIPPED := checkpoints/demo
+demo: $(if $(wildcard $(SHIPPED)/config.json),demo-shipped,demo-train)
+
+demo-shipped: setup
+	@echo; echo "A continuation: drafts in green stand, those struck out were corrected."
+	$(CADDF) generate $(SHIPPED) --prompt 'It was late in the evening when' --max-new-tokens 96 --temperature 0.8 --show
+	@echo; echo "A hole, filled with what comes after it in sight."
+	$(CADDF) generate $(SHIPPED) --template 'The old man opened the door,[MASK:24] and they never spoke of it again.' --temperature 0.8 --show
+	@echo; echo "The same text twice: token by token, and with drafts that the same model verifies."
+	$(CADDF) generate $(SHIPPED) --prompt 'She looked at him and said' --max-new-tokens 96 --decoder autoregressive --temperature 0 --dtype float64
+	$(CADDF) generate $(SHIPPED) --prompt 'She looked at him and said' --max-new-tokens 96 --decoder speculative --temperature 0 --dtype float64
+
+# From nothing, on Python's own standard library: real text that is already on the machine.
+demo-train: setup
 	rm -rf demo
 	$(CADDF) data prepare --input stdlib:3000000 --tokenizer bpe:2048 --out demo/data
 	$(CADDF) train --data demo/data --out demo/run --model.size demo --train.steps 600 --train.batch_size 4

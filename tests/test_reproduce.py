@@ -5,9 +5,14 @@ import json
 import pytest
 from rich.console import Console
 
-import caddf.reproduce as tables
+from caddf.checkpoint import read_json
 from caddf.errors import InputError
-from caddf.reproduce import ReproduceSettings, reproduce
+from caddf.experiment import METHODS, ModelSettings, network_of
+from caddf.models.config import PRESETS
+from caddf.models.matching import TOLERANCE, count
+from caddf.reproduce import SETS, TABLES, ReproduceSettings, reproduce
+from caddf.reproduce.plan import Job, Variant, Workshop
+from caddf.reproduce.tables import Ablations
 
 QUIET = Console(quiet=True)
 
@@ -19,7 +24,10 @@ def settings(tmp_path, monkeypatch):
     for name in ("train.txt", "one.txt", "two.txt"):
         lines = (f"{name} holds line {i} of some {i % 7} lines.\n\n" for i in range(120))
         (tmp_path / name).write_text("".join(lines), encoding="utf-8")
-    monkeypatch.setattr(tables, "SETS", {"one.txt": "One", "two.txt": "Two"})
+    for name in list(SETS):
+        monkeypatch.delitem(SETS, name)
+    monkeypatch.setitem(SETS, "one.txt", "One")
+    monkeypatch.setitem(SETS, "two.txt", "Two")
     return ReproduceSettings(
         "debug",
         training_set="train.txt",
@@ -28,11 +36,39 @@ def settings(tmp_path, monkeypatch):
         batch_size=2,
         windows=2,
         samples=1,
+        prompts="one.txt",
+        batch="1",
+        repeats=2,
         device="cpu",
     )
 
 
-def test_a_table_comes_from_nothing_and_is_not_made_twice(settings, tmp_path, monkeypatch):
+def with_methods(settings, methods, **others):
+    return ReproduceSettings(**{**vars(settings), "methods": methods, **others})
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """The products of the jobs that are done; set to stop at a number of them."""
+
+    class Done(list):
+        stop = None
+
+    done = Done()
+    init = Job.__init__
+
+    def recorded(self, about, product, kind, do):
+        def instead(console):
+            done.append(product)
+            return len(done) != done.stop and do(console)
+
+        init(self, about, product, kind, instead)
+
+    monkeypatch.setattr(Job, "__init__", recorded)
+    return done
+
+
+def test_a_table_comes_from_nothing_and_is_not_made_twice(settings, tmp_path, jobs):
     out = reproduce("table1", settings, QUIET)
     table = json.loads((out / "table.json").read_text())
     assert [(row["method"], row["likelihood"]) for row in table["rows"]] == [
@@ -46,32 +82,118 @@ def test_a_table_comes_from_nothing_and_is_not_made_twice(settings, tmp_path, mo
     assert str(tmp_path) not in (out / "table.json").read_text()
     assert "| gpt2 | causal |" in (out / "table.md").read_text()
     assert "<td>radd-ao<td>diffusion" in (out / "table.html").read_text()
+    work = tmp_path / "runs" / "reproduce" / "debug"
+    assert (work / "runs" / "gpt2-0" / "done.json").is_file()
+    assert (work / "evaluations" / "radd-ao-0" / "two.txt.json").is_file()
 
-    monkeypatch.setattr(tables, "run", lambda *_: pytest.fail("what is done was done again"))
+    jobs.clear()
     reproduce("table1", settings, QUIET)
+    assert not jobs
 
 
-def test_it_goes_on_where_it_was_interrupted(settings, monkeypatch):
-    done, run = [], tables.run
-
-    def stops_at_the_fifth(job, *more):
-        done.append(job.product)
-        return len(done) < 5 and run(job, *more)
-
-    monkeypatch.setattr(tables, "run", stops_at_the_fifth)
+def test_it_goes_on_where_it_was_interrupted(settings, jobs):
+    jobs.stop = 5
     out = reproduce("table1", settings, QUIET)
-    assert not (out / "table.md").exists()
-    again = []
-    monkeypatch.setattr(tables, "run", lambda job, *more: again.append(job.product) or run(job, *more))
+    assert not (out / "table.md").exists() and len(jobs) == 5
+    done, jobs.stop = jobs[:4], None
+    jobs.clear()
     reproduce("table1", settings, QUIET)
     assert (out / "table.md").exists()
-    assert not set(done[:4]) & set(again)
+    assert jobs and not set(done) & set(jobs)
+
+
+def test_ablations_share_the_full_model_and_compare_within_rounds(settings, jobs):
+    pytest.importorskip("matplotlib")
+    full = with_methods(settings, "caddf-lambda-dce")
+    reproduce("table1", full, QUIET)
+    jobs.clear()
+    out = reproduce("table4", with_methods(settings, None), QUIET)
+    assert not any("caddf-lambda-dce-0" in str(product) for product in jobs)
+    table = json.loads((out / "table.json").read_text())
+    rows = {(row["model"], row["target"]): row for row in table["rows"]}
+    assert list(rows) == [
+        ("full", "causal"),
+        ("full", "fused"),
+        ("no-causal-branch", None),
+        ("no-cross-attention", "causal"),
+        ("no-cross-attention", "fused"),
+    ]
+    assert len({row["tokens_seen"] for row in table["rows"]}) == 1
+    most = rows["full", "causal"]["parameters"]
+    assert all(abs(row["parameters"] - most) <= TOLERANCE * most for row in table["rows"])
+    assert rows["full", "fused"]["ratio"] == 1.0
+    decoded = read_json(Workshop(settings).decoding("table4") / "decode.json")
+    speeds = {
+        (row["model"], row["target"]): [each["tokens_per_second"] for each in row["rounds"]] for row in decoded["rows"]
+    }
+    for mine, theirs in ((("no-causal-branch", None), "causal"), (("no-cross-attention", "fused"), "fused")):
+        ratios = [a / b for a, b in zip(speeds[mine], speeds["full", theirs], strict=True)]
+        assert rows[mine]["ratio"] == pytest.approx(sum(ratios) / 2, rel=1e-4)  # the median of two
+    evaluated = read_json(Workshop(settings).evaluation(Variant("caddf-lambda-dce", ""), "one.txt"))
+    exact = evaluated["likelihoods"]["block"]
+    assert rows["full", "fused"]["target_ppl"]["ppl"] == exact["ppl"]
+    assert rows["full", "fused"]["target_ppl"]["standard_error"] == exact["ppl"] * exact["standard_error"]
+    assert rows["full", "fused"]["mtp_agreement"] == evaluated["mtp"]["agreement"]
+    assert rows["no-causal-branch", None]["target_ppl"] is None
+    shown = {(row["method"], row["likelihood"]) for row in table["perplexities"]["rows"]}
+    assert ("no-causal-branch", "diffusion") in shown and ("no-causal-branch", "causal") not in shown
+    text = (out / "table.md").read_text()
+    assert "| no-cross-attention | speculative (causal) | 1 |" in text and "| full | block |" in text
+    assert "<td>no-causal-branch<td>ancestral (steps 16)" in (out / "table.html").read_text()
+
+
+def test_efficiency_is_measured_of_the_trained_methods(settings, tmp_path, monkeypatch, jobs):
+    for package in ("matplotlib", "psutil", "transformers"):
+        pytest.importorskip(package)
+    monkeypatch.setattr("caddf.benchmarks.contest.fresh", lambda *_: 2**20)  # a process for each row takes seconds
+    only = with_methods(settings, "gpt2,radd-ao", repeats=1)
+    early = reproduce("table3", with_methods(only, only.methods, only="data"), QUIET)
+    assert json.loads((early / "table.json").read_text())["rows"] == []
+    out = reproduce("table3", only, QUIET)
+    table = json.loads((out / "table.json").read_text())
+    assert [(row["model"], row["decoder"], row["peak_memory"]) for row in table["rows"]] == [
+        ("gpt2", "autoregressive", 2**20),
+        ("radd-ao", "ancestral", 2**20),
+    ]
+    assert "16 new tokens after 16" in table["about"] and table["judge"]["run"] == "gpt2-0"
+    assert table["rows"][0]["target_ppl"] == pytest.approx(table["judge"]["ppl"], rel=1e-4)
+    assert "| radd-ao | ancestral (steps 16) | 1 |" in (out / "table.md").read_text()
+    jobs.clear()
+    reproduce("table3", only, QUIET)
+    assert not jobs
+
+
+@pytest.mark.parametrize("name", ["no-causal-branch", "no-cross-attention"])
+@pytest.mark.parametrize("scale", ["debug", "demo", "tiny"])
+def test_an_ablation_has_as_many_parameters_at_every_scale(scale, name):
+    variant, preset = Ablations().variants[name], PRESETS[scale]
+    full = ModelSettings(scale).parameters(preset.vocab_size)
+    method = METHODS[variant.method]
+    config = method.configure(ModelSettings(scale, match=full, **variant.model), preset.vocab_size, 0)
+    parameters = count(lambda: network_of({"architecture": method.architecture, "model": config.to_dict()}))
+    assert abs(parameters - full) <= TOLERANCE * full
 
 
 @pytest.mark.parametrize(
     ("table", "methods", "said"),
-    [("table9", None, "table is table9; it must be one of table1"), ("table1", "gpt2,gpt9", "methods holds 'gpt9'")],
+    [
+        ("table9", None, "table is table9; it must be one of table1"),
+        ("table1", "gpt2,gpt9", "methods holds 'gpt9'"),
+        ("table4", "gpt2", "methods holds 'gpt2'; table4 has full, no-causal-branch, no-cross-attention"),
+    ],
 )
 def test_what_is_not_there_is_named(settings, table, methods, said):
     with pytest.raises(InputError, match=said):
         reproduce(table, ReproduceSettings("debug", methods=methods), QUIET)
+
+
+def test_prompts_are_of_a_set_that_is_prepared(settings, tmp_path):
+    with pytest.raises(InputError, match=r"prompts is nine.txt; it must be one of one.txt, two.txt"):
+        reproduce("table4", with_methods(settings, None, prompts="nine.txt"), QUIET)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_earlier_tables_need_what_they_did(settings):
+    kinds = [job.kind for job in TABLES["table2"].plan(Workshop(settings), TABLES["table2"].variants)]
+    methods, sets = len(TABLES["table2"].variants), len(SETS)
+    assert kinds == ["data"] * (1 + sets) + ["train"] * methods + ["evaluate"] * methods * sets

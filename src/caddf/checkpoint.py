@@ -1,6 +1,7 @@
 """Folders and files on disk: written whole or not at all, and checked when they are read.
 
-A *model folder* holds `config.json`, `model.safetensors` and `tokenizer.json`; every checkpoint of a run is one.
+A *model folder* holds `config.json`, `model.safetensors` and `tokenizer.json`; every checkpoint of a run is one. Its
+weights are float32, or were rounded to be shipped (`rounded`): they are read as if they had always been those numbers.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from caddf.errors import InputError
+from caddf.quantise import WEIGHT_LEVELS
 
 FORMAT = 1
 """Version of the model folder's layout; another one is refused."""
+Weights = Literal["float32", "bfloat16", "int8"]
+"""What the weights of a model folder are kept as."""
+SCALES = "_scales"
+"""Ends the name of the scales of an int8 matrix."""
 TEMPORARY = ".tmp"
 """Suffix of what is being written; a hidden file or folder with it is a leftover of a killed process."""
 
@@ -137,19 +144,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private; the folder knows the umask
 
 
-def load_tensors(path: Path, expected: Mapping[str, Collection[int]] | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; with `expected` (names to shapes), exactly those.
-
-    Raises `InputError` where the file is missing, truncated or foreign, or its tensors are not the expected ones.
-    """
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; raises `InputError` where it is missing, truncated or foreign."""
     try:
-        tensors = load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({os.strerror(error.errno) if error.errno else error})") from None
     except SafetensorError as error:
         raise InputError(f"{path} is truncated or no safetensors file ({error})") from None
-    if expected is not None:
-        check_tensors(path, tensors, expected)
     return tensors
 
 
@@ -169,6 +171,42 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
     said = [f"{what} {_first(names)}" for what, names in problems.items() if names]
     if said:
         raise InputError(f"{path} does not fit the model: it {', '.join(said)}; it was saved with other model settings")
+
+
+def rounded(state: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
+    """A model's tensors as they are shipped; those that are no floating-point numbers stay as they are.
+
+    `bfloat16`: the nearest ones. `int8`: a matrix M [out, in] becomes integers of at most `WEIGHT_LEVELS` either way
+    and float32 scales [out], M ~ integers * scales, one for each output, as in `caddf.quantise`, which finds the same
+    integers again; all else is float32.
+    """
+    kept: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            kept[name] = tensor
+        elif weights == "int8" and tensor.ndim == 2:
+            scales = tensor.float().abs().amax(1).clamp(min=1e-12) / WEIGHT_LEVELS
+            kept[name] = (tensor.float() / scales[:, None]).round().to(torch.int8)
+            kept[name + SCALES] = scales
+        else:
+            kept[name] = tensor.to(torch.bfloat16 if weights == "bfloat16" else torch.float32)
+    return kept
+
+
+def restored(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's tensors of those `rounded` from it, read from `path`; int8 ones are float32 again.
+
+    Raises `InputError` where the scales of an int8 tensor are missing, or are no float32 number for each output.
+    """
+    whole = dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int8:
+            continue
+        scales = whole.pop(name + SCALES, None)
+        if tensor.ndim != 2 or scales is None or scales.dtype != torch.float32 or scales.shape != tensor.shape[:1]:
+            raise InputError(f"{path} holds {name} in int8 and no float32 scale for each row; it is of another program")
+        whole[name] = tensor * scales[:, None]
+    return whole
 
 
 def save_model(folder: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
@@ -198,8 +236,10 @@ def load_model_config(folder: Path) -> dict[str, Any]:
 
 def load_state(module: nn.Module, folder: Path) -> None:
     """The weights in a model folder into `module`, whose dtype and device stay; raises `InputError` if they differ."""
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    module.load_state_dict(load_tensors(folder / "model.safetensors", expected))
+    expected, path = {name: tensor.shape for name, tensor in module.state_dict().items()}, folder / "model.safetensors"
+    tensors = restored(path, load_tensors(path))
+    check_tensors(path, tensors, expected)
+    module.load_state_dict(tensors)
 
 
 def _no_space(error: Exception) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,24 +18,33 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from caddf import display
-from caddf.checkpoint import installed_version, load_model_config
+from caddf import benchmarks, display
+from caddf.benchmarks.results import Results
+from caddf.checkpoint import installed_version, write_json_atomic
 from caddf.data import TokenSet, prepare
 from caddf.data.named import NAMED
 from caddf.decoding import DECODERS
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
+from caddf.evaluation.protocol import PRESETS, Protocol, preset
 from caddf.experiment import DEFAULT_METHOD, METHODS, ModelSettings, network_of
+from caddf.export import ExportSettings, export
 from caddf.generation import generate
+from caddf.machine import machine
 from caddf.models.accounts import accounts
+from caddf.quantise import Quantisation
+from caddf.report import report
 from caddf.reproduce import TABLES, ReproduceSettings, reproduce
 from caddf.running import OWN, RunSettings, TrainingDType, ValidationSettings, resume, start
-from caddf.scoring import evaluate
+from caddf.samples import Recording, SamplesSettings, collect_samples
+from caddf.scoring import UNNAMED, evaluate
 from caddf.settings import add_choices, add_options, add_section, new_parser, options, parse, section
-from caddf.text_model import DType, check_seed, load, model_folder
+from caddf.text_model import DType, check_seed, describe_folder, load, model_folder
 from caddf.training import TrainConfig, TrainingError
 from caddf.training.config import Device
 
+GROUPS = ("data", "benchmark")
+"""First words of commands that are two."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
@@ -50,10 +61,10 @@ class Verb:
 def main(argv: list[str] | None = None) -> int:
     """Runs `caddf VERB ...`; 0 is success, 1 a failure while running, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
-    words = 2 if arguments[:1] == ["data"] else 1
+    words = 2 if arguments and arguments[0] in GROUPS else 1
     name = " ".join(arguments[:words])
     try:
-        if name in ("", "-h", "--help", "help", "data", "data -h", "data --help"):
+        if name.removeprefix(arguments[0] if words == 2 else "").strip() in ("", "-h", "--help", "help"):
             print(_usage(), flush=True)
             return 0
         if name == "--version":
@@ -94,6 +105,7 @@ def _model_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", type=str, default="auto", help="auto (a GPU where there is one), cpu, cuda or mps")
     add("--dtype", type=DType, default="float32", help="of weights and arithmetic")
+    add("--quantize", type=Quantisation | None, help="int8: weights of a quarter of the bytes, on a CPU")
     add("--seed", type=int, default=0, help="of all that is drawn")
 
 
@@ -229,17 +241,28 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 def _evaluate(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("model", type=str, help="a run, a model folder, or OWNER/NAME on the hub")
     parser.add_argument("--data", type=str, required=True, help="a token set")
-    parser.add_argument("--split", type=str, default="validation", help="train, validation or test")
+    parser.add_argument("--protocol", type=str | None,
+        help=f"{', '.join(PRESETS)}: what text is cut into and what counts, which single options then change; "
+        "not set, caddf's on the validation split")  # fmt: skip
     _model_options(parser)
     _json_option(parser)
-    add_options(parser, EvaluationConfig, skip=("seed",))
+    add_options(parser, Protocol, skip=("name", "seed"))
+    add_options(parser, EvaluationConfig, skip=("samples", "max_windows", "seed"))
+    base, own = UNNAMED, {field.name for field in dataclasses.fields(Protocol)} - {"name", "seed"}
+    parser.set_defaults({name: getattr(base, name) for name in own})
     values = parse(parser, arguments)
-    settings = EvaluationConfig(**options(EvaluationConfig, values))
+    if values.protocol is not None:
+        base = preset(values.protocol)
+        parser.set_defaults({name: getattr(base, name) for name in own})
+        values = parse(parser, arguments)
+    settings = EvaluationConfig(**{field.name: values[field.name] for field in dataclasses.fields(EvaluationConfig)})
+    protocol = dataclasses.replace(base, **{name: values[name] for name in own})
     data = TokenSet.open(values.data)
-    model = load(values.model, device=values.device, dtype=values.dtype)
+    model = load(values.model, device=values.device, dtype=values.dtype, quantize=values.quantize)
     with display.bar("evaluating", "windows") as progress:
-        measured = evaluate(model, data, split=values.split, settings=settings, progress=progress)
-    result = {"model": values.model, "data": values.data, "split": values.split, **measured, "seed": values.seed}
+        measured = evaluate(model, data, protocol=protocol, settings=settings, progress=progress)
+    made = {"seed": values.seed, "command": shlex.join(["caddf", "evaluate", *arguments]), "machine": machine()}
+    result = {"model": values.model, "data": values.data, "split": protocol.split, **measured, **made}
     if values.json:
         print(json.dumps(result))
     else:
@@ -262,19 +285,25 @@ def _generate(parser: ArgumentParser, arguments: list[str]) -> int:
     add("--stop", type=str, action="append", help="text that ends a row; again for more")
     add("--batch", type=int, default=1, help="rows for a single prompt or template; row r draws from seed + r")
     add("--show", action="store_true", help="show the canvas as it fills")
+    add("--record", type=str | None, metavar="FILE", help="keep every frame as JSON, for caddf report")
     _model_options(parser)
+    add("--compile", action="store_true", help="compile the passes over caches at their first use (takes a minute)")
     _json_option(parser)
     add_choices(parser, "settings of some decoders; not set, the decoder's own default", DECODERS, skip=("until",))
     values = parse(parser, arguments)
     if values.batch < 1:
         raise InputError(f"batch is {values.batch}; it must be at least 1")
+    if values.record is not None and Path(values.record).is_dir():
+        raise InputError(f"record is {values.record}, which is a folder; give a file to write")
     texts = {name: values[name] for name in ("prompt", "template") if values[name] is not None}
     if values.batch > 1 and sum(map(len, texts.values())) != 1:
         raise InputError(f"batch is {values.batch}, which repeats one prompt or template; give exactly one")
     settings: dict[str, Any] = {}
     for decoder in DECODERS.values():
         settings |= options(decoder, values)
-    model = load(values.model, device=values.device, dtype=values.dtype)
+    model = load(
+        values.model, device=values.device, dtype=values.dtype, quantize=values.quantize, compile=values.compile
+    )
     frames = generate(
         model,
         **{name: given * values.batch for name, given in texts.items()},
@@ -288,7 +317,15 @@ def _generate(parser: ArgumentParser, arguments: list[str]) -> int:
         stop=values.stop or (),
         **settings,
     )
-    last = display.watch(frames, values.show)
+    if values.record is not None:
+        recording = Recording()
+        last = display.watch(recording.of(frames), values.show)
+        recording.save(
+            Path(values.record), model=Path(values.model).name, decoder=values.decoder or model.decoder,
+            seed=values.seed, command=shlex.join(["caddf", "generate", *arguments]),
+        )  # fmt: skip
+    else:
+        last = display.watch(frames, values.show)
     if values.json:
         results = last.results()
         print(json.dumps(results[0] if len(results) == 1 else results))
@@ -315,7 +352,7 @@ def _info(parser: ArgumentParser, arguments: list[str]) -> int:
     elif any(argument.startswith(("--model.", "--vocab-size", "--config")) for argument in arguments):
         raise InputError(f"run is {values.run}, beside settings of a model; a run has its own: give one or the other")
     else:
-        about = load_model_config(model_folder(values.run))
+        about = describe_folder(model_folder(values.run))
     with torch.device("meta"):
         model = network_of(about)
     result = {**about, **accounts(model)}
@@ -338,6 +375,23 @@ def _methods(parser: ArgumentParser, arguments: list[str]) -> int:
     return 0
 
 
+def _benchmark(
+    settings: type, measure: Callable[[Any, Console], Results]
+) -> Callable[[ArgumentParser, list[str]], int]:
+    """A verb that measures, leaves a folder of results and prints its table."""
+
+    def run(parser: ArgumentParser, arguments: list[str]) -> int:
+        _json_option(parser)
+        add_options(parser, settings)
+        values = parse(parser, arguments)
+        results = measure(settings(**options(settings, values)), Console(stderr=True))
+        text = json.dumps(results.values) + "\n" if values.json else results.markdown.read_text(encoding="utf-8")
+        print(text, end="")
+        return 0
+
+    return run
+
+
 def _reproduce(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("table", type=str, help=" or ".join(TABLES))
     add_options(parser, ReproduceSettings)
@@ -347,6 +401,49 @@ def _reproduce(parser: ArgumentParser, arguments: list[str]) -> int:
     out = reproduce(values.table, settings, Console(stderr=True))
     if (out / "table.md").exists():
         print((out / "table.md").read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _export(parser: ArgumentParser, arguments: list[str]) -> int:
+    add = parser.add_argument
+    add("model", type=str, help="a run (its latest checkpoint), one of its checkpoints, or a model folder")
+    add("--out", type=str, required=True, help="the new model folder")
+    add("--evaluations", type=str, nargs="+", metavar="FILE",
+        help="results of caddf evaluate --json, whose perplexities the card shows")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace the folder, if it is there")
+    add_options(parser, ExportSettings, skip=("out", "evaluations", "overwrite"))
+    values = parse(parser, arguments)
+    values.evaluations = tuple(values.evaluations or ())
+    out = export(values.model, ExportSettings(**options(ExportSettings, values)))
+    print(f"{out}: {(out / 'model.safetensors').stat().st_size / 1e6:.1f} MB of weights", flush=True)
+    return 0
+
+
+def _samples(parser: ArgumentParser, arguments: list[str]) -> int:
+    add = parser.add_argument
+    add("--models", type=str, required=True, help="NAME=RUN,... or a folder of runs; the first sets the unit of cost")
+    add("--prompt", type=str, action="append", required=True, help="text to continue; again for more")
+    add("--out", type=str, default="results/samples", help="folder of samples.json")
+    add_options(parser, SamplesSettings, skip=("models",))
+    values = parse(parser, arguments)
+    settings = SamplesSettings(**options(SamplesSettings, values))
+    check_seed(settings.seed)
+    samples = collect_samples(values.prompt, settings, Console(stderr=True))
+    out = Path(values.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(out / "samples.json", {**samples, "command": shlex.join(["caddf", "samples", *arguments])})
+    print(out / "samples.json")
+    return 0
+
+
+def _report(parser: ArgumentParser, arguments: list[str]) -> int:
+    parser.add_argument("results", type=str, help="a folder of result files, at any depth")
+    parser.add_argument("-o", "--out", type=str, default="report.html", help="the page")
+    values = parse(parser, arguments)
+    shown = report(Path(values.results), Path(values.out))
+    for link, why in shown.unread.items():
+        print(f"not shown: {link}: {why}", file=sys.stderr)
+    print(values.out)
     return 0
 
 
@@ -365,7 +462,46 @@ VERBS = {
         "continue a prompt, or fill the holes of a template",
         _generate,
     ),
+    "benchmark decode": Verb(
+        "[OPTIONS]",
+        "tokens a second, passes, caches and memory of every decoder, and what the text is worth",
+        _benchmark(benchmarks.DecodeSettings, benchmarks.decode),
+    ),
+    "benchmark train": Verb(
+        "[OPTIONS]",
+        "a training step against plain PyTorch with full logits: speed and memory",
+        _benchmark(benchmarks.TrainSettings, benchmarks.train),
+    ),
+    "benchmark scaling": Verb(
+        "[OPTIONS]",
+        "cost of a token against the length of the context",
+        _benchmark(benchmarks.ScalingSettings, benchmarks.scaling),
+    ),
+    "benchmark pareto": Verb(
+        "--models RUNS --prompts SET --judge RUN [OPTIONS]",
+        "speed against quality, every decoder at several values of its knob",
+        _benchmark(benchmarks.ParetoSettings, benchmarks.pareto),
+    ),
+    "benchmark steps": Verb(
+        "--models RUNS --data SET [OPTIONS]",
+        "denoising steps that a perplexity takes, with and without the causal branch",
+        _benchmark(benchmarks.StepsSettings, benchmarks.steps),
+    ),
+    "benchmark acceptance": Verb(
+        "--models RUNS --data SET [OPTIONS]",
+        "drafts that stand, by place, temperature, target and training step",
+        _benchmark(benchmarks.AcceptanceSettings, benchmarks.measure_acceptance),
+    ),
     "reproduce": Verb("TABLE [OPTIONS]", "the paper's tables: trains and evaluates what is missing", _reproduce),
+    "export": Verb(
+        "MODEL --out FOLDER [OPTIONS]", "a model folder to be shipped: rounded weights, and a model card", _export
+    ),
+    "samples": Verb(
+        "--models RUNS --prompt TEXT [OPTIONS]",
+        "text of every method and decoder at equal cost, for the report",
+        _samples,
+    ),
+    "report": Verb("RESULTS [-o FILE]", "one page: tables, curves, samples and recordings of result files", _report),
     "methods": Verb("[--json]", "what can be trained: objective, likelihood, sampler and source", _methods),
     "info": Verb("[RUN] [OPTIONS]", "parameters, floating-point operations and memory of a model", _info),
 }

@@ -117,6 +117,9 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
         f"{result['tokens']:,} tokens in {result['windows']} windows of {result['split']}, "
         f"{result['samples']} Monte-Carlo samples a window",
     )
+    choices = ("length", "stride", "documents", "eos", "bos", "closed", "tail")
+    protocol = result["protocol"]
+    _line(console, f"protocol {protocol['name']}: {', '.join(f'{name} {protocol[name]}' for name in choices)}")
 
 
 def canvas(snapshot: Snapshot) -> Text:

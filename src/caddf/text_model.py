@@ -14,11 +14,13 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from caddf.checkpoint import atomic_folder, load_model_config, load_state, save_model
+from caddf.compile import compiled
 from caddf.errors import InputError
 from caddf.evaluation.suite import Bound
 from caddf.experiment import METHODS, Method, Network, network_of
 from caddf.models.backbone import DualBranch
 from caddf.models.published import Published, causal_state, recognise
+from caddf.quantise import Quantisation, quantised
 from caddf.tokenizer import Tokenizer
 
 DType = Literal["float32", "bfloat16", "float64"]
@@ -95,11 +97,15 @@ class TextModel:
         *,
         device: str | torch.device = "cpu",
         dtype: DType | torch.dtype = "float32",
+        quantize: Quantisation | None = None,
+        compile: bool = False,
         revision: str | None = None,
         token: str | None = None,
     ) -> TextModel:
         """A model from a run (its latest checkpoint), a model folder, or a repository of the hub, ready to be read.
 
+        `quantize` makes it one of int8 weights, for decoding on CPUs (`caddf.quantise`), which can no more be saved;
+        `compile` compiles what reads left to right over caches, at its first use (`caddf.compile`).
         GPT-2, SEDD, RADD and MDLM are read as their authors published them (`caddf.models.published`).
         Raises `InputError` where there is none, or it is truncated, foreign, or of another version.
         """
@@ -117,6 +123,10 @@ class TextModel:
         else:
             model.load_state_dict(published.state(folder))
         model.to(resolve_device(device)).eval().requires_grad_(False)
+        if quantize is not None:
+            model = quantised(model, quantize)
+        if compile:
+            model = compiled(model)
         return cls(model, tokenizer, {key: value for key, value in about.items() if key != "model"})
 
 

@@ -1,0 +1,157 @@
+"""`caddf export`: a run as a model folder to be shipped, its weights rounded, with a card that says what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from caddf.checkpoint import Weights, atomic_folder, read_json, rounded, save_model, write_text_atomic
+from caddf.data import TokenSet
+from caddf.errors import InputError
+from caddf.evaluation import EvaluationConfig
+from caddf.experiment import METHODS, ModelSettings
+from caddf.models.accounts import accounts
+from caddf.reproduce.tables import EXACT, named
+from caddf.running import OWN, SETTINGS, RunSettings, ValidationSettings
+from caddf.scoring import evaluate
+from caddf.text_model import TextModel, load, model_folder
+from caddf.training import TrainConfig
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is written, and what its card says that no file knows.
+
+    out: the new model folder.
+    dtype: of the weights on disk. bfloat16 and int8 (a scale for each output) round them; all are read as float32.
+    evaluations: results of caddf evaluate --json whose perplexities the card shows.
+    data: a token set, on which the card says what rounding changes.
+    windows: of that token set.
+    data_licence: of the training data, as in "public domain (US)".
+    licence: of the weights.
+    note: a sentence about the model, for the card's first lines.
+    overwrite: replace the folder, if it is there.
+    """
+
+    out: str
+    dtype: Weights = "bfloat16"
+    evaluations: tuple[str, ...] = ()
+    data: str | None = None
+    windows: int = 32
+    data_licence: str = "not stated"
+    licence: str = "Apache-2.0"
+    note: str = ""
+    overwrite: bool = False
+
+
+def export(source: str, settings: ExportSettings) -> Path:
+    """Writes the model folder, whole or not at all, and returns it.
+
+    `source` is a run (its latest checkpoint), one of its checkpoints, or a model folder. Raises `InputError` where it
+    is none, an evaluation is none, or the folder is there.
+    """
+    out, folder = Path(settings.out), model_folder(source)
+    if not settings.overwrite and out.exists():
+        raise InputError(f"out is {out}, which exists; give a new folder, or --overwrite to replace it")
+    if settings.windows < 1:
+        raise InputError(f"windows is {settings.windows}; it must be 1 or more")
+    tables = [_evaluation(Path(file)) for file in settings.evaluations]
+    data = None if settings.data is None else TokenSet.open(settings.data)
+    model = load(folder)
+    before = None if data is None else _measured(model, data, settings.windows)
+    with atomic_folder(out, replace=settings.overwrite) as partial:
+        about = {**model.about, "model": model.model.config.to_dict()}
+        save_model(partial, rounded(model.model.state_dict(), settings.dtype), about)
+        model.tokenizer.save(partial)
+        changes = []
+        if data is not None and before is not None:
+            after = _measured(load(partial), data, settings.windows)
+            changes = [{"name": name, "before": was, "after": after[name]} for name, was in before.items()]
+        facts = _facts(model, folder) | {"size": (partial / "model.safetensors").stat().st_size}
+        facts |= {"name": out.name, "settings": settings, "evaluations": tables, "changes": changes}
+        templates = Environment(loader=PackageLoader("caddf"), trim_blocks=True, keep_trailing_newline=True)
+        write_text_atomic(partial / "README.md", templates.get_template("model_card.md").render(facts))
+    return out
+
+
+def _measured(model: TextModel, data: TokenSet, windows: int) -> dict[str, float]:
+    """Perplexities on some windows: of the same text, with the same noise, each time."""
+    split = "test" if "test" in data.manifest["splits"] else "validation"
+    settings = EvaluationConfig(samples=2, max_windows=windows, anchors=(), nfe=(), paths=0)
+    likelihoods = evaluate(model, data, split=split, settings=settings)["likelihoods"]
+    return {name: cell["ppl"] for name, cell in named(likelihoods)}
+
+
+def _evaluation(file: Path) -> Values:
+    """A file of `caddf evaluate --json`, and what it is called."""
+    values = read_json(file)
+    if not isinstance(values.get("likelihoods"), dict):
+        raise InputError(
+            f"evaluations holds {file}, without likelihoods; caddf evaluate RUN --data SET --json makes one"
+        )
+    rows = [{"name": name, "exact": name in EXACT, **cell} for name, cell in named(values["likelihoods"])]
+    return {
+        "title": Path(values["data"]).name if "data" in values else file.stem,
+        "model": Path(values["model"]).name if "model" in values else "",
+        "split": values.get("split", "test"),
+        "windows": values["windows"],
+        "rows": rows,
+    }
+
+
+def _facts(model: TextModel, folder: Path) -> Values:
+    """What the files in and about `folder` say of the model: its sizes, and, of a run, how it was trained."""
+    run, progress = folder.parent.parent, folder / "training.json"
+    trained = RunSettings.load(run) if (run / SETTINGS).is_file() else None
+    return {
+        "model": model,
+        "method": model.method,
+        "accounts": accounts(model.model),
+        "progress": read_json(progress) if progress.is_file() else None,
+        "data": None if trained is None else _training_data(Path(trained.data)),
+        "command": None if trained is None else training_command(trained),
+    }
+
+
+def _training_data(folder: Path) -> Values | None:
+    """The training split of a token set, where that is still there."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    split: Values = TokenSet.open(folder).manifest["splits"]["train"]
+    source = split["source"]
+    return {**split, "source": source if ":" in source else Path(source).name}  # a path says where, not what
+
+
+def training_command(settings: RunSettings) -> str:
+    """The `caddf train` that starts such a run: every setting that is not the default."""
+    method = METHODS[settings.method]
+    objective = {**{each.name: each.default for each in dataclasses.fields(method.settings)}, **method.defaults}
+    sections = {
+        "model": (settings.model, dataclasses.asdict(ModelSettings())),
+        "objective": (settings.objective, objective),
+        "train": (settings.train, dataclasses.asdict(TrainConfig())),
+        "validation": (settings.validation, dataclasses.asdict(ValidationSettings())),
+    }
+    words = ["caddf", "train", "--config", settings.method, "--data", Path(settings.data).name, "--out", "RUN"]
+    plain = dataclasses.asdict(RunSettings(settings.data))
+    words += _changed({name: getattr(settings, name) for name in ("init_from", "dtype", "seed")}, plain, "")
+    for name, (given, defaults) in sections.items():
+        values = {key: value for key, value in dataclasses.asdict(given).items() if key not in OWN}
+        words += _changed(values, defaults, f"{name}.")
+    return shlex.join(words)
+
+
+def _changed(given: Values, defaults: Values, prefix: str) -> Iterator[str]:
+    """The options by which `given` differs from the defaults."""
+    for name, value in given.items():
+        if value != defaults[name]:
+            yield from (f"--{prefix}{name}", json.dumps(value).strip('"'))

@@ -1,0 +1,223 @@
+"""The pieces that tables are made of: token sets, runs, evaluations and decodings; each has its place and its maker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from caddf.benchmarks import DecodeSettings, decode
+from caddf.checkpoint import read_json, write_json_atomic
+from caddf.data import TokenSet, prepare
+from caddf.evaluation import EvaluationConfig
+from caddf.experiment import METHODS, ModelSettings, Size
+from caddf.models.accounts import accounts
+from caddf.running import RunSettings, ValidationSettings, resume, start
+from caddf.scoring import evaluate
+from caddf.text_model import load
+from caddf.training import TrainConfig
+
+SETS = {
+    "prolong": "ProLong",
+    "wikitext2": "WikiText2",
+    "json-mode-eval": "CFG",
+    "wikitext103": "WikiText103",
+    "c4": "C4",
+    "fineweb": "FineWeb",
+}
+CONTEXT = 1024
+"""Longest rows that are decoded (Table 3: 1024, of which half are new); models of a shorter context take all of it."""
+
+
+@dataclass(frozen=True)
+class ReproduceSettings:
+    """A table, and what it costs.
+
+    scale: the size of the models.
+    data_root: folder of local copies of the data sets; not set, they come from the hub.
+    work: folder of token sets, runs, evaluations and decodings, which later calls go on from.
+    out: folder of the table; not set, results/TABLE-SCALE.
+    training_set: what the methods are trained on.
+    methods: a comma-separated choice of the table's methods; not set, all of them (of table3, six).
+    steps: updates of each method; not set, the preset's.
+    batch_size: rows of an update; not set, the preset's.
+    windows: scored per data set, the same for every method.
+    samples: Monte-Carlo samples per window and bound.
+    prompts: the data set whose text is continued (table3, table4).
+    judge: a run or model folder that reads left to right, by which generated text is scored (table3); not set, the
+        table's own GPT-2, which flatters its own text.
+    batch: rows decoded together, as in 1,8; each size is measured (table3, table4).
+    repeats: rounds in which every decoder runs once (table3, table4).
+    only: do the data, training, evaluation or decoding part alone; the table is written from what is there.
+    device: auto (a GPU where there is one), cpu, cuda or mps.
+    seed: of the weights, the order of the data, and all draws.
+    """
+
+    scale: Size = "demo"
+    data_root: str | None = None
+    work: str = "runs/reproduce"
+    out: str | None = None
+    training_set: str = "books"
+    methods: str | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    windows: int = 200
+    samples: int = 8
+    prompts: str = "prolong"
+    judge: str | None = None
+    batch: str = "1,8"
+    repeats: int = 5
+    only: Literal["all", "data", "train", "evaluate", "decode", "table"] = "all"
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained: a method, with changes to its model (`ModelSettings`) that keep its number of parameters.
+
+    name: of its run and its evaluations.
+    """
+
+    name: str
+    method: str
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work: done if `product` exists. `do` is False if it was interrupted."""
+
+    about: str
+    product: Path
+    kind: str
+    do: Callable[[Console], bool]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where the pieces lie, and how each is made; those of one scale and seed are shared by all tables."""
+
+    settings: ReproduceSettings
+
+    @property
+    def folder(self) -> Path:
+        """Of all pieces of this scale."""
+        return Path(self.settings.work) / self.settings.scale
+
+    def run(self, variant: Variant) -> Path:
+        """The folder of a run."""
+        return self.folder / "runs" / f"{variant.name}-{self.settings.seed}"
+
+    def evaluation(self, variant: Variant, name: str) -> Path:
+        """The file of an evaluation on one data set."""
+        return self.folder / "evaluations" / f"{variant.name}-{self.settings.seed}" / f"{name}.json"
+
+    def decoding(self, contest: str) -> Path:
+        """The folder of what `benchmark decode` leaves."""
+        return self.folder / "decode" / f"{contest}-{self.settings.seed}"
+
+    def trained(self, variant: Variant) -> dict[str, Any]:
+        """Steps, tokens, batch, learning rate and seconds of a run that is done."""
+        return read_json(self.run(variant) / "done.json")
+
+    # Jobs.
+
+    def prepare(self, *names: str) -> Iterator[Job]:
+        """The training set, whose tokenizer all have, and then the data sets `names`."""
+        train = self.settings.training_set
+        product = self.folder / "data" / "train"
+        yield Job(f"prepare {train}", product, "data", partial(self._prepare_training_set, product))
+        for name in names:
+            product = self.folder / "data" / name
+            yield Job(f"prepare {name}", product, "data", partial(self._prepare, name, product))
+
+    def train(self, variant: Variant) -> Job:
+        """A run, on the same tokens in the same order for every variant."""
+        product = self.run(variant) / "done.json"
+        return Job(f"train {variant.name}", product, "train", partial(self._train, variant, product))
+
+    def evaluate(self, variant: Variant, name: str) -> Job:
+        """Every likelihood, bound and accuracy on one data set."""
+        product = self.evaluation(variant, name)
+        about = f"evaluate {variant.name} on {name}"
+        return Job(about, product, "evaluate", partial(self._evaluate, variant, name, product))
+
+    def decode(self, contest: str, variants: dict[str, Variant], **settings: Any) -> Job:
+        """All of `variants`, by name, in turns on one machine; interrupted, it goes on with what is not measured."""
+        product = self.decoding(contest) / "decode.md"  # written once all is measured
+        about = f"decode with {', '.join(variants)}"
+        return Job(about, product, "decode", partial(self._decode, variants, product.parent, settings))
+
+    # How they are done.
+
+    def _prepare_training_set(self, product: Path, console: Console) -> bool:
+        given = self.settings
+        tokenizer = ModelSettings(given.scale).preset.tokenizer
+        prepare(product, input=given.training_set, tokenizer=tokenizer, data_root=given.data_root, seed=given.seed)
+        return True
+
+    def _prepare(self, name: str, product: Path, console: Console) -> bool:
+        tokenizer = str(self.folder / "data" / "train")
+        prepare(product, test=name, tokenizer=tokenizer, data_root=self.settings.data_root)
+        return True
+
+    def _train(self, variant: Variant, product: Path, console: Console) -> bool:
+        run = self.run(variant)
+        result = resume(run, console) if run.exists() else start(self._run_settings(variant), run, console)
+        if not result.interrupted:
+            resolved = RunSettings.load(run).train.resolved(ModelSettings(self.settings.scale).preset)
+            about = {"steps": result.step, "tokens": result.tokens, "batch_size": resolved.batch_size}
+            write_json_atomic(product, {**about, "learning_rate": resolved.learning_rate, "seconds": result.elapsed})
+        return not result.interrupted
+
+    def _run_settings(self, variant: Variant) -> RunSettings:
+        given, method, data = self.settings, METHODS[variant.method], self.folder / "data" / "train"
+        model = ModelSettings(given.scale)
+        if variant.model:
+            vocab_size = TokenSet.open(data).tokenizer.vocab_size
+            model = ModelSettings(given.scale, match=model.parameters(vocab_size), **variant.model)
+        return RunSettings(
+            data=str(data),
+            method=variant.method,
+            device=given.device,  # type: ignore[arg-type]
+            seed=given.seed,
+            model=model,
+            objective=method.settings(**method.defaults),
+            train=TrainConfig(steps=given.steps, batch_size=given.batch_size, sample_every=0, tensorboard=False),
+            validation=ValidationSettings(windows=64),
+        )
+
+    def _evaluate(self, variant: Variant, name: str, product: Path, console: Console) -> bool:
+        given = self.settings
+        model = load(self.run(variant), device=given.device)
+        measured = EvaluationConfig(
+            samples=given.samples, max_windows=given.windows, nfe=(), paths=0, seed=given.seed
+        )  # fmt: skip
+        evaluated = evaluate(model, TokenSet.open(self.folder / "data" / name), split="test", settings=measured)
+        product.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(product, {**evaluated, "accounts": accounts(model.model)})
+        return True
+
+    def _decode(self, variants: dict[str, Variant], out: Path, settings: dict[str, Any], console: Console) -> bool:
+        given = self.settings
+        context = min(CONTEXT, ModelSettings(given.scale).length)
+        whole = DecodeSettings(
+            models=",".join(f"{name}={self.run(variant)}" for name, variant in variants.items()),
+            prompts=str(self.folder / "data" / given.prompts),
+            context=context,
+            new_tokens=context // 2,
+            batch=given.batch,
+            repeats=given.repeats,
+            windows=given.windows,
+            device=given.device,
+            seed=given.seed,
+            out=str(out),
+            **settings,
+        )
+        decode(whole, console)
+        return True

@@ -1,0 +1,225 @@
+"""What is shipped: rounded weights are read as exactly the numbers they stand for, and the card says what they are."""
+
+import json
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import caddf
+from caddf.checkpoint import SCALES, load_state, restored, rounded, save_model
+from caddf.cli import main
+from caddf.errors import InputError
+from caddf.experiment import METHODS, ModelSettings
+from caddf.export import ExportSettings, export, training_command
+from caddf.quantise import WEIGHT_LEVELS, QuantisedLinear, quantised
+from caddf.running import RunSettings, start
+from caddf.training import TrainConfig
+
+SHIPPED = sorted((Path(__file__).parent.parent / "checkpoints").glob("*/config.json"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A small run, its data, and an evaluation of it."""
+    folder = tmp_path_factory.mktemp("export")
+    text = "".join(f"Line {i} of a text that repeats itself, {i % 5} times.\n\n" for i in range(300))
+    (folder / "text.txt").write_text(text)
+    caddf_data = ["data", "prepare", "--input", str(folder / "text.txt"), "--tokenizer", "bpe:400"]
+    assert main([*caddf_data, "--out", str(folder / "data")]) == 0
+    method = METHODS["caddf-lambda-dce"]
+    settings = RunSettings(
+        data=str(folder / "data"),
+        device="cpu",
+        seed=3,
+        model=ModelSettings("debug", block_size=4),
+        objective=method.settings(**method.defaults),
+        train=TrainConfig(steps=12, batch_size=4, sample_every=0, tensorboard=False),
+    )
+    start(settings, folder / "run", Console(quiet=True))
+    evaluated = caddf.evaluate(caddf.load(folder / "run"), folder / "data", split="test")
+    values = {"model": str(folder / "run"), "data": str(folder / "data"), "split": "test", **evaluated}
+    (folder / "evaluation.json").write_text(json.dumps(values))
+    return folder
+
+
+# The numbers.
+
+
+def some_state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    matrix = torch.randn(7, 33) * torch.logspace(-6, 4, 7)[:, None]
+    matrix[3] = 0.0
+    return {"matrix": matrix, "bias": torch.randn(7), "ids": torch.arange(5)}
+
+
+def test_int8_is_the_nearest_of_its_numbers_and_is_read_bit_for_bit():
+    state = some_state()
+    kept = rounded(state, "int8")
+    assert {name: tensor.dtype for name, tensor in kept.items()} == {
+        "matrix": torch.int8,
+        "matrix" + SCALES: torch.float32,
+        "bias": torch.float32,
+        "ids": torch.int64,
+    }
+    integers, scales = kept["matrix"], kept["matrix" + SCALES]
+    assert integers.abs().amax(1).tolist() == [WEIGHT_LEVELS] * 3 + [0] + [WEIGHT_LEVELS] * 3
+    read = restored(Path("x"), kept)
+    assert read.keys() == state.keys()
+    by_hand = [[float(i) * float(s) for i in row] for row, s in zip(integers, scales, strict=True)]
+    assert torch.equal(read["matrix"], torch.tensor(by_hand, dtype=torch.float64).float())
+    assert ((read["matrix"] - state["matrix"]).abs() <= 0.5001 * scales[:, None]).all()
+    assert torch.equal(read["bias"], state["bias"]) and torch.equal(read["ids"], state["ids"])
+
+
+def test_rounding_what_was_rounded_changes_nothing():
+    for weights in ("bfloat16", "int8"):
+        once = restored(Path("x"), rounded(some_state(), weights))
+        twice = restored(Path("x"), rounded(once, weights))
+        assert all(torch.equal(once[name].float(), twice[name].float()) for name in once)
+
+
+def test_int8_inference_has_the_integers_that_are_shipped():
+    read = restored(Path("x"), kept := rounded(some_state(), "int8"))
+    weight = torch.ops.quantized.linear_unpack(QuantisedLinear(read["matrix"]).packed)[0]
+    assert torch.equal(weight.int_repr(), kept["matrix"])
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_a_module_gets_the_numbers_on_disk_in_its_own_type(tmp_path, weights, kind):
+    torch.manual_seed(0)
+    model, dtype = nn.Linear(9, 4), getattr(torch, kind)
+    save_model(tmp_path, rounded(model.state_dict(), weights), {"model": {}})
+    load_state(other := nn.Linear(9, 4).to(dtype), tmp_path)
+    kept = load_file(tmp_path / "model.safetensors")
+    numbers = kept["weight"].float()
+    if weights == "int8":
+        numbers = numbers * kept["weight" + SCALES][:, None]
+    assert torch.equal(other.weight, numbers.to(dtype)) and torch.equal(other.bias, kept["bias"].to(dtype))
+    if weights == "bfloat16":
+        assert torch.equal(kept["weight"], model.weight.bfloat16())
+
+
+@pytest.mark.parametrize("scales", [None, torch.ones(3), torch.ones(4, dtype=torch.float64), torch.ones(4, 1)])
+def test_int8_without_its_scales_is_refused(tmp_path, scales):
+    tensors = {"weight": torch.ones(4, 9, dtype=torch.int8), "bias": torch.zeros(4)}
+    if scales is not None:
+        tensors["weight" + SCALES] = scales
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors holds weight in int8 and no float32 scale for each row"):
+        load_state(nn.Linear(9, 4), tmp_path)
+
+
+# The folder.
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_an_exported_model_is_the_run_but_for_rounding(place, tmp_path, weights):
+    run = caddf.load(place / "run")
+    shipped = caddf.load(export(str(place / "run"), ExportSettings(str(tmp_path / "model"), weights)))
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert shipped.about == run.about and shipped.tokenizer.fingerprint == run.tokenizer.fingerprint
+    expected = restored(Path("x"), rounded(run.model.state_dict(), weights))
+    for name, tensor in shipped.model.state_dict().items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+    ppl, near = (
+        caddf.evaluate(model, place / "data", split="test")["likelihoods"]["block"]["ppl"] for model in (run, shipped)
+    )
+    assert abs(near / ppl - 1) < {"float32": 1e-12, "bfloat16": 0.002, "int8": 0.01}[weights]
+    sizes = {"float32": 4, "bfloat16": 2, "int8": 1.2}
+    parameters = run.model.parameter_counts()["total"]
+    overhead = 64 * 1024  # names, shapes, and in int8 all that is no matrix
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size <= sizes[weights] * parameters + overhead
+    again = tmp_path / "again"
+    shipped.save_pretrained(again)
+    assert all(torch.equal(a, b) for a, b in zip(
+        caddf.load(again).model.state_dict().values(), shipped.model.state_dict().values(), strict=True))  # fmt: skip
+
+
+def test_int8_can_be_read_for_int8_inference(place, tmp_path):
+    out = export(str(place / "run"), ExportSettings(str(tmp_path / "model"), "int8"))
+    whole, small = caddf.load(out), caddf.load(out, quantize="int8")
+    kept = load_file(out / "model.safetensors")
+    weight = torch.ops.quantized.linear_unpack(small.model.fusion.cross.query.packed)[0]
+    assert torch.equal(weight.int_repr(), kept["fusion.cross.query.weight"])
+    assert type(small.model) is type(quantised(whole.model, "int8"))
+
+
+def test_the_card_says_what_is_known(place, tmp_path):
+    arguments = ["export", str(place / "run"), "--out", str(tmp_path / "a-name"), "--dtype", "int8"]
+    arguments += ["--evaluations", str(place / "evaluation.json"), "--data", str(place / "data"), "--windows", "4"]
+    assert main([*arguments, "--data-licence", "public domain", "--note", "Trained for a test."]) == 0
+    card = (tmp_path / "a-name" / "README.md").read_text()
+    assert card.startswith("---\n") and card.endswith("\n") and "\n# a-name\n\nTrained for a test.\n" in card
+    manifest = json.loads((place / "data" / "manifest.json").read_text())["splits"]["train"]
+    evaluated = json.loads((place / "evaluation.json").read_text())["likelihoods"]
+    block, diffusion = evaluated["block"], evaluated["diffusion"]
+    for said in (
+        "`caddf-lambda-dce`: lambda-dce",
+        "`debug`, ",
+        "int8 with a float32 scale for each output",
+        f"{manifest['tokens']:,} tokens",
+        "licence: public domain |",
+        "12 steps, 1,536 tokens",
+        f"| block | {block['ppl']:.2f} ± {block['ppl'] * block['standard_error']:.2f} | {block['nll']:.4f} |",
+        f"| diffusion, bound | {diffusion['ppl']:.2f} ±",
+        "## What int8 changes",
+        "caddf train --config caddf-lambda-dce --data data --out RUN --seed 3 ",
+        "licence of the weights | Apache-2.0 |",
+    ):
+        assert said in card, said
+    assert "truncated" not in card and str(place) not in card
+    assert main([*arguments]) == 2
+    assert main([*arguments, "--overwrite"]) == 0
+    assert "Trained for a test." not in (tmp_path / "a-name" / "README.md").read_text()
+
+
+def test_the_training_command_starts_the_same_run(place, tmp_path, monkeypatch):
+    command = shlex.split(training_command(RunSettings.load(place / "run")))
+    monkeypatch.chdir(place)
+    command[command.index("RUN")] = str(tmp_path / "run")
+    assert main([*command[1:], "--device", "cpu"]) == 0
+    one, other = (caddf.load(run).model.state_dict() for run in (place / "run", tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_folder_that_is_no_run_is_exported_without_its_training(place, tmp_path):
+    caddf.load(place / "run").save_pretrained(tmp_path / "model")
+    out = export(str(tmp_path / "model"), ExportSettings(str(tmp_path / "shipped")))
+    card = (out / "README.md").read_text()
+    assert "Trained with" not in card and "steps" not in card and "| training data | licence: not stated |" in card
+
+
+def test_what_cannot_be_exported_is_said_and_leaves_nothing(place, tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(InputError, match=r"other\.json, without likelihoods"):
+        export(str(place / "run"), ExportSettings(str(tmp_path / "m"), evaluations=(str(tmp_path / "other.json"),)))
+    with pytest.raises(InputError, match="windows is 0"):
+        export(str(place / "run"), ExportSettings(str(tmp_path / "m"), windows=0))
+    with pytest.raises(InputError, match=r"out is .*run, which exists"):
+        export(str(place / "run"), ExportSettings(str(place / "run")))
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.parent.name)
+def test_what_is_shipped_is_small_and_loads_at_once(config):
+    """The fastest of three, since other work on the machine only ever slows it down."""
+    folder, seconds = config.parent, []
+    assert (folder / "model.safetensors").stat().st_size <= 40_000_000
+    for _ in range(3):
+        begun = time.perf_counter()
+        caddf.load(folder)
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 2
+    assert {"README.md", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
