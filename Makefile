@@ -14,9 +14,9 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hub,dev]'
 	@touch $@
 
-# What only the tests of the harness adapter need, and half a minute of set-up.
-.venv/lm-eval: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'lm-eval>=0.4.10'
+# What only tests need, and half a minute of set-up: benchmarks against transformers, the harness adapter.
+.venv/extras: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,lm-eval]'
 	@touch $@
 
 # Writes with the model that is shipped; where there is none, with one that is trained first.
@@ -41,7 +41,7 @@ demo-train: setup
 	$(CADDF) generate demo/run --prompt 'def __init__(self, ' --max-new-tokens 96 --temperature 0.7 --show
 	$(CADDF) generate demo/run --template 'def read(self, path):[MASK:24]return data' --decoder ancestral --steps 8 --show
 
-test: setup lint .venv/lm-eval
+test: setup lint .venv/extras
 	$(BIN)/pytest -q -n 2
 
 lint: setup
