@@ -12,6 +12,7 @@ from caddf.interface import Block
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
+from caddf.models.layers import head_log_probs, logits_of
 
 V, T, K = 11, 24, 4
 ROWS, ODDS = 2000, 1e-6
@@ -128,6 +129,17 @@ def test_gpt2_positions_last_to_the_end_of_the_context_in_a_ragged_batch():
     together = last(Autoregressive()(model, task(model, PROMPTS)))
     alone = last(Autoregressive()(model, task(model, PROMPTS[:1])))
     assert torch.equal(together.tokens[0], alone.tokens[0]) and (together.tokens < V).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9])
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_of_few_states_are_those_of_many_up_to_rounding(n, bias):
+    torch.manual_seed(0)
+    states, table, b = torch.randn(n, 96), torch.randn(301, 96), torch.randn(301) if bias else None
+    exact = states.double() @ table.double().T + (0 if b is None else b.double())
+    torch.testing.assert_close(logits_of(states, table, b).double(), exact, rtol=1e-5, atol=2e-5)
+    log_p = head_log_probs(states, table, b)
+    assert log_p.is_contiguous() and torch.allclose(log_p.double(), exact.log_softmax(-1), rtol=0, atol=5e-5)
 
 
 def test_draws_by_inverse_cdf_never_fall_on_what_is_impossible():

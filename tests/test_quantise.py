@@ -1,19 +1,30 @@
 """Int8 weights: what is computed, how near it is to the model, and that decoders stay exact for it."""
 
 import copy
+import dataclasses
+import json
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
+from caddf import TextModel, generate, load
+from caddf.benchmarks import DecodeSettings, decode
+from caddf.benchmarks.trial import weights_held, weights_read
 from caddf.categorical import RowGenerators, Warp
+from caddf.cli import main
+from caddf.data import prepare
 from caddf.decoding import Autoregressive, Speculative, Task
 from caddf.errors import InputError
-from caddf.interface import Block
+from caddf.experiment import ModelSettings
+from caddf.interface import AnyOrder, Block
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
+from caddf.models.single import SingleBranch, SingleConfig
 from caddf.quantise import INPUT_LEVELS, WEIGHT_LEVELS, QuantisedLinear, quantised
+from caddf.tokenizer import Tokenizer
 
 V = 61
 
@@ -102,3 +113,69 @@ def test_what_cannot_be_done_is_said():
         quantised(model, "int4")
     with pytest.raises(InputError, match="it needs cpu and float32"):
         quantised(model.double(), "int8")
+
+
+def test_quantised_weights_are_read_and_held_at_their_own_size():
+    model = dual(draft="chained")
+    small, floats = quantised(model, "int8"), sum(p.numel() for p in model.parameters() if p.ndim < 2)
+    read, whole = weights_read(small, True, True), weights_read(model, True, True)
+    assert 4 * sum(read.values()) - sum(whole.values()) == 3 * 4 * floats  # norms stay as they are
+    maps = sum(p.numel() for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters())
+    heads = V * (32 + 48)  # beside the embeddings, one map for each branch's
+    assert weights_held(model) - weights_held(small) == 3 * maps - heads
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.plain_bytes()
+    network = DualBranch(ModelSettings(size="debug").dual(tokenizer.vocab_size, tokenizer.eos_id))
+    about = {"method": "caddf-lambda-dce", "objective": {}}
+    TextModel(network, tokenizer, about).save_pretrained(folder := tmp_path_factory.mktemp("quantise") / "model")
+    return folder
+
+
+def test_loaded_quantised_is_quantised_loaded(saved):
+    x = torch.arange(32)[None]
+    one, other = load(saved, quantize="int8").model, quantised(load(saved).model, "int8")
+    log_p, log_q = (m.log_probs(m(x, x, AnyOrder())[0], torch.ones_like(x, dtype=torch.bool)) for m in (one, other))
+    assert torch.equal(log_p, log_q)
+    with pytest.raises(InputError, match=r"quantize is int8 with device cpu, dtype torch.float64; it needs cpu"):
+        load(saved, quantize="int8", dtype="float64")
+
+
+def test_methods_without_quantised_weights_say_so():
+    single = SingleBranch(SingleConfig(V, 32, BranchConfig(1, 32, 2)))
+    with pytest.raises(InputError, match="quantize is int8 with a SingleBranch; it is there for the dual branch"):
+        quantised(single, "int8")
+
+
+def test_the_command_line_quantises(saved, tmp_path, capsys):
+    """Greedy text is that of the quantised model; its likelihood is near, and not the same."""
+    said = ["generate", str(saved), "--prompt", "ab", "--max-new-tokens", "12", "--temperature", "0", "--json"]
+    assert main([*said, "--device", "cpu", "--quantize", "int8"]) == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    model = load(saved, quantize="int8")
+    assert text == list(generate(model, "ab", max_new_tokens=12, temperature=0.0))[-1].text
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of {i % 7}.\n\n" for i in range(400)))
+    prepare(tmp_path / "set", input=str(tmp_path / "text.txt"), tokenizer="bytes")
+    quick = ["--samples", "1", "--anchors", "[0.5]", "--nfe", "[2]", "--paths", "0", "--max-windows", "2"]
+    nats = []
+    for given in ([], ["--quantize", "int8"]):
+        arguments = ["evaluate", str(saved), "--data", str(tmp_path / "set"), *quick, "--device", "cpu", "--json"]
+        assert main([*arguments, *given]) == 0
+        nats.append(json.loads(capsys.readouterr().out)["likelihoods"]["causal"]["nll"])
+    assert 0 < abs(nats[0] - nats[1]) < 0.01
+    assert main([*said, "--quantize", "int4"]) == 2
+    assert "quantize is int4; it must be" in capsys.readouterr().err
+
+
+def test_benchmarks_decode_quantised(tmp_path):
+    settings = DecodeSettings(
+        size="debug", methods="gpt2", context=24, new_tokens=4, batch="1", repeats=1, memory=False, device="cpu",
+        quantize="int8", out=str(tmp_path),
+    )  # fmt: skip
+    rows = decode(settings, Console(quiet=True)).values["rows"]
+    assert [row["decoder"] for row in rows] == ["autoregressive"]  # transformers has no such weights
+    with pytest.raises(InputError, match="quantize is int8 with a ScoreNetwork"):
+        decode(dataclasses.replace(settings, methods="sedd-scaled", out=str(tmp_path / "other")), Console(quiet=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -64,10 +64,15 @@ class QuantisedLinear(nn.Module):
 def quantised(model: Model, kind: Quantisation) -> Model:
     """A copy of `model` for inference whose linear maps and heads are quantised; other weights are shared with it.
 
-    Raises `InputError` for another kind, a model that is not on a CPU, or one that is not in float32.
+    Raises `InputError` for another kind, a model that is not on a CPU or not in float32, or one whose weights are read
+    otherwise than through its maps and heads: the dual branch and GPT-2 can be quantised.
     """
-    if kind != "int8":
-        raise InputError(f"quantize is {kind}; it must be int8, or not set")
+    if kind not in get_args(Quantisation):
+        raise InputError(f"quantize is {kind}; it must be {' or '.join(get_args(Quantisation))}, or not set")
+    if not hasattr(model, "readouts"):
+        raise InputError(
+            f"quantize is {kind} with a {type(model).__name__}; it is there for the dual branch and GPT-2: leave it out"
+        )
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         raise InputError(
@@ -79,8 +84,7 @@ def quantised(model: Model, kind: Quantisation) -> Model:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, QuantisedLinear(child.weight.detach(), child.bias))
-    if hasattr(copied, "readouts"):
-        _quantise_heads(cast(_Heads, copied))
+    _quantise_heads(cast(_Heads, copied))
     return copied
 
 

@@ -28,12 +28,14 @@ from caddf.benchmarks.trial import (
     task_of,
     unigram_entropy,
     warm_up,
+    weights_held,
     weights_read,
 )
 from caddf.data import TokenSet
 from caddf.decoding import Decoder, Task
 from caddf.errors import InputError
 from caddf.experiment import Size
+from caddf.quantise import Quantisation
 from caddf.text_model import DType, check_seed, load, resolve_device
 
 MEANS = (
@@ -66,6 +68,8 @@ class Conditions:
     windows: int = 8
     memory: bool = True
     dtype: DType = "float32"
+    quantize: Quantisation | None = None
+    compile: bool = False
     device: str = "auto"
     seed: int = 0
 
@@ -73,7 +77,7 @@ class Conditions:
         """The models."""
         return Roster.of(
             models=self.models, methods=self.methods, size=self.size, context=self.context, shape=self.shape,
-            device=self.device, dtype=self.dtype, seed=self.seed,
+            device=self.device, dtype=self.dtype, seed=self.seed, quantize=self.quantize, compile=self.compile,
         )  # fmt: skip
 
     def resolved(self, roster: Roster) -> Conditions:
@@ -203,7 +207,7 @@ def _measured(
     if task.tokens.device.type == "cuda":
         with allocated(task.tokens.device) as peak:
             ran = run(decoder, network, task)
-        weights = sum(p.nbytes for p in network.parameters())
+        weights = weights_held(network)
         figures: dict[str, Any] = {
             **account(network, ran, prompts.new_tokens),
             "peak": peak.most - peak.first + weights,
@@ -249,8 +253,9 @@ def _peak(given: Conditions, entrant: Entrant, size: int, rounds: list[dict[str,
 
 def resident_peak(given: Conditions, entrant: Entrant, size: int) -> int:
     """Weights, and what one decoding adds to the resident memory of this process; run it in a `fresh` one."""
+    given = dataclasses.replace(given, compile=False)  # or the compiler's own memory would count
     contestant, prompts = given.roster()[entrant.model], given.beginnings
-    weights = sum(p.nbytes for p in contestant.network.parameters())
+    weights = weights_held(contestant.network)
     decoder, task = entrant.build(contestant.network), _task(given, prompts, contestant, size, 0)
     with resident() as peak:
         run(decoder, contestant.network, task)

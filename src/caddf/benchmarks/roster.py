@@ -13,10 +13,12 @@ from typing import Any, Literal
 import torch
 
 from caddf.benchmarks.hub_gpt2 import TransformersGenerate, copyable
+from caddf.compile import compiled
 from caddf.decoding import DECODERS, Decoder
 from caddf.errors import InputError
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
 from caddf.models.config import ModelConfig
+from caddf.quantise import Quantisation, quantised
 from caddf.text_model import DType, TextModel, load, model_folder, resolve_device
 from caddf.tokenizer import Tokenizer
 
@@ -61,9 +63,16 @@ class Contestant:
     checkpoint: str | None = None
 
     @classmethod
-    def trained(cls, source: str, device: torch.device, dtype: DType) -> Contestant:
+    def trained(
+        cls,
+        source: str,
+        device: torch.device,
+        dtype: DType,
+        quantize: Quantisation | None = None,
+        compile: bool = False,
+    ) -> Contestant:
         """The latest checkpoint of a run, or a model folder; raises `InputError` where it names no method."""
-        model: TextModel = load(source, device=device, dtype=dtype)
+        model: TextModel = load(source, device=device, dtype=dtype, quantize=quantize, compile=compile)
         method = model.about.get("method")
         if method not in METHODS:
             raise InputError(f"models holds {source}, whose method is {method}; it must be one of {', '.join(METHODS)}")
@@ -87,6 +96,8 @@ class Roster:
     device: torch.device
     dtype: DType
     seed: int
+    quantize: Quantisation | None = None
+    compile: bool = False
 
     @classmethod
     def of(
@@ -100,6 +111,8 @@ class Roster:
         device: str = "auto",
         dtype: DType = "float32",
         seed: int = 0,
+        quantize: Quantisation | None = None,
+        compile: bool = False,
     ) -> Roster:
         """From settings as the command line has them; raises `InputError` for methods and runs that are not there."""
         trained = runs_of(models) if models is not None else {}
@@ -107,7 +120,7 @@ class Roster:
         for method in shown:
             if method not in METHODS:
                 raise InputError(f"methods holds {method}; it must be of {', '.join(METHODS)}")
-        return cls(trained, shown, size, context, shape, resolve_device(device), dtype, seed)
+        return cls(trained, shown, size, context, shape, resolve_device(device), dtype, seed, quantize, compile)
 
     @property
     def names(self) -> list[str]:
@@ -128,7 +141,8 @@ class Roster:
         """The model of that name."""
         if name not in self._made:
             if self.trained:
-                self._made[name] = Contestant.trained(self.trained[name], self.device, self.dtype)
+                how = (self.device, self.dtype, self.quantize, self.compile)
+                self._made[name] = Contestant.trained(self.trained[name], *how)
             else:
                 self._made[name] = Contestant(name, self._random(name))
         return self._made[name]
@@ -137,7 +151,9 @@ class Roster:
         config = untrained_config(method, self.size, self.context, self.shape)
         torch.manual_seed(self.seed)
         network = ARCHITECTURES[METHODS[method].architecture].network(config)
-        return network.to(device=self.device, dtype=getattr(torch, self.dtype)).eval().requires_grad_(False)
+        network = network.to(device=self.device, dtype=getattr(torch, self.dtype)).eval().requires_grad_(False)
+        network = network if self.quantize is None else quantised(network, self.quantize)
+        return compiled(network) if self.compile else network
 
 
 def runs_of(models: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from caddf.benchmarks.measure import now
 from caddf.benchmarks.roster import Contestant
@@ -114,15 +114,33 @@ def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
     `fused`: the causal branch's states are fused, `drafts`: the diffusion branch's own head is read. Embedding tables
     are read in a few rows alone, which count for nothing; a chain reads its head for every draft.
     """
-    counts, each = network.parameter_counts(), next(network.parameters()).element_size()
+    each = next(network.parameters()).element_size()
+    of_head = 1 if getattr(network, "readouts", {}) else each  # quantised
+
+    def size(*modules: nn.Module | None) -> int:
+        return sum(p.nbytes for module in modules if module is not None for p in module.parameters())
+
     if isinstance(network, DualBranch):
-        config = network.config
-        causal = counts["causal"] + network.vocab_size * config.causal.width if config.causal is not None else 0
-        head = (config.draft_vocab or network.vocab_size) * config.diffusion.width
-        diffusion = counts["diffusion"] + head * drafts * (network.block_size if network.chained else 1)
-        return {"causal": each * (causal + counts["fusion"] * fused), "diffusion": each * diffusion}
-    part = "causal" if isinstance(network, CausalModel) else "diffusion"
-    return {part: each * (counts[part] + network.vocab_size * network.config.branch.width)}
+        branch, config, causal = network.diffusion, network.config, 0
+        head = of_head * (config.draft_vocab or network.vocab_size) * config.diffusion.width
+        if network.causal is not None:
+            causal = size(network.causal.layers, network.causal.norm, network.fusion if fused else None)
+            causal += of_head * network.vocab_size * network.causal.config.width
+        diffusion = size(branch.layers, branch.norm, network.chain)
+        return {
+            "causal": causal,
+            "diffusion": diffusion + head * drafts * (network.block_size if network.chained else 1),
+        }
+    head = of_head * network.vocab_size * network.config.branch.width
+    if isinstance(network, CausalModel):
+        return {"causal": size(network.causal.layers, network.causal.norm) + head}
+    return {"diffusion": each * network.parameter_counts()["diffusion"] + head}
+
+
+def weights_held(network: Network) -> int:
+    """Bytes of all weights, those of quantised heads beside the embeddings that they are of."""
+    heads = {id(head): head for head in getattr(network, "readouts", {}).values()}
+    return sum(p.nbytes for module in [network, *heads.values()] for p in module.parameters())
 
 
 def bandwidth_share(read: dict[str, int], figures: dict[str, float], bandwidth: float) -> float:

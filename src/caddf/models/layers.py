@@ -23,6 +23,8 @@ KeysValues = tuple[Tensor, Tensor]
 Readout = Tensor | nn.Module
 """What makes logits of states: output embeddings `[V, D]`, or a map in their place that has a length, V."""
 LevelScale = Literal["log", "linear"]
+FEW = 8
+"""Most states whose logits a CPU makes faster as `W x^T` than as `x W^T`: float32, twice as fast for two to four."""
 
 
 def rotation(positions: Int[Tensor, "B n"] | Int[Tensor, " n"], size: int) -> Rotation:
@@ -173,7 +175,13 @@ def initialise(module: nn.Module, layers: int) -> None:
 
 def logits_of(states: Float[Tensor, "N D"], tokens: Readout, bias: Float[Tensor, " V"] | None) -> Float[Tensor, "N V"]:
     """Logits of the states, in float32 or better."""
-    logits = F.linear(states, tokens, bias) if isinstance(tokens, Tensor) else tokens(states)
+    if not isinstance(tokens, Tensor):
+        logits = tokens(states)
+    elif states.device.type == "cpu" and states.dtype == tokens.dtype == torch.float32 and 1 < len(states) <= FEW:
+        logits = torch.mm(tokens, states.t()).t()
+        logits = logits if bias is None else logits + bias
+    else:
+        logits = F.linear(states, tokens, bias)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
