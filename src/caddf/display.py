@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -64,7 +65,7 @@ def bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 def token_set(console: Console, data: TokenSet) -> None:
     """What a token set holds."""
     table = Table(
-        "split", "documents", "tokens", "bytes", "bytes/token", title=f"{data.folder} ({data.tokenizer.name})"
+        "split", "documents", "tokens", "bytes", "bytes/token", title=escape(f"{data.folder} ({data.tokenizer.name})")
     )
     for name, split in data.manifest["splits"].items():
         counts = [f"{split[key]:,}" for key in ("documents", "tokens", "bytes")]
@@ -192,5 +193,5 @@ def methods(console: Console, rows: dict[str, dict[str, str]]) -> None:
     """Every method, with its objective, likelihood, sampler and source."""
     table = Table("method", *next(iter(rows.values())))
     for name, row in rows.items():
-        table.add_row(name, *row.values())
+        table.add_row(name, *map(escape, row.values()))
     console.print(table)
