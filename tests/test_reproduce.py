@@ -68,6 +68,13 @@ def jobs(monkeypatch):
     return done
 
 
+@pytest.fixture
+def made(settings):
+    """A table that was made, with its settings."""
+    small = with_methods(settings, "gpt2")
+    return small, reproduce("table1", small, QUIET)
+
+
 def test_a_table_comes_from_nothing_and_is_not_made_twice(settings, tmp_path, jobs):
     out = reproduce("table1", settings, QUIET)
     table = json.loads((out / "table.json").read_text())
@@ -89,6 +96,43 @@ def test_a_table_comes_from_nothing_and_is_not_made_twice(settings, tmp_path, jo
     jobs.clear()
     reproduce("table1", settings, QUIET)
     assert not jobs
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ({"steps": 3}, "steps is 3, but .*gpt2-0 was made with 2"),
+        ({"batch_size": 4}, "batch_size is 4, but .*gpt2-0 was made with 2"),
+        ({"windows": 3}, "windows is 3, but .*one.txt.json was made with 2"),
+        ({"samples": 2}, "samples is 2, but .*one.txt.json was made with 1"),
+        ({"training_set": "one.txt"}, "training_set is one.txt, but .*train was made with train.txt"),
+    ],
+)
+def test_pieces_made_otherwise_are_refused_before_any_work(made, others, said, jobs):
+    settings, out = made
+    before = (out / "table.json").read_text()
+    for only in ("all", "table"):
+        with pytest.raises(InputError, match=said):
+            reproduce("table1", with_methods(settings, "gpt2", **others, only=only), QUIET)
+    assert not jobs and (out / "table.json").read_text() == before
+
+
+def test_a_model_that_was_trained_otherwise_is_refused(made):
+    settings, _ = made
+    run = Workshop(settings).run(Variant("gpt2", "gpt2"))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("block_size: 8", "block_size: 4"))
+    assert "block_size: 8" in config
+    with pytest.raises(InputError, match=r"model.block_size is 8, but .*gpt2-0 was made with 4"):
+        reproduce("table1", settings, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("others", "said"), [({"windows": 0}, "windows is 0"), ({"steps": 0}, "steps is 0"), ({"seed": -1}, "seed is -1")]
+)
+def test_settings_are_checked_before_any_work(settings, others, said):
+    with pytest.raises(InputError, match=said):
+        with_methods(settings, "gpt2", **others)
 
 
 def test_it_goes_on_where_it_was_interrupted(settings, jobs):

@@ -19,8 +19,8 @@ from caddf.reproduce.tables import TABLES, Table
 def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path:
     """Does what is missing of `table`, in order, and writes table.json, table.md and table.html; returns their folder.
 
-    Interrupted, it goes on where it stopped; nothing that is done is done again. Raises `InputError` for a table or
-    method that is not there.
+    Interrupted, it goes on where it stopped; nothing that is done is done again. Raises `InputError`, before any work,
+    for a table or method that is not there, and for pieces that were made with other settings.
     """
     if table not in TABLES:
         raise InputError(f"table is {table}; it must be one of {', '.join(TABLES)}")
@@ -31,6 +31,7 @@ def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path
             raise InputError(f"methods holds {name!r}; {table} has {', '.join(made.variants)}")
     chosen = {name: made.variants[name] for name in names}
     made.check(shop)
+    shop.check(chosen.values())
     out = Path(settings.out or f"results/{table}-{settings.scale}")
     wanted = (job for job in made.plan(shop, chosen) if settings.only in ("all", job.kind))
     left = [job for job in wanted if not job.product.exists()]

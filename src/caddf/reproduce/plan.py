@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +13,14 @@ from rich.console import Console
 from caddf.benchmarks import DecodeSettings, decode
 from caddf.checkpoint import read_json, write_json_atomic
 from caddf.data import TokenSet, prepare
+from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
+from caddf.evaluation.likelihood import at_least_one
 from caddf.experiment import METHODS, ModelSettings, Size
 from caddf.models.accounts import accounts
-from caddf.running import RunSettings, ValidationSettings, resume, start
+from caddf.running import OWN, RunSettings, ValidationSettings, resume, start
 from caddf.scoring import evaluate
-from caddf.text_model import load
+from caddf.text_model import check_seed, load
 from caddf.training import TrainConfig
 
 SETS = {
@@ -75,6 +77,11 @@ class ReproduceSettings:
     device: str = "auto"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        at_least_one(windows=self.windows, samples=self.samples, repeats=self.repeats)
+        TrainConfig(steps=self.steps, batch_size=self.batch_size)  # raises
+        check_seed(self.seed)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -124,6 +131,34 @@ class Workshop:
     def trained(self, variant: Variant) -> dict[str, Any]:
         """Steps, tokens, batch, learning rate and seconds of a run that is done."""
         return read_json(self.run(variant) / "done.json")
+
+    def check(self, variants: Iterable[Variant]) -> None:
+        """Raises `InputError` where pieces of `variants` that are there were made with other settings."""
+        given, train = self.settings, self.folder / "data" / "train"
+        if train.exists():
+            source = TokenSet.open(train).manifest["splits"]["train"]["source"]
+            made_of = source.partition(": ")[0]  # a data set by name, before its files; else the text as it was given
+            same(train, {"training_set": given.training_set}, {"training_set": made_of})
+        for variant in variants:
+            if (run := self.run(variant)).exists():
+                same(run, self._decides(self._run_settings(variant)), self._decides(RunSettings.load(run)))
+            for name in SETS:
+                if (file := self.evaluation(variant, name)).exists():
+                    measured = read_json(file)
+                    protocol = measured.get("protocol", {})
+                    made = {"windows": protocol.get("max_windows"), "samples": measured.get("samples")}
+                    same(file, {"windows": given.windows, "samples": given.samples}, made)
+
+    def _decides(self, run: RunSettings) -> dict[str, Any]:
+        """What of a run's settings decides its weights, but for the data and the machine."""
+        train = run.train.resolved(ModelSettings(self.settings.scale).preset)
+        parts = {"model": asdict(run.model), "objective": asdict(run.objective), "train": asdict(train)}
+        return {
+            key if part == "train" else f"{part}.{key}": value
+            for part, values in parts.items()
+            for key, value in values.items()
+            if key not in OWN
+        }
 
     # Jobs.
 
@@ -221,3 +256,12 @@ class Workshop:
         )
         decode(whole, console)
         return True
+
+
+def same(place: Path, wanted: dict[str, Any], made: dict[str, Any]) -> None:
+    """Raises `InputError` at the first setting by which `place` was made otherwise than is wanted."""
+    for name, value in wanted.items():
+        if made.get(name) != value:
+            raise InputError(
+                f"{name} is {value}, but {place} was made with {made.get(name)}; give another --work, or remove it"
+            )

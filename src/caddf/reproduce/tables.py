@@ -13,7 +13,7 @@ from caddf.benchmarks.roster import needs
 from caddf.checkpoint import read_json
 from caddf.errors import InputError
 from caddf.experiment import DEFAULT_METHOD, METHODS
-from caddf.reproduce.plan import SETS, Job, Variant, Workshop
+from caddf.reproduce.plan import SETS, Job, Variant, Workshop, same
 
 Values = dict[str, Any]
 EXACT = ("causal", "ar", "block")
@@ -297,9 +297,14 @@ def contest(table: Table, chosen: dict[str, Variant]) -> str:
 
 
 def decodings(shop: Workshop, contest: str) -> Values:
-    """What `benchmark decode` left, once all of it was measured."""
-    folder = shop.decoding(contest)
-    return read_json(folder / "decode.json") if (folder / "decode.md").exists() else {"rows": []}
+    """What `benchmark decode` left, once all of it was measured; raises `InputError` if with other settings."""
+    folder, given = shop.decoding(contest), shop.settings
+    if not (folder / "decode.md").exists():
+        return {"rows": []}
+    decoded = read_json(folder / "decode.json")
+    wanted = {name: getattr(given, name) for name in ("prompts", "batch", "repeats", "windows")}
+    same(folder, wanted, decoded["settings"])
+    return decoded
 
 
 def _conditions(given: Values) -> str:
