@@ -356,6 +356,7 @@ def losses(run):
         (["--dtype", "int8"], "dtype is int8; it must be one of auto, float32, bfloat16, float64"),
         (["--model.block_size", "33"], "block_size is 33; it must lie between 1 and the context, 32"),
         (["--method", "abc"], "method is abc; it must be one of caddf-lambda-dce, caddf-t-dce"),
+        (["--config", "gpt2", "--method", "mdlm"], "method is mdlm beside config gpt2, which is a method already"),
         (["--config", "nowhere"], "config is nowhere; it must be a method (caddf-lambda-dce, caddf-t-dce"),
         (["--config"], "--config is given without a value; it names a method or a file"),
         (["--data", "nowhere"], "nowhere is no token set: it has no manifest.json; `caddf data prepare` makes one"),

@@ -278,6 +278,12 @@ def test_a_failed_replacement_is_undone(data: TokenSet, tmp_path: Path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out"}
 
 
+def test_no_documents_are_not_an_empty_source(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("text")
+    with pytest.raises(InputError, match="max_documents is 0"):
+        prepare(tmp_path / "out", train=tmp_path / "in.txt", tokenizer="bytes", max_documents=0)
+
+
 def test_what_the_system_refuses_to_write_is_said(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     (tmp_path / "in.txt").write_text("a" * 50_000)

@@ -34,6 +34,25 @@ def test_presets_of_table_5_have_its_padded_vocabulary():
         assert counts["causal"] == layers * (12 * width**2 + 2 * width) + width  # matrices and the norms' scales
 
 
+DUAL = ("caddf-lambda-dce", "caddf-t-dce")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in DUAL])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("causal", "off"), ("fusion", "layers"), ("exchange", "one_way"), ("draft", "chained"), ("draft_vocab", 100)],
+)
+def test_choices_of_the_dual_branch_are_its_own(method, name, value):
+    with pytest.raises(InputError, match=f"model.{name} is {value}"):
+        METHODS[method].configure(ModelSettings(size="debug", **{name: value}), 257, 256)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in (*DUAL, "gpt2")])
+def test_networks_that_read_both_ways_have_rotary_positions(method):
+    with pytest.raises(InputError, match=r"model\.positions is learned"):
+        METHODS[method].configure(ModelSettings(size="debug", positions="learned"), 257, 256)
+
+
 def test_a_context_of_zero_is_not_the_presets():
     with pytest.raises(InputError, match="context is 0"):
         ModelSettings(size="debug", context=0).dual(257, 0)

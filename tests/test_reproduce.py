@@ -88,6 +88,8 @@ def test_a_table_comes_from_nothing_and_is_not_made_twice(settings, tmp_path, jo
     assert table["rows"][0]["training"]["steps"] == 2 and table["machine"]["torch"]
     assert str(tmp_path) not in (out / "table.json").read_text()
     assert "| gpt2 | causal |" in (out / "table.md").read_text()
+    for kind in ("md", "html"):  # what was read, not only what it is called
+        assert "One: 1 documents of" in (out / f"table.{kind}").read_text()
     assert "<td>radd-ao<td>diffusion" in (out / "table.html").read_text()
     work = tmp_path / "runs" / "reproduce" / "debug"
     assert (work / "runs" / "gpt2-0" / "done.json").is_file()

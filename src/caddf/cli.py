@@ -209,6 +209,8 @@ def _method(arguments: list[str]) -> tuple[str, list[str]]:
         raise InputError(f"{error.argument_name} is given without a value; it names a method or a file") from None
     settings: dict[str, str] = {}
     for config in given.config:
+        if config in METHODS and given.method not in (None, config):
+            raise InputError(f"method is {given.method} beside config {config}, which is a method already; give one")
         settings |= {"method": config} if config in METHODS else _settings_in(config)
     method = given.method or settings.pop("method", DEFAULT_METHOD)
     if method not in METHODS:
@@ -478,7 +480,7 @@ VERBS = {
         _benchmark(benchmarks.ScalingSettings, benchmarks.scaling),
     ),
     "benchmark pareto": Verb(
-        "--models RUNS --prompts SET --judge RUN [OPTIONS]",
+        "[--models RUNS --prompts SET --judge RUN] [OPTIONS]",
         "speed against quality, every decoder at several values of its knob",
         _benchmark(benchmarks.ParetoSettings, benchmarks.pareto),
     ),

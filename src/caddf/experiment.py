@@ -115,12 +115,26 @@ class ModelSettings:
         base, step = (whole.diffusion, 16) if whole.causal is None else (whole.causal, 8)  # two branches step further
         return scaled(matched(lambda branch: DualBranch(scaled(branch)), base, self.match, step))
 
+    def refuse(self, *names: str) -> None:
+        """Raises `InputError` where one of these is set, which a network does not have."""
+        for each in dataclasses.fields(self):
+            if each.name in names and (value := getattr(self, each.name)) != each.default:
+                raise InputError(
+                    f"model.{each.name} is {value}, which this method's network does not have; leave it out"
+                )
+
     def parameters(self, vocab_size: int) -> int:
         """What a method with one branch gets: `match`, or as many parameters as the dual branch of this size has."""
         if self.match is not None:
             return self.match
         plain = ModelSettings(self.size, context=self.context, block_size=self.block_size)
         return count(lambda: DualBranch(plain.dual(vocab_size, 0)))
+
+
+TWO_BRANCHES = ("causal", "fusion", "exchange", "draft", "draft_vocab")
+"""Choices that a network of one branch does not have."""
+GPT2_LIKE = ("positions", "bias")
+"""Choices of causal branches alone."""
 
 
 def rows_of(vocab_size: int) -> int:
@@ -134,6 +148,7 @@ def causal_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> Caus
     def config(branch: BranchConfig) -> CausalConfig:
         return CausalConfig(vocab_size, settings.length, branch, bos_id, rows_of(vocab_size), settings.block_size)
 
+    settings.refuse(*TWO_BRANCHES)
     base = dataclasses.replace(settings.preset.causal, positions=settings.positions, bias=settings.bias)
     return config(matched(lambda branch: CausalModel(config(branch)), base, settings.parameters(vocab_size)))
 
@@ -147,6 +162,7 @@ def masked_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> Mode
             block_size=settings.block_size,
         )  # fmt: skip
 
+    settings.refuse(*TWO_BRANCHES, *GPT2_LIKE)
     base = settings.preset.causal
     return config(matched(lambda branch: DualBranch(config(branch)), base, settings.parameters(vocab_size)))
 
@@ -180,6 +196,7 @@ def timed_config(**kind: Any) -> Callable[[ModelSettings, int, int], SingleConfi
                 vocab_size, settings.length, branch, bos_id, rows_of(vocab_size), level_width=level_width, **kind
             )
 
+        settings.refuse(*TWO_BRANCHES, *GPT2_LIKE)
         parameters = settings.parameters(vocab_size)
         return config(matched(lambda branch: build_single(config(branch)), settings.preset.causal, parameters))
 
@@ -192,6 +209,7 @@ def plaid_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> Plaid
     def config(branch: BranchConfig) -> PlaidConfig:
         return PlaidConfig(vocab_size, settings.length, branch)
 
+    settings.refuse(*TWO_BRANCHES, *GPT2_LIKE)
     parameters = settings.parameters(vocab_size)
     return config(matched(lambda branch: Plaid(config(branch)), settings.preset.causal, parameters))
 
@@ -326,7 +344,7 @@ METHODS: dict[str, Method] = {
     "radd-t-dce": _masked("t-dce", "t-DCE (eq. 8)", "Ou et al. 2025"),
     "radd-lambda-dce": _masked("lambda-dce", "lambda-DCE (eq. 9)", "Ou et al. 2025"),
     "radd-ao": _masked("ao", "any-order autoregressive", "Ou et al. 2025"),
-    "mdlm": _masked("t-dce", "t-DCE, log-linear (SUBS)", "Sahoo et al. 2024"),
+    "mdlm": _masked("t-dce", "t-DCE, log-linear (SUBS): radd-t-dce's", "Sahoo et al. 2024"),
     "bd3lm": Method(
         architecture="dual",
         configure=masked_config,

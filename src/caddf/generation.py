@@ -209,7 +209,11 @@ def generate(
     chosen = decoder_of(decoder or model.decoder, settings)
     if isinstance(chosen, Gaussian) != isinstance(model.model, Plaid):
         name = decoder or model.decoder
-        raise InputError(f"decoder is {name}; gaussian is for plaid, which has no other, and the others are for tokens")
+        raise InputError(
+            f"decoder is {name}; this model, which is of PLAID's kind, has gaussian alone"
+            if isinstance(model.model, Plaid)
+            else f"decoder is {name}, which is PLAID's alone; this model is of another kind"
+        )
     given = template if filling else prompt
     assert given is not None
     texts = [given] if isinstance(given, str) else list(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import cast
 
 import torch
@@ -80,8 +81,7 @@ def run(decoder: Decoder, network: Network, task: Task) -> Run:
 @torch.inference_mode()
 def warm_up(decoder: Decoder, network: Network, task: Task) -> None:
     """The first frames, off the clock."""
-    for _, _ in zip(range(WARM_UP), decoder(cast(LanguageModel, network), task), strict=False):
-        pass
+    deque(islice(decoder(cast(LanguageModel, network), task), WARM_UP), maxlen=0)
 
 
 def account(network: Network, ran: Run, new_tokens: int) -> dict[str, float]:

@@ -49,6 +49,8 @@ class Source:
         if self.paragraphs:
             blocks = (block for text in documents for block in _PARAGRAPH.findall(text))
             documents = (block for block in blocks if not block.isspace())
+        if self.max_documents is not None and self.max_documents < 1:
+            raise InputError(f"max_documents is {self.max_documents}; it must be 1 or more")
         documents = itertools.islice(documents, self.max_documents)
         first = next(documents, None)
         if first is None:

@@ -128,6 +128,12 @@ class Workshop:
         """The folder of what `benchmark decode` leaves."""
         return self.folder / "decode" / f"{contest}-{self.settings.seed}"
 
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """What was read of each data set that is prepared: its name or files (`source`), and how many documents."""
+        sets = {name: self.folder / "data" / name for name in SETS}
+        read = {name: TokenSet.open(place).manifest["splits"]["test"] for name, place in sets.items() if place.exists()}
+        return {name: {key: split[key] for key in ("source", "documents")} for name, split in read.items()}
+
     def trained(self, variant: Variant) -> dict[str, Any]:
         """Steps, tokens, batch, learning rate and seconds of a run that is done."""
         return read_json(self.run(variant) / "done.json")

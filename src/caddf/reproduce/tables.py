@@ -76,7 +76,7 @@ class Perplexities:
 
     def values(self, shop: Workshop, chosen: dict[str, Variant]) -> Values:
         """A row for each method and likelihood."""
-        return {"sets": SETS, "rows": perplexities(shop, chosen)}
+        return {"sets": SETS, "sources": shop.sources(), "rows": perplexities(shop, chosen)}
 
     def grid(self, values: Values) -> tuple[str, list[str], list[list[str]]]:
         """Nothing: perplexities are all there is."""
@@ -217,7 +217,8 @@ class Ablations:
         rows = [self._row(shop, chosen[row["model"]], row, decoded["rows"]) for row in decoded["rows"]
                 if row["model"] in chosen]  # fmt: skip
         shown = perplexities(shop, chosen, only=("causal", "block", "diffusion"))
-        return {"about": self._about(decoded), "rows": rows, "perplexities": {"sets": SETS, "rows": shown}}
+        quality = {"sets": SETS, "sources": shop.sources(), "rows": shown}
+        return {"about": self._about(decoded), "rows": rows, "perplexities": quality}
 
     def _about(self, decoded: Values) -> str:
         if not decoded["rows"]:
