@@ -12,6 +12,7 @@ from rich.console import Console
 
 import caddf.benchmarks.contest as contest
 from caddf.benchmarks import (
+    AcceptanceSettings,
     DecodeSettings,
     ParetoSettings,
     ScalingSettings,
@@ -531,7 +532,7 @@ def test_a_missing_package_is_named_with_its_extra(package, monkeypatch, tmp_pat
 def test_the_documents_commands_have_only_options_that_exist():
     settings = {
         "decode": DecodeSettings, "train": TrainSettings, "scaling": ScalingSettings, "pareto": ParetoSettings,
-        "steps": StepsSettings,
+        "steps": StepsSettings, "acceptance": AcceptanceSettings,
     }  # fmt: skip
     commands = re.findall(r"^    caddf benchmark (\w+)((?: .*| \\\n.*)*)$", DOCUMENT.read_text(), re.MULTILINE)
     assert {verb for verb, _ in commands} == set(settings)

@@ -168,7 +168,12 @@ def test_each_validation_measures_nats_per_token(data, tmp_path, likelihood):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_without_a_causal_branch(data, tmp_path, method):
+def test_two_branches_train_without_the_causal_one_and_other_methods_refuse_the_choice(data, tmp_path, method):
     model = ModelSettings(size="debug", causal="off")
     objective = METHODS[method].settings(**METHODS[method].defaults)
-    assert start(settings_for(data, method=method, model=model, objective=objective), tmp_path / "r", QUIET).step == 2
+    settings = settings_for(data, method=method, model=model, objective=objective)
+    if method.startswith("caddf"):
+        assert start(settings, tmp_path / "r", QUIET).step == 2
+    else:
+        with pytest.raises(InputError, match=r"model\.causal is off, which this method's network does not have"):
+            start(settings, tmp_path / "r", QUIET)
