@@ -14,11 +14,13 @@ import caddf.benchmarks.contest as contest
 from caddf.benchmarks import (
     AcceptanceSettings,
     DecodeSettings,
+    InfillSettings,
     ParetoSettings,
     ScalingSettings,
     StepsSettings,
     TrainSettings,
     decode,
+    infill,
     pareto,
     scaling,
     steps,
@@ -475,6 +477,29 @@ def test_steps_are_counted_and_found(trained, tmp_path):
     assert not denoises(Contestant("gpt2", gpt2()))
 
 
+def test_spans_are_compared_with_what_the_left_side_alone_tells(trained, tmp_path):
+    settings = InfillSettings(
+        models=models(trained, "gpt2", "radd", "caddf"), data=str(trained / "set"), spans=(1, 3), windows=5, samples=2,
+        device="cpu", out=str(tmp_path),
+    )  # fmt: skip
+    values = measured(infill(settings, QUIET))
+    readings = [
+        ("gpt2", "causal"),
+        ("radd", "diffusion"),
+        *(("caddf", each) for each in ("infill", "diffusion", "causal")),
+    ]
+    assert [(each["span"], each["model"], each["reading"]) for each in values["rows"]] == [
+        (span, *reading) for span in (1, 3) for reading in readings
+    ]
+    for row in values["rows"]:
+        assert 2 < row["nats"] < 12 and row["bound"] == (row["reading"] == "diffusion" and row["span"] > 1)
+    assert [row["against_left"] for row in values["rows"] if row["model"] == "gpt2"] == [1, 1]
+    best = min(row["against_left"] for row in values["rows"] if row["span"] == 3 and row["reading"] != "causal")
+    assert values["ratios"]["infill_vs_left_to_right at 3"] == pytest.approx(1 / best, rel=1e-5)
+    with pytest.raises(InputError, match="spans holds 9; each must lie between 1 and half of the context, 8"):
+        infill(dataclasses.replace(settings, spans=(9,)), QUIET)
+
+
 @pytest.mark.parametrize("n", [1, 5, 24])
 def test_counted_passes_are_the_expected_ones(n):
     """A row's count has a standard deviation; the mean of 64 is within 5 of its own: by chance, once in 1e6."""
@@ -532,7 +557,7 @@ def test_a_missing_package_is_named_with_its_extra(package, monkeypatch, tmp_pat
 def test_the_documents_commands_have_only_options_that_exist():
     settings = {
         "decode": DecodeSettings, "train": TrainSettings, "scaling": ScalingSettings, "pareto": ParetoSettings,
-        "steps": StepsSettings, "acceptance": AcceptanceSettings,
+        "steps": StepsSettings, "acceptance": AcceptanceSettings, "infill": InfillSettings,
     }  # fmt: skip
     commands = re.findall(r"^    caddf benchmark (\w+)((?: .*| \\\n.*)*)$", DOCUMENT.read_text(), re.MULTILINE)
     assert {verb for verb, _ in commands} == set(settings)

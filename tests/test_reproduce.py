@@ -1,6 +1,7 @@
 """The tables: from nothing, in pieces, and never twice."""
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from caddf.experiment import METHODS, ModelSettings, network_of
 from caddf.models.config import PRESETS
 from caddf.models.matching import TOLERANCE, count
 from caddf.reproduce import SETS, TABLES, ReproduceSettings, reproduce
+from caddf.reproduce.making import time_left
 from caddf.reproduce.plan import Job, Variant, Workshop
 from caddf.reproduce.tables import Ablations
 
@@ -243,3 +245,11 @@ def test_earlier_tables_need_what_they_did(settings):
     kinds = [job.kind for job in TABLES["table2"].plan(Workshop(settings), TABLES["table2"].variants)]
     methods, sets = len(TABLES["table2"].variants), len(SETS)
     assert kinds == ["data"] * (1 + sets) + ["train"] * methods + ["evaluate"] * methods * sets
+
+
+def test_the_time_left_is_told_kind_by_kind_once_every_kind_is_known():
+    jobs = [Job("", Path(), kind, lambda console: True) for kind in ("train", "evaluate", "evaluate")]
+    assert time_left(jobs, {}) is None
+    assert time_left(jobs, {"train": [30.0, 50.0]}) is None
+    assert time_left(jobs, {"data": [9.0], "train": [30.0, 50.0], "evaluate": [7.0]}) == 54
+    assert time_left([], {}) == 0

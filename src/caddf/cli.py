@@ -38,7 +38,17 @@ from caddf.reproduce import TABLES, ReproduceSettings, reproduce
 from caddf.running import OWN, RunSettings, TrainingDType, ValidationSettings, resume, start
 from caddf.samples import Recording, SamplesSettings, collect_samples
 from caddf.scoring import UNNAMED, evaluate
-from caddf.settings import add_choices, add_options, add_section, new_parser, options, parse, section
+from caddf.settings import (
+    add_choices,
+    add_options,
+    add_section,
+    names_of,
+    nearest,
+    new_parser,
+    options,
+    parse,
+    section,
+)
 from caddf.text_model import DType, check_seed, describe_folder, load, model_folder
 from caddf.training import TrainConfig, TrainingError
 from caddf.training.config import Device
@@ -61,17 +71,18 @@ class Verb:
 def main(argv: list[str] | None = None) -> int:
     """Runs `caddf VERB ...`; 0 is success, 1 a failure while running, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else argv
-    words = 2 if arguments and arguments[0] in GROUPS else 1
+    group = arguments[0] if arguments and arguments[0] in GROUPS else ""
+    words = 2 if group else 1
     name = " ".join(arguments[:words])
     try:
-        if name.removeprefix(arguments[0] if words == 2 else "").strip() in ("", "-h", "--help", "help"):
-            print(_usage(), flush=True)
+        if name.removeprefix(group).strip() in ("", "-h", "--help", "help"):
+            print(_usage(group), flush=True)
             return 0
         if name == "--version":
             print(installed_version())
             return 0
         if name not in VERBS:
-            raise InputError(f"there is no command {name!r}; the commands are {', '.join(VERBS)}")
+            raise InputError(f"there is no command {name!r}; the commands are {', '.join(_verbs(group))}")
         verb = VERBS[name]
         return verb.run(new_parser(f"caddf {name}", verb.takes, verb.about), arguments[words:])
     except InputError as error:
@@ -93,12 +104,16 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _usage() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  caddf {name:<{width}}  {verb.about}" for name, verb in VERBS.items()]
-    return "\n".join(
-        ["usage: caddf COMMAND [OPTIONS]", "", *lines, "", "caddf COMMAND --help lists a command's options."]
-    )
+def _verbs(group: str) -> dict[str, Verb]:
+    """The commands of a group, or all of them."""
+    return {name: verb for name, verb in VERBS.items() if not group or name.startswith(f"{group} ")}
+
+
+def _usage(group: str) -> str:
+    verbs, command = _verbs(group), f"caddf {group} COMMAND".replace("  ", " ")
+    width = max(map(len, verbs))
+    lines = [f"  caddf {name:<{width}}  {verb.about}" for name, verb in verbs.items()]
+    return "\n".join([f"usage: {command} [OPTIONS]", "", *lines, "", f"{command} --help lists a command's options."])
 
 
 def _model_options(parser: ArgumentParser) -> None:
@@ -139,7 +154,7 @@ def _data_prepare(parser: ArgumentParser, arguments: list[str]) -> int:
 
 
 def _train(parser: ArgumentParser, arguments: list[str]) -> int:
-    method, known = _method(arguments)
+    method, files, others = _method(arguments)
     add = parser.add_argument
     add("--config", type=str | None, help=f"a method ({', '.join(METHODS)}) or a YAML file of settings")
     add("--method", type=str | None, help="the method, where --config is a file")
@@ -156,7 +171,14 @@ def _train(parser: ArgumentParser, arguments: list[str]) -> int:
     add_section(parser, "objective", METHODS[method].settings, METHODS[method].defaults)
     add_section(parser, "train", TrainConfig, skip=OWN)
     add_section(parser, "validation", ValidationSettings)
-    values = parse(parser, known)
+    in_files = [(file, name, value) for file, settings in files for name, value in settings.items()]
+    for file, name, _ in in_files:
+        _check_name(name, f"{file} has {name}, ", method, parser)
+    for argument in others:
+        if (name := argument.partition("=")[0].removeprefix("--")).startswith("objective."):
+            _check_name(name, f"{name} is set, ", method, parser)
+    # The command line has the last word.
+    values = parse(parser, [*(f"--{name}={value}" for _, name, value in in_files), *others])
     console = Console(stderr=True)
     if values.resume is not None:
         if sum(argument.startswith("-") for argument in arguments) > 1:
@@ -169,7 +191,7 @@ def _train(parser: ArgumentParser, arguments: list[str]) -> int:
         for name in ("data", "out"):
             if values[name] is None:
                 raise InputError(f"{name} is not given; caddf train needs --data SET and --out RUN (or --resume RUN)")
-        settings = RunSettings(
+        run = RunSettings(
             data=values.data,
             method=method,
             init_from=values.init_from,
@@ -181,7 +203,7 @@ def _train(parser: ArgumentParser, arguments: list[str]) -> int:
             train=section(TrainConfig, values.train),
             validation=section(ValidationSettings, values.validation),
         )
-        result = start(settings, Path(values.out), console)
+        result = start(run, Path(values.out), console)
     if result.interrupted:
         return INTERRUPTED
     if result.finished_before:
@@ -195,8 +217,8 @@ def _train(parser: ArgumentParser, arguments: list[str]) -> int:
     return 0
 
 
-def _method(arguments: list[str]) -> tuple[str, list[str]]:
-    """The method, and the arguments with those of `--config FILE` before the others, which so have the last word.
+def _method(arguments: list[str]) -> tuple[str, list[tuple[str, dict[str, str]]], list[str]]:
+    """The method, the settings of each `--config FILE`, and the arguments but for these.
 
     They are read before the rest: the method decides which settings there are.
     """
@@ -207,15 +229,34 @@ def _method(arguments: list[str]) -> tuple[str, list[str]]:
         given, others = first.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(f"{error.argument_name} is given without a value; it names a method or a file") from None
-    settings: dict[str, str] = {}
+    method, files = DEFAULT_METHOD, []
     for config in given.config:
-        if config in METHODS and given.method not in (None, config):
-            raise InputError(f"method is {given.method} beside config {config}, which is a method already; give one")
-        settings |= {"method": config} if config in METHODS else _settings_in(config)
-    method = given.method or settings.pop("method", DEFAULT_METHOD)
+        if config in METHODS:
+            if given.method not in (None, config):
+                raise InputError(
+                    f"method is {given.method} beside config {config}, which is a method already; give one"
+                )
+            method = config
+        else:
+            settings = _settings_in(config)
+            method = settings.pop("method", method)
+            files.append((config, settings))
+    method = given.method or method
     if method not in METHODS:
         raise InputError(f"method is {method}; it must be one of {', '.join(METHODS)}")
-    return method, [*(f"--{name}={value}" for name, value in settings.items()), *others]
+    return method, files, others
+
+
+def _check_name(name: str, said: str, method: str, parser: ArgumentParser) -> None:
+    """Raises `InputError`, which begins with `said`, for a setting that is not there with this method."""
+    known = names_of(parser)
+    if name in known:
+        return
+    if name.startswith("objective."):
+        own = [each.name for each in dataclasses.fields(METHODS[method].settings)]
+        has = f"its objective has {', '.join(own)}" if own else "its objective has none"
+        raise InputError(f"{said}but the method {method} has no such setting; {has}")
+    raise InputError(f"{said}which is no setting{nearest(name, known)}; {parser.prog} --help explains every setting")
 
 
 def _settings_in(file: str) -> dict[str, str]:
@@ -237,7 +278,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
+            yield prefix + name, ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _evaluate(parser: ArgumentParser, arguments: list[str]) -> int:
@@ -493,6 +534,11 @@ VERBS = {
         "--models RUNS --data SET [OPTIONS]",
         "drafts that stand, by place, temperature, target and training step",
         _benchmark(benchmarks.AcceptanceSettings, benchmarks.measure_acceptance),
+    ),
+    "benchmark infill": Verb(
+        "--models RUNS --data SET [OPTIONS]",
+        "spans given both sides, against what the left side alone tells",
+        _benchmark(benchmarks.InfillSettings, benchmarks.infill),
     ),
     "reproduce": Verb("TABLE [OPTIONS]", "the paper's tables: trains and evaluates what is missing", _reproduce),
     "export": Verb(

@@ -52,7 +52,8 @@ class ModelSettings:
     draft_vocab: how many tokens, the most frequent of the training data, chained drafts are of; not set, all.
     block_size: k of block training, the block likelihood and block decoding.
     context: length of a training window in tokens; not set, the preset's.
-    positions, bias: learned and true build the causal branch as GPT-2's, whose weights can then start it.
+    positions: of the causal branch: rotary, or learned as GPT-2's (with bias true, GPT-2's weights can start it).
+    bias: of the causal branch's maps and norms: true as in GPT-2 (with positions learned).
     """
 
     size: Size = "demo"

@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from caddf import benchmarks, plots
 from caddf.benchmarks.decode import draw as draw_decode
+from caddf.benchmarks.infill import draw as draw_infill
 from caddf.benchmarks.pareto import draw as draw_pareto
 from caddf.benchmarks.roster import needs
 from caddf.benchmarks.scaling import draw as draw_scaling
@@ -47,6 +48,7 @@ BENCHMARKS: dict[str, tuple[str, type]] = {
     "scaling": ("Cost against context", benchmarks.ScalingSettings),
     "steps": ("Steps that a perplexity takes", benchmarks.StepsSettings),
     "acceptance": ("Drafts that stand", benchmarks.AcceptanceSettings),
+    "infill": ("Spans filled in", benchmarks.InfillSettings),
     "train": ("A training step", benchmarks.TrainSettings),
 }
 VARIES = {"acceptance-temperature": "temperature", "acceptance-step": "step"}
@@ -61,6 +63,7 @@ DRAWINGS: dict[str, dict[str, tuple[str, Callable[..., None]]]] = {
         "acceptance-temperature": ("Tokens per round against temperature", plots.draw_by_temperature),
         "acceptance-step": ("Tokens per round against the training step", plots.draw_by_step),
     },
+    "infill": {"infill": ("Perplexity of a span against its length", draw_infill)},
     "train": {"train": ("Tokens per second of a training step", draw_train)},
 }
 COMMANDS = {
@@ -70,6 +73,7 @@ COMMANDS = {
     "scaling": "caddf benchmark scaling",
     "steps": "caddf benchmark steps --models RUNS --data SET",
     "acceptance": "caddf benchmark acceptance --models RUNS --data SET --checkpoints all",
+    "infill": "caddf benchmark infill --models RUNS --data SET",
     "train": "caddf benchmark train",
     "evaluations": "caddf evaluate RUN --data SET --json > results/NAME/evaluation.json",
     "losses": "cp RUN/metrics.jsonl results/NAME/RUN.jsonl",

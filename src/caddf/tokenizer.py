@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -104,14 +104,15 @@ class Tokenizer:
             wanted = " or ".join(" and ".join(names) for names in _GPT2_FILES)
             raise InputError(f"{source} does not hold GPT-2's vocabulary; it must hold {wanted}")
         try:
-            vocab, merges = (Path(hf_hub_download(str(source), name)) for name in _GPT2_FILES[1])
+            # Asks once; file by file the library goes on trying for half a minute where there is no network.
+            folder = Path(snapshot_download(str(source), allow_patterns=list(_GPT2_FILES[1])))
         except (OSError, HfHubHTTPError, HFValidationError) as error:
             reason = str(error).strip().split("\n")[0]
             raise InputError(
                 f"GPT-2's vocabulary is neither in a folder {source} nor to be had from the hub ({reason}); "
                 "give gpt2:FOLDER with its two files"
             ) from None
-        return cls._from_files(vocab, merges)
+        return cls._from_files(*(folder / name for name in _GPT2_FILES[1]))
 
     @classmethod
     def plain_bytes(cls) -> Tokenizer:

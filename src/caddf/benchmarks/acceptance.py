@@ -39,7 +39,7 @@ class AcceptanceSettings:
     models: trained ones, NAME=RUN,... or a folder of runs; those without a draft head and a target are left out.
     data: a token set.
     split: of the text that is drafted after.
-    temperatures: as in [0,0.5,1].
+    temperatures: of targets and drafts, as in 0,0.5,1.
     checkpoints: the latest of each run, or all that it kept.
     windows: of text, spread evenly over the split.
     rounds: of each window, each at a block that is drawn.

@@ -33,7 +33,9 @@ SHARES = (1 / 32, 1 / 8, 1 / 2, 1.0)
 class ParetoSettings(Conditions):
     """Which trained models, and what they continue.
 
-    size, methods, shape: without --models, of random weights (their quality says nothing).
+    size: of models with random weights, where no models are given (their quality says nothing).
+    methods: a comma-separated choice of methods for random weights; not set, those of the comparison.
+    shape: of a method with one branch: preset or equal, as in caddf benchmark decode.
     models: trained ones, NAME=RUN,... or a folder of runs.
     context: tokens of a finished row; not set, the models' context.
     new_tokens: how many of them are drawn, the rest being the prompt; not set, half.

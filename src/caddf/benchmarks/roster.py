@@ -160,10 +160,16 @@ def runs_of(models: str) -> dict[str, str]:
     """`NAME=RUN,...`, or the runs in a folder by their names without the seed; raises `InputError` where none is."""
     if "=" in models:
         pairs = [pair.partition("=") for pair in models.split(",")]
-        return {name: run for name, _, run in pairs}
+        runs = {name: run for name, _, run in pairs if name and run}
+        if len(runs) < len(pairs):
+            raise InputError(f"models is {models}; it must be NAME=RUN,... with a run for each name, and no name twice")
+        return runs
+    if (Path(models) / "checkpoints" / "latest").exists() or (Path(models) / "config.json").exists():
+        raise InputError(f"models is {models}, which is one model; name it: {Path(models).name}={models}")
     found = sorted(path for path in Path(models).glob("*") if (path / "checkpoints" / "latest").exists())
     if not found:
-        raise InputError(f"models is {models}; it must be NAME=RUN,... or a folder of runs")
+        what = "holds no run" if Path(models).is_dir() else "does not exist"
+        raise InputError(f"models is {models}, which {what}; give NAME=RUN,... or a folder of runs")
     names = [re.sub(r"-\d+$", "", path.name) for path in found]
     return {path.name if names.count(name) > 1 else name: str(path) for name, path in zip(names, found, strict=True)}
 

@@ -53,12 +53,10 @@ def prepare(
     `overwrite` replaces a token set, never another folder.
     """
     out = Path(out)
-    if out.exists() and not (overwrite and (out / MANIFEST).is_file()):
-        raise InputError(
-            f"{out} exists and is no token set; give another folder"
-            if overwrite
-            else f"{out} exists; give another folder, or set overwrite to replace a token set"
-        )
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise InputError(f"out is {out}, which exists and is no token set; give another folder")
+    if out.exists() and not overwrite:
+        raise InputError(f"out is {out}, which exists; give a new folder, or --overwrite to replace it")
     given = {"train": train, "validation": validation, "test": test}
     if input is not None and any(given.values()):
         raise InputError("input is given together with train, validation or test; input alone is split")
@@ -70,11 +68,12 @@ def prepare(
             raise InputError(f"{known.name} has no files in {data_root}; docs/evaluation.md says what they are called")
     specs = {name: str(spec) for name, spec in given.items() if spec is not None}
     trained = isinstance(tokenizer, str) and bpe_size(tokenizer) is not None
-    if input is None and "train" not in specs and (trained or not specs):
+    if input is None and not specs:
+        raise InputError("no text is given; give input (stdlib needs no files), or train, validation and test")
+    if input is None and "train" not in specs and trained:
         raise InputError(
-            "neither input nor train is given; give input (stdlib needs no files) or train"
-            if known is None
-            else f"tokenizer is {tokenizer}, and {known.name} has no training documents; give a ready-made one"
+            f"tokenizer is {tokenizer}, which is made from training documents; there are only those of "
+            f"{', '.join(specs)}: give train too, or a ready-made tokenizer (another token set's folder, gpt2, bytes)"
         )
     if seed < 0:
         raise InputError(f"seed is {seed}; it must be 0 or more")

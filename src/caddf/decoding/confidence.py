@@ -73,10 +73,7 @@ class Confidence(SurestFirst):
 
 @dataclass(frozen=True)
 class Margin(Confidence):
-    """Sureness is the gap between the two most probable tokens (Kim et al. 2025).
-
-    threshold, steps: as for confidence.
-    """
+    """Sureness is the gap between the two most probable tokens (Kim et al. 2025)."""
 
     threshold: float = 0.8
 

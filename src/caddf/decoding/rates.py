@@ -96,10 +96,7 @@ class Rates:
 
 
 class Euler(Rates):
-    """Rates as they are at t, for the whole step (authors' "euler"; SEDD, eq. 17).
-
-    steps, schedule, end, cache: of the chain.
-    """
+    """Rates as they are at t, for the whole step (authors' "euler"; SEDD, eq. 17)."""
 
     def step(
         self,
@@ -115,10 +112,7 @@ class Euler(Rates):
 
 
 class TauLeaping(Rates):
-    """The best step that treats positions apart (Tweedie tau-leaping; authors' "analytic"; SEDD, theorem 4.2).
-
-    steps, schedule, end, cache: of the chain.
-    """
+    """The best step that treats positions apart (Tweedie tau-leaping; authors' "analytic"; SEDD, theorem 4.2)."""
 
     def step(
         self,

@@ -44,8 +44,9 @@ class EvaluationConfig:
     batch_size: windows per pass; no result depends on it. samples: Monte-Carlo samples per window of the diffusion
         bound, which `truncated`, the hybrid bounds and the diffusion accuracy share; a quarter as many (at least one)
         for the finite-step bounds and for the infilling of the hybrid bounds.
-    anchors: the hybrid bounds' l*. nfe: numbers of steps of the finite-step bounds.
-    importance_steps, paths: of the importance-weighted bound, which costs up to their product in passes (0 paths: off).
+    anchors: the hybrid bounds' l*; empty for none. nfe: numbers of steps of the finite-step bounds; empty for none.
+    importance_steps: of each path of the importance-weighted bound, which costs up to steps times paths in passes.
+    paths: that the importance-weighted bound draws per window; 0 leaves it out.
     max_windows: score so many windows, chosen with `seed`; null scores all.
     block_size: k of the block likelihood and of multi-token prediction; not set, the model's own.
     seed: of all noise, window by window.

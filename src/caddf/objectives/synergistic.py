@@ -21,7 +21,9 @@ from caddf.objectives.loss import Loss, Times, nats_at
 class SynergisticConfig:
     """Shares of the rows of a batch, and weights of the heads.
 
-    denoise, infill, block: shares of the rows; they are normalised to sum to one.
+    denoise: share of the rows that are denoised; the three shares are normalised to sum to one.
+    infill: share of the rows that are infilled left to right.
+    block: share of the rows that are infilled in blocks.
     denoising: the denoising loss.
     schedule: of t-DCE.
     times: how the noise levels of a batch are drawn.
@@ -29,7 +31,8 @@ class SynergisticConfig:
     revealed: share of blocks whose first tokens are revealed, as after an accepted draft; the rest is all masked.
     revealed_most: most tokens that are revealed; not set, all of a block but one. A window of drafts that slides
         (target causal) always starts with one.
-    draft_weight, causal_weight: weights of the draft head's and the causal head's loss beside the fused head's.
+    draft_weight: of the draft head's loss beside the fused head's.
+    causal_weight: of the causal head's loss beside the fused head's.
     draft_decay: weight of a draft's loss over that of the draft before it in the block.
     distill: share of a block's draft loss that is the divergence from the head that verifies the drafts, the rest being
         the cross-entropy of the text.

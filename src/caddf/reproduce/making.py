@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.console import Console
@@ -12,7 +14,7 @@ from rich.console import Console
 from caddf.checkpoint import write_json_atomic, write_text_atomic
 from caddf.errors import InputError
 from caddf.machine import machine
-from caddf.reproduce.plan import ReproduceSettings, Variant, Workshop
+from caddf.reproduce.plan import Job, ReproduceSettings, Variant, Workshop
 from caddf.reproduce.tables import TABLES, Table
 
 
@@ -35,15 +37,25 @@ def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path
     out = Path(settings.out or f"results/{table}-{settings.scale}")
     wanted = (job for job in made.plan(shop, chosen) if settings.only in ("all", job.kind))
     left = [job for job in wanted if not job.product.exists()]
-    begun = time.monotonic()
+    seconds: dict[str, list[float]] = {}
     for done, job in enumerate(left):
-        more = (time.monotonic() - begun) / done * (len(left) - done) / 60 if done else None
-        said = f"[{done + 1}/{len(left)}] {job.about}" + ("" if more is None else f", about {more:.0f} min left")
+        more = time_left(left[done:], seconds)
+        said = f"[{done + 1}/{len(left)}] {job.about}" + ("" if more is None else f", about {more / 60:.0f} min left")
         console.print(said, markup=False, highlight=False)
+        begun = time.monotonic()
         if not job.do(console):
             return out
+        seconds.setdefault(job.kind, []).append(time.monotonic() - begun)
     write(made, chosen, shop, out)
     return out
+
+
+def time_left(jobs: Iterable[Job], seconds: dict[str, list[float]]) -> float | None:
+    """Seconds that `jobs` take if each takes as long as those of its kind so far; None where a kind is yet to come."""
+    kinds = [job.kind for job in jobs]
+    if not seconds.keys() >= set(kinds):
+        return None
+    return sum(fmean(seconds[kind]) for kind in kinds)
 
 
 def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -> None:

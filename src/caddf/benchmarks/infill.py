@@ -1,0 +1,214 @@
+"""`caddf benchmark infill`: spans given both sides, against a left-to-right model that knows the left side alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from torch import Tensor
+
+from caddf.benchmarks.results import Results, Told, number, plain_ticks, put
+from caddf.benchmarks.roster import Contestant, Roster, needs
+from caddf.benchmarks.steps import denoises
+from caddf.benchmarks.trial import check_tokenizer, some_windows
+from caddf.data import TokenSet
+from caddf.errors import InputError
+from caddf.evaluation.infilling import Filled, Reading, fill_spans, readings
+from caddf.evaluation.likelihood import at_least_one, uniform
+from caddf.evaluation.suite import window_generator
+from caddf.interface import LanguageModel
+from caddf.text_model import DType, check_seed
+
+BATCH = 16
+"""Rows read together; no result depends on it."""
+COLUMNS = {
+    "model": "",
+    "reading": "infill: left to right with both sides in sight; diffusion: any order (an upper bound); causal: left to "
+    "right, the left side alone in sight",
+    "span": "tokens of the span",
+    "PPL": "of the span's tokens, with its standard error over windows",
+    "against left to right": "ratio of that PPL to the first causal row's of the same span, paired over windows, with "
+    "its standard error",
+    "exact": "share of spans that greedy filling gives word for word, with its standard error",
+}
+
+
+@dataclass(frozen=True)
+class InfillSettings:
+    """Which models, and what they fill.
+
+    models: trained ones, NAME=RUN,... or a folder of runs, a left-to-right one first; those told the time are left out.
+    data: a token set.
+    split: of the windows.
+    spans: lengths in tokens, as in 1,4,16.
+    windows: of the models' context, each with one span of each length.
+    samples: masked sets per span, for the bound of the any-order reading.
+    dtype: of weights and arithmetic.
+    device: auto (a GPU where there is one), cpu, cuda or mps.
+    seed: of places and masks.
+    out: folder of the results; not set, results/infill.
+    """
+
+    models: str | None = None
+    data: str | None = None
+    split: str = "test"
+    spans: tuple[int, ...] = (1, 4, 16)
+    windows: int = 200
+    samples: int = 8
+    dtype: DType = "float32"
+    device: str = "auto"
+    seed: int = 0
+    out: str | None = None
+
+
+def infill(settings: InfillSettings, console: Console) -> Results:
+    """Writes infill.json, .md, .png and .svg; raises `InputError` before anything is measured."""
+    needs("matplotlib")
+    check_seed(settings.seed)
+    if settings.models is None or settings.data is None:
+        raise InputError("models or data is not given; give --models NAME=RUN,... or a folder of runs, and --data SET")
+    at_least_one(windows=settings.windows, samples=settings.samples)
+    data = TokenSet.open(settings.data)
+    roster = Roster.of(models=settings.models, device=settings.device, dtype=settings.dtype)
+    readers = {name: roster[name] for name in roster.names if reads(roster[name])}
+    if not readers:
+        raise InputError(f"models is {settings.models}; none of them fills spans without being told the time")
+    for name, contestant in readers.items():
+        check_tokenizer(name, contestant, data)
+    context = min(contestant.network.config.context for contestant in readers.values())
+    for size in settings.spans:
+        if not 1 <= size <= context // 2:
+            raise InputError(f"spans holds {size}; each must lie between 1 and half of the context, {context // 2}")
+    windows = some_windows(data, settings.split, context, settings.windows)
+
+    given: dict[str, Any] = {**dataclasses.asdict(settings), "data": data.folder.name, "models": ",".join(roster.names)}
+    given["spans"] = list(settings.spans)
+    del given["out"]
+    results = Results.open("infill", settings.out or "results/infill", given)
+    rows: list[dict[str, Any]] = []
+    for size in settings.spans:
+        start = places(windows, size, settings.seed)
+        left: Filled | None = None
+        for name, contestant in readers.items():
+            network = cast(LanguageModel, contestant.network)
+            found = {
+                each: fill(network, windows, start, size, each, settings, roster.device) for each in readings(network)
+            }
+            left = left or found.get("causal")
+            rows += (_row(name, contestant, each, size, filled) | {"filled": filled} for each, filled in found.items())
+            console.print(f"{name}, spans of {size}", markup=False)
+        for row in rows:
+            if (filled := row.pop("filled", None)) is not None and left is not None:
+                row["against_left"], row["against_left_error"] = paired(filled, left)
+    results.values["rows"] = rows
+    results.values["context"] = context
+    put(results.values, dict(ratios(rows)))
+    about = (
+        f"One span in each of {len(windows)} windows of {context} tokens, at a place that is drawn, the same for all. "
+        "The models differ in what they may see: both sides, or the left alone."
+    )
+    results.write(about, COLUMNS, cells, partial(draw, rows=rows))
+    return results
+
+
+def reads(contestant: Contestant) -> bool:
+    """Whether the model has a reading of spans: left to right, or a denoiser that needs no time."""
+    return denoises(contestant) or "causal" in contestant.network.heads
+
+
+def places(windows: Int[Tensor, "N L"], size: int, seed: int) -> Int[Tensor, " N"]:
+    """Where the span of each window starts: anywhere but at its first token, with at least one token behind it."""
+    noise = [window_generator(seed, i) for i in range(len(windows))]
+    return 1 + (uniform((len(windows),), noise) * (windows.shape[1] - size - 1)).long()
+
+
+def fill(
+    network: LanguageModel,
+    windows: Int[Tensor, "N L"],
+    start: Int[Tensor, " N"],
+    size: int,
+    reading: Reading,
+    settings: InfillSettings,
+    device: torch.device,
+) -> Filled:
+    """All windows, some at a time."""
+    parts = []
+    for index in torch.arange(len(windows)).split(BATCH):
+        noise = [window_generator(settings.seed, int(i)) for i in index]
+        x0, at = windows[index].to(device), start[index].to(device)
+        parts.append(fill_spans(network, x0, at, size, reading, settings.samples, noise))
+    return Filled(torch.cat([part.nats for part in parts]), torch.cat([part.exact for part in parts]))
+
+
+def paired(ours: Filled, theirs: Filled) -> tuple[float, float | None]:
+    """Ratio of the perplexities, and its standard error over windows."""
+    less = ours.nats - theirs.nats
+    ratio = less.mean().exp().item()
+    return ratio, ratio * less.std().item() / len(less) ** 0.5 if len(less) > 1 else None
+
+
+def _row(name: str, contestant: Contestant, reading: Reading, size: int, filled: Filled) -> dict[str, Any]:
+    several, root = len(filled.nats) > 1, len(filled.nats) ** 0.5
+    exact = filled.exact.double()
+    return {
+        "model": name,
+        "method": contestant.method,
+        "checkpoint": contestant.checkpoint,
+        "reading": reading,
+        "bound": reading == "diffusion" and size > 1,
+        "span": size,
+        "nats": filled.nats.mean().item(),
+        "standard_error": filled.nats.std().item() / root if several else None,
+        "ppl": filled.nats.mean().exp().item(),
+        "exact": exact.mean().item(),
+        "exact_error": exact.std().item() / root if several else None,
+    }
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Told]]:
+    """Of each span: perplexity left to right over the best of those that see both sides (larger is better)."""
+    for size in dict.fromkeys(row["span"] for row in rows):
+        both = [row for row in rows if row["span"] == size and row["reading"] != "causal" and "against_left" in row]
+        if both:
+            best = min(both, key=lambda row: row["against_left"])
+            of = f"left to right / {best['model']}, {best['reading']}"
+            yield f"infill_vs_left_to_right at {size}", Told(of, 1 / best["against_left"])
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the Markdown table."""
+
+    def within(value: float | None, error: float | None) -> str:
+        return number(value) + ("" if error is None else f" ± {number(error, 2)}")
+
+    error = row["standard_error"]
+    return [
+        row["model"],
+        row["reading"],
+        str(row["span"]),
+        ("≤ " if row["bound"] else "") + within(row["ppl"], None if error is None else row["ppl"] * error),
+        within(row.get("against_left"), row.get("against_left_error")),
+        within(row["exact"], row["exact_error"]),
+    ]
+
+
+def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Perplexity against the length of the span."""
+    axes.figure.set_size_inches(8, 5)
+    for model, reading in dict.fromkeys((row["model"], row["reading"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["reading"]) == (model, reading)]
+        errors = [row["ppl"] * (row["standard_error"] or 0) for row in own]
+        style = "--" if reading == "causal" else "-"
+        spans, ppls = [row["span"] for row in own], [row["ppl"] for row in own]
+        axes.errorbar(spans, ppls, yerr=errors, ls=style, marker="o", ms=4, capsize=3, label=f"{model}, {reading}")
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the span", ylabel="PPL of its tokens")
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
