@@ -192,6 +192,11 @@ def test_runs_are_named_by_pairs_or_by_folder(tmp_path):
     assert list(runs_of(str(tmp_path))) == ["gpt2-0", "gpt2-1", "radd-ao"]
     with pytest.raises(InputError, match="NAME=RUN"):
         runs_of(str(tmp_path / "none"))
+    for given in ("a=", "=z", "a=x,b", "a=x,a=z"):
+        with pytest.raises(InputError, match="a run for each name, and no name twice"):
+            runs_of(given)
+    with pytest.raises(InputError, match=r"which is one model; name it: radd-ao-0=.*radd-ao-0$"):
+        runs_of(str(tmp_path / "radd-ao-0"))
 
 
 def test_weights_read_and_their_share_of_the_bandwidth():

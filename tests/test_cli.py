@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from caddf.decoding import DECODERS
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(caddf.__file__).parents[1])}
 TRAIN = ["--model.size", "debug", "--device", "cpu", "--dtype", "float32", "--train.tensorboard", "false"]
-QUICK = ["--samples", "1", "--anchors", "[0.5]", "--nfe", "[2]", "--paths", "0", "--max-windows", "2"]
+QUICK = ["--samples", "1", "--anchors", "0.5", "--nfe", "2", "--paths", "0", "--max-windows", "2"]
 LIKELIHOOD = {"nll", "standard_error", "ppl", "bits_per_byte"}
 
 
@@ -213,9 +214,26 @@ def test_help_explains_every_option(verb, capsys):
         assert type_name not in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"], ["data"], ["data", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_help_lists_the_commands(say, arguments):
     assert all(f"caddf {verb}" in say(*arguments).out for verb in VERBS)
+
+
+@pytest.mark.parametrize("group", ["data", "benchmark"])
+@pytest.mark.parametrize("asked", [[], ["--help"], ["-h"], ["help"]])
+def test_help_of_a_group_lists_its_commands_a_line_each(say, group, asked):
+    lines = [line.split() for line in say(group, *asked).out.splitlines() if line.startswith("  ")]
+    assert [" ".join(words[1:3]) for words in lines] == [verb for verb in VERBS if verb.startswith(f"{group} ")]
+
+
+def test_no_two_options_of_a_command_are_explained_by_the_same_words(capsys):
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            main([*verb.split(), "--help"])
+        options = re.split(r"^  (?=-)", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+        texts = [" ".join(option.split()).split(" (default")[0] for option in options]
+        said = [re.sub(r"^--\S+( \S+)? ", "", text) for text in texts if text.startswith("--")]
+        assert len(said) == len(set(said)) > 0 or verb in ("report", "methods"), (verb, sorted(said))
 
 
 def test_version(say):
@@ -344,8 +362,13 @@ def losses(run):
         (["--train.steps", "abc"], "train.steps is abc; it must be a whole number"),
         (["--model.size", "huge"], "model.size is huge; it must be one of debug, demo, tiny, small, medium"),
         (["--model.exchange", "both"], "model.exchange is both; it must be one of one_way, mutual"),
-        (["--train.stepz", "3"], "there is no setting --train.stepz; caddf train --help explains every setting"),
-        (["--train.step", "3"], "there is no setting --train.step; caddf train --help explains every setting"),
+        (["--train.stepz", "3"], "there is no setting --train.stepz (did you mean --train.steps?); caddf train --help"),
+        (["--train.step=3"], "there is no setting --train.step (did you mean --train.steps?); caddf train --help"),
+        (["--steps", "3"], "there is no setting --steps (did you mean --train.steps?); caddf train --help explains"),
+        (["--config", "mdlm", "--objective.distill", "1"], "objective.distill is set, but the method mdlm has no such "
+         "setting; its objective has form, schedule, times"),
+        (["--config", "gpt2", "--objective.x=1"], "objective.x is set, but the method gpt2 has no such setting; its "
+         "objective has none"),
         (["stray"], "there is no setting stray; caddf train --help explains every setting"),
         (["--train.steps", "0"], "train.steps is 0; it must be 1 or more"),
         (["--train.learning_rate", ".nan"], "train.learning_rate is nan; it must be above 0, and finite"),
@@ -377,18 +400,21 @@ def test_train_refuses(data, refused, tmp_path, arguments, sentence):
     ("file", "sentence"),
     [
         ("train: {steps: abc}", "train.steps is abc; it must be a whole number"),
-        ("train: {stepz: 3}", "there is no setting --train.stepz=3; caddf train --help explains every setting"),
-        ("trian: {steps: 3}", "there is no setting --trian.steps=3; caddf train --help explains every setting"),
-        ("unknown: 3", "there is no setting --unknown=3; caddf train --help explains every setting"),
-        ("train: 3", "there is no setting --train=3; caddf train --help explains every setting"),
+        ("train: {stepz: 3}", "FILE has train.stepz, which is no setting (did you mean train.steps?); caddf train"),
+        ("trian: {steps: 3}", "FILE has trian.steps, which is no setting (did you mean train.steps?); caddf train"),
+        ("steps: 3", "FILE has steps, which is no setting (did you mean train.steps?); caddf train --help explains"),
+        ("unknown: 3", "FILE has unknown, which is no setting; caddf train --help explains every setting"),
+        ("train: 3", "FILE has train, which is no setting (did you mean train.steps or train.batch_size or"),
+        ("method: mdlm\nobjective: {distill: 1}", "FILE has objective.distill, but the method mdlm has no such "
+         "setting; its objective has form, schedule, times"),
         ("method: abc", "method is abc; it must be one of caddf-lambda-dce, caddf-t-dce"),
-        ("method: [a, b]", "method is [a,b]; it must be one of caddf-lambda-dce, caddf-t-dce"),
+        ("method: [a, b]", "method is a,b; it must be one of caddf-lambda-dce, caddf-t-dce"),
         ("- 1", "config is FILE; it must hold lines such as `seed: 1`, and no config of its own"),
         ("", "config is FILE; it must hold lines such as `seed: 1`, and no config of its own"),
         ("config: other.yaml", "config is FILE; it must hold lines such as `seed: 1`, and no config of its own"),
         ("a: : b", "config is FILE, which is not YAML: mapping values are not allowed here"),
     ],
-)
+)  # fmt: skip
 def test_train_refuses_a_file(data, refused, tmp_path, file, sentence):
     path = tmp_path / "file.yaml"
     path.write_text(file)
@@ -436,6 +462,19 @@ def test_data_prepare_refuses(refused, tmp_path, content, sentence):
     assert list(tmp_path.iterdir()) == ([] if content is None else [file])
 
 
+def test_data_prepare_says_how_to_replace_and_what_a_tokenizer_is_made_of(say, refused, data, tmp_path):
+    (tmp_path / "text.txt").write_text(sentences(60, "text"))
+    given = ["data", "prepare", "--test", tmp_path / "text.txt"]
+    made = f"{tmp_path / 'set'}"
+    assert refused(*given, "--out", made).startswith(
+        "tokenizer is bpe:8192, which is made from training documents; there are only those of test: give some, or a"
+    )
+    say(*given, "--out", made, "--tokenizer", data)
+    said = refused(*given, "--out", made, "--tokenizer", data)
+    assert said == f"out is {made}, which exists; give a new folder, or --overwrite to replace it"
+    say(*given, "--out", made, "--tokenizer", data, "--overwrite")
+
+
 def test_text_shorter_than_one_window_is_refused(say, refused, tmp_path):
     (tmp_path / "text.txt").write_text("short")
     say("data", "prepare", "--train", tmp_path / "text.txt", "--tokenizer", "bytes", "--out", tmp_path / "set")
@@ -447,8 +486,10 @@ def test_text_shorter_than_one_window_is_refused(say, refused, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--anchors", "[2]"], "anchors holds 2.0; each must lie in [0, 1]"),
-        (["--anchors", "2"], "anchors is 2; it must be a list, as in [1,2]"),
+        (["--anchors", "0.5,2"], "anchors holds 2.0; each must lie in [0, 1]"),
+        (["--anchors", "0.5 1"], "anchors is 0.5 1; it must be numbers, as in 0.5,1"),
+        (["--nfe", "0.5"], "nfe is 0.5; it must be whole numbers, as in 1,8"),
+        (["--quantize", "int4"], "quantize is int4; it must be int8"),
         (["--samples", "0"], "samples is 0; it must be at least 1"),
         (["--samples", "few"], "samples is few; it must be a whole number"),
         (["--block-size", "33"], "block_size is 33; it must lie between 1 and the window, 32"),
@@ -526,7 +567,7 @@ def test_info_and_unknown_commands_refuse(refused, run):
     assert refused("info", "nowhere").startswith("nowhere does not exist")
     assert refused("info", "--vocab-size", "0").startswith("bos_id is 0")
     assert refused("trian").startswith("there is no command 'trian'; the commands are data prepare, train, evaluate")
-    assert refused("data", "prepair").startswith("there is no command 'data prepair'")
+    assert refused("data", "prepair") == "there is no command 'data prepair'; the commands are data prepare"
 
 
 def test_interrupted_and_failed_are_told_apart(say, run, monkeypatch):

@@ -215,8 +215,8 @@ def test_windows_are_a_view(data: TokenSet) -> None:
 
 def test_settings_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     for settings, complaint in (
-        ({}, "neither input nor train"),
-        ({"validation": "x"}, "neither input nor train"),
+        ({}, "no text is given; give input"),
+        ({"validation": "x"}, "there are only those of validation: give some, or a ready-made"),
         ({"input": "stdlib", "test": "x"}, "input is given together"),
         ({"input": "stdlib", "tokenizer": "bpe:10"}, "at least 258"),
         ({"input": "stdlib", "tokenizer": "words"}, "tokenizer is 'words'"),
@@ -230,10 +230,10 @@ def test_settings_are_checked_before_anything_is_read(tmp_path: Path) -> None:
 
 
 def test_existing_folders_are_kept(data: TokenSet, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="out exists"):
+    with pytest.raises(InputError, match="out, which exists; give a new folder, or --overwrite"):
         prepare(data.folder, input=tmp_path / "in.jsonl", tokenizer="bytes")
     (tmp_path / "home").mkdir()
-    with pytest.raises(InputError, match="home exists and is no token set"):
+    with pytest.raises(InputError, match="home, which exists and is no token set"):
         prepare(tmp_path / "home", input=tmp_path / "in.jsonl", tokenizer="bytes", overwrite=True)
     again = prepare(data.folder, input=tmp_path / "in.jsonl", tokenizer="bpe:300", overwrite=True)
     assert again.tokenizer.name == TokenSet.open(data.folder).tokenizer.name == "bpe:300"

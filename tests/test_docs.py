@@ -3,6 +3,8 @@
 import itertools
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,17 @@ def test_contributing_adds_a_decoder(model):
         frames = list(decoder(model, task))
     assert [int(frame.fresh[0].nonzero()) for frame in frames] == [2, 3, 4, 5, 6, 7]
     assert (frames[-1].tokens < 20).all()
+
+
+@pytest.mark.parametrize("place", ["src/caddf/objectives/flat.py", "src/caddf/decoding/left_first.py"])
+def test_what_contributing_adds_passes_the_linter_and_is_typed(place):
+    block = next(block for block in blocks("CONTRIBUTING.md") if block.startswith(f"# {place}\n"))
+    source = block.removeprefix(f"# {place}\n")
+    ruff = [sys.executable, "-m", "ruff"]
+    check = [*ruff, "check", "--no-cache", "--extend-select", "ANN", "--stdin-filename", place, "-"]
+    for command in (check, [*ruff, "format", "--no-cache", "--check", "--stdin-filename", place, "-"]):
+        done = subprocess.run(command, cwd=ROOT, input=source, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_contributing_adds_a_method(model, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import struct
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tokenizers
@@ -328,6 +329,7 @@ def test_the_hub_is_asked_for_the_right_rows(monkeypatch, streaming):
         return ({"text": str(number), "sentence": str(number)} for number in range(20_005))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, *_, **__: None)
     assert list(Source("fineweb@train", streaming=streaming)) == [str(number) for number in range(20_000, 20_005)]
     assert list(Source("ptb", split="test", streaming=streaming, max_documents=2)) == ["0", "1"]
     assert asked == [
@@ -338,6 +340,26 @@ def test_the_hub_is_asked_for_the_right_rows(monkeypatch, streaming):
             {"split": "test", "streaming": streaming, "revision": "refs/convert/parquet"},
         ),
     ]
+
+
+@pytest.mark.parametrize("name", ["fineweb", "prolong", "hf:someone/text"])
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, name):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def no_network(self, repository, **settings):
+        asked.append(repository)
+        raise ConnectionError("no network")
+
+    def go_on_trying(*_, **__):
+        raise AssertionError("the libraries must not be called: they would try for half a minute")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", no_network)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", go_on_trying)
+    monkeypatch.setattr(datasets, "load_dataset", go_on_trying)
+    with pytest.raises(InputError, match=r"cannot be read: the hub does not answer \(no network\)"):
+        list(Source(name))
+    assert len(asked) == 1
 
 
 def test_shards_are_fetched_one_by_one(tmp_path, monkeypatch):
@@ -357,6 +379,7 @@ def test_shards_are_fetched_one_by_one(tmp_path, monkeypatch):
         fetched.append(file)
         return str(tmp_path / file)
 
+    monkeypatch.setattr(hub.HfApi, "dataset_info", lambda self, *_, **__: None)
     monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda self, *_, **__: listed)
     monkeypatch.setattr(hub, "hf_hub_download", download)
     assert list(Source("prolong", split="test", max_documents=2)) == TEXTS[:2]
@@ -382,7 +405,7 @@ def test_what_is_not_there(tmp_path, spec, root, complaint):
 def test_a_named_set_becomes_its_own_splits(tmp_path):
     put(tmp_path / "wikitext-2-raw/wiki.test.raw", WIKITEXT)
     put(tmp_path / "wikitext-2-raw/wiki.valid.raw", WIKITEXT)
-    with pytest.raises(InputError, match="tokenizer is bpe:300, and wikitext2 has no training documents"):
+    with pytest.raises(InputError, match="tokenizer is bpe:300, which is made from training documents; there are only"):
         prepare(tmp_path / "none", input="wikitext2", data_root=tmp_path, tokenizer="bpe:300")
     made = prepare(tmp_path / "made", input="wikitext2", data_root=tmp_path, tokenizer="bytes")
     assert isinstance(made, TokenSet) and list(made.manifest["splits"]) == ["validation", "test"]

@@ -22,7 +22,7 @@ class Oven:
 
     heat: of the oven, in kelvin; it
         is high. shelf, door: where `heat` goes.
-    fan: what turns.
+    fan: what turns. fuel: what burns. hours: of baking.
     """
 
     heat: float = 450.0
@@ -30,6 +30,7 @@ class Oven:
     door: Literal["open", "shut"] = "shut"
     fan: bool = False
     hours: tuple[int, ...] = (1, 2)
+    fuel: Literal["gas"] = "gas"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def test_documented_reads_labels_at_line_starts_and_after_full_stops():
         "shelf": "where heat goes",
         "door": "where heat goes",
         "fan": "what turns",
+        "fuel": "what burns",
+        "hours": "of baking",
     }
 
 
@@ -81,11 +84,12 @@ def test_section_has_the_fields_types_and_defaults():
 def test_options_are_flat_and_leave_out_what_is_not_set():
     parser = new_parser("bake", "[OPTIONS]", "about baking")
     add_options(parser, Oven)
-    assert options(Oven, parse(parser, ["--hours", "[3]"])) == {
+    assert options(Oven, parse(parser, ["--hours", "3"])) == {
         "heat": 450.0,
         "door": "shut",
         "fan": False,
         "hours": (3,),
+        "fuel": "gas",
     }
 
 
@@ -94,7 +98,9 @@ def test_choices_share_names_and_leave_defaults_to_each():
     add_choices(parser, "of some", {"oven": Oven, "grill": Grill}, skip=("fan",))
     assert options(Oven, parse(parser, [])) == {}
     assert options(Grill, parse(parser, ["--heat", "7"])) == {"heat": 7.0}
-    assert "of the oven, in kelvin; it is high [oven, grill]" in " ".join(parser.format_help().split())
+    text = " ".join(parser.format_help().split())
+    assert "--heat FLOAT of the oven, in kelvin; it is high [oven]; of the coals [grill]" in text
+    assert "--shelf INT where heat goes [oven]" in text
 
 
 def test_help_has_every_text_and_default():
@@ -103,7 +109,27 @@ def test_help_has_every_text_and_default():
     assert "oven: How it is baked:" in text
     assert "--oven.heat FLOAT of the oven, in kelvin; it is high (default: 500.0)" in text
     assert "--oven.shelf INT where heat goes --oven.door {open,shut} where heat goes (default: shut)" in text
-    assert "--oven.hours [INT,...]" in text
+    assert "--oven.hours INT,... of baking (default: 1,2)" in text
+
+
+@pytest.mark.parametrize(("given", "read"), [("3", (3,)), ("4,5", (4, 5)), ("[4, 5]", (4, 5)), ("", ())])
+def test_lists_are_written_with_commas(given, read):
+    assert parse(oven_parser(), ["--oven.hours", given]).oven.hours == read
+    assert parse(oven_parser(), []).oven.hours == (1, 2)
+
+
+@dataclass(frozen=True)
+class Stove(Oven):
+    """An oven with plates.
+
+    heat: of the plates.
+    """
+
+    plates: int = 4
+
+
+def test_what_extends_a_class_is_explained_by_it_too():
+    assert documented(Stove) == {**documented(Oven), "heat": "of the plates"}
 
 
 @pytest.mark.parametrize(
@@ -113,11 +139,18 @@ def test_help_has_every_text_and_default():
         (["--oven.heat", "nan"], "oven.heat is nan; it must be a number"),
         (["--oven.shelf", "1.5"], "oven.shelf is 1.5; it must be a whole number"),
         (["--oven.door", "ajar"], "oven.door is ajar; it must be one of open, shut"),
-        (["--oven.hours", "4"], "oven.hours is 4; it must be a list, as in [1,2]"),
+        (["--oven.fuel", "wood"], "oven.fuel is wood; it must be gas"),
+        (["--oven.hours", "4,x"], "oven.hours is 4,x; it must be whole numbers, as in 1,8"),
+        (["--oven.hours", "1.5"], "oven.hours is 1.5; it must be whole numbers, as in 1,8"),
         (["--oven.lamp", "1"], "there is no setting --oven.lamp; bake --help explains every setting"),
+        (["--oven.dor=ajar"], "there is no setting --oven.dor (did you mean --oven.door?); bake --help explains every"
+         " setting"),
+        (["--heat", "1"], "there is no setting --heat (did you mean --oven.heat?); bake --help explains every setting"),
+        (["--ovn.heat", "1"], "there is no setting --ovn.heat (did you mean --oven.heat?); bake --help explains every"
+         " setting"),
         (["--oven.heat"], "--oven.heat is given without a value; bake --help explains every setting"),
     ],
-)
+)  # fmt: skip
 def test_errors_are_sentences(arguments, sentence):
     with pytest.raises(InputError) as error:
         parse(oven_parser(), arguments)

@@ -128,10 +128,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 def test_the_hub_out_of_reach_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(repository: str, name: str) -> str:
+    def refuse(repository: str, allow_patterns: list[str]) -> str:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("caddf.tokenizer.hf_hub_download", refuse)
+    monkeypatch.setattr("caddf.tokenizer.snapshot_download", refuse)
     with pytest.raises(InputError, match=r"no network.*gpt2:FOLDER"):
         Tokenizer.build("gpt2")
 

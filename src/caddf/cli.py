@@ -120,8 +120,9 @@ def _model_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", type=str, default="auto", help="auto (a GPU where there is one), cpu, cuda or mps")
     add("--dtype", type=DType, default="float32", help="of weights and arithmetic")
-    add("--quantize", type=Quantisation | None, help="int8: weights of a quarter of the bytes, on a CPU")
-    add("--seed", type=int, default=0, help="of all that is drawn")
+    add("--quantize", type=Quantisation | None, metavar="{int8}",
+        help="int8: weights of a quarter of the bytes, on a CPU")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="INT", help="of all that is drawn")
 
 
 def _json_option(parser: ArgumentParser) -> None:
@@ -134,17 +135,20 @@ def _data_prepare(parser: ArgumentParser, arguments: list[str]) -> int:
         + ", ".join(NAMED)
     )
     add = parser.add_argument
-    add("--input", type=str | None, help=f"documents to split 90/5/5: {source}")
+    add("--input", type=str | None, metavar="SOURCE",
+        help=f"documents to split 90/5/5 (a data set that has splits of its own keeps them): {source}")  # fmt: skip
     for name in ("train", "validation", "test"):
-        add(f"--{name}", type=str | None, help=f"documents of the {name} split, likewise")
-    add("--out", type=str, required=True, help="folder of the token set")
-    add("--tokenizer", type=str, default="bpe:8192", help="bpe:N, bytes, gpt2, gpt2:FOLDER, or a saved tokenizer")
-    add("--data-root", type=str | None, help="folder of local copies of data sets by name")
-    add("--column", type=str, default="text", help="where JSONL, parquet and data sets keep the text")
+        add(f"--{name}", type=str | None, metavar="SOURCE", help=f"documents of the {name} split, instead of --input")
+    add("--out", type=str, required=True, metavar="SET", help="folder of the token set")
+    add("--tokenizer", type=str, default="bpe:8192", metavar="NAME",
+        help="bpe:N (N tokens, learnt from the training documents), bytes, gpt2, gpt2:FOLDER, or a folder that holds "
+        "tokenizer.json: a token set, a model")  # fmt: skip
+    add("--data-root", type=str | None, metavar="FOLDER", help="of local copies of data sets by name")
+    add("--column", type=str, default="text", metavar="NAME", help="where JSONL, parquet and data sets keep the text")
     add("--streaming", action="store_true", help="read a data set without storing it")
-    add("--max-documents", type=int | None, help="read no more documents of each source")
-    add("--seed", type=int, default=0, help="of the split")
-    add("--overwrite", action="store_true", help="replace a token set")
+    add("--max-documents", type=int | None, metavar="INT", help="read no more documents of each source")
+    add("--seed", type=int, default=0, metavar="INT", help="of the split")
+    add("--overwrite", action="store_true", help="replace the token set, if it is there")
     values = vars(parse(parser, arguments))
     out = values.pop("out")
     with display.stages() as progress:
@@ -156,17 +160,19 @@ def _data_prepare(parser: ArgumentParser, arguments: list[str]) -> int:
 def _train(parser: ArgumentParser, arguments: list[str]) -> int:
     method, files, others = _method(arguments)
     add = parser.add_argument
-    add("--config", type=str | None, help=f"a method ({', '.join(METHODS)}) or a YAML file of settings")
+    add("--config", type=str | None, metavar="METHOD|FILE",
+        help=f"a method ({', '.join(METHODS)}), or a YAML file of settings, named as here: `seed: 1`, "
+        "`train: {steps: 100}`; options given besides have the last word. --help then lists its settings")  # fmt: skip
     add("--method", type=str | None, help="the method, where --config is a file")
-    add("--data", type=str | None, help="a token set; caddf data prepare makes one")
-    add("--out", type=str | None, help="the run's folder, which must not exist")
-    add("--resume", type=str | None, help="a run to go on with, with its own settings and no others")
+    add("--data", type=str | None, metavar="SET", help="a token set; caddf data prepare makes one")
+    add("--out", type=str | None, metavar="RUN", help="the run's folder, which must not exist")
+    add("--resume", type=str | None, metavar="RUN", help="a run to go on with, with its own settings and no others")
     add("--init-from", "--init_from", type=str | None, metavar="MODEL",
         help="weights to start with: of a run, model folder or hub name; a GPT-2's, for the causal branch")  # fmt: skip
     add("--device", type=Device, default="auto", help="auto (a GPU where there is one), cpu, cuda or mps")
     add("--dtype", type=TrainingDType, default="auto",
         help="of the passes; bfloat16 is autocast over float32 weights; auto takes it where it is fast")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the weights, the order of the data, and all draws")
+    add("--seed", type=int, default=0, metavar="INT", help="of the weights, the order of the data, and all draws")
     add_section(parser, "model", ModelSettings)
     add_section(parser, "objective", METHODS[method].settings, METHODS[method].defaults)
     add_section(parser, "train", TrainConfig, skip=OWN)
@@ -283,8 +289,8 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 def _evaluate(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("model", type=str, help="a run, a model folder, or OWNER/NAME on the hub")
-    parser.add_argument("--data", type=str, required=True, help="a token set")
-    parser.add_argument("--protocol", type=str | None,
+    parser.add_argument("--data", type=str, required=True, metavar="SET", help="a token set")
+    parser.add_argument("--protocol", type=str | None, metavar="NAME",
         help=f"{', '.join(PRESETS)}: what text is cut into and what counts, which single options then change; "
         "not set, caddf's on the validation split")  # fmt: skip
     _model_options(parser)
@@ -316,17 +322,22 @@ def _evaluate(parser: ArgumentParser, arguments: list[str]) -> int:
 def _generate(parser: ArgumentParser, arguments: list[str]) -> int:
     add = parser.add_argument
     add("model", type=str, help="a run, a model folder, or OWNER/NAME on the hub")
-    add("--prompt", type=str, action="append", help="text to continue; again for a batch")
-    add("--template", type=str, action="append",
+    add("--prompt", type=str, action="append", metavar="TEXT", help="text to continue; again for a batch")
+    add("--template", type=str, action="append", metavar="TEXT",
         help="text with holes to fill, 'def f(x):[MASK:24]return y'; again for a batch")  # fmt: skip
-    add("--decoder", type=str | None, help=f"{', '.join(DECODERS)}; not set, the method's (CAD-DF: speculative)")
-    add("--max-new-tokens", type=int, default=64, help="length of a continuation")
-    add("--temperature", type=float, default=1.0, help="0 is greedy")
-    add("--top-k", type=int, default=0, help="draw from the k most probable tokens; 0 is off")
-    add("--top-p", type=float, default=1.0, help="draw from the fewest tokens that hold this probability; 1 is off")
-    add("--min-p", type=float, default=0.0, help="drop tokens below this share of the most probable one; 0 is off")
-    add("--stop", type=str, action="append", help="text that ends a row; again for more")
-    add("--batch", type=int, default=1, help="rows for a single prompt or template; row r draws from seed + r")
+    add("--decoder", type=str | None, metavar="NAME",
+        help=f"{', '.join(DECODERS)}; not set, the method's (CAD-DF: speculative)")  # fmt: skip
+    for name, kind, default, text in (
+        ("max-new-tokens", int, 64, "length of a continuation, in tokens"),
+        ("temperature", float, 1.0, "0 is greedy"),
+        ("top-k", int, 0, "draw from the k most probable tokens; 0 is off"),
+        ("top-p", float, 1.0, "draw from the fewest tokens that hold this probability; 1 is off"),
+        ("min-p", float, 0.0, "drop tokens below this share of the most probable one; 0 is off"),
+    ):
+        add(f"--{name}", type=kind, default=default, metavar=kind.__name__.upper(), help=text)
+    add("--stop", type=str, action="append", metavar="TEXT", help="text that ends a row; again for more")
+    add("--batch", type=int, default=1, metavar="INT",
+        help="rows for a single prompt or template; row r draws from seed + r")  # fmt: skip
     add("--show", action="store_true", help="show the canvas as it fills")
     add("--record", type=str | None, metavar="FILE", help="keep every frame as JSON, for caddf report")
     _model_options(parser)
@@ -379,8 +390,10 @@ def _generate(parser: ArgumentParser, arguments: list[str]) -> int:
 
 def _info(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("run", type=str | None, nargs="?", help="a run, a model folder, or a hub name")
-    parser.add_argument("--config", type=str, default=DEFAULT_METHOD, help=f"a method: {', '.join(METHODS)}")
-    parser.add_argument("--vocab-size", type=int | None, help="V, without a run; not set, the preset's")
+    parser.add_argument("--config", type=str, default=DEFAULT_METHOD, metavar="METHOD",
+        help=f"without a run: one of {', '.join(METHODS)}")  # fmt: skip
+    parser.add_argument("--vocab-size", type=int | None, metavar="INT",
+        help="tokens of the vocabulary, without a run; not set, the preset's")  # fmt: skip
     _json_option(parser)
     add_section(parser, "model", ModelSettings)
     values = parse(parser, arguments)
@@ -436,7 +449,7 @@ def _benchmark(
 
 
 def _reproduce(parser: ArgumentParser, arguments: list[str]) -> int:
-    parser.add_argument("table", type=str, help=" or ".join(TABLES))
+    parser.add_argument("table", type=str, help=f"one of {', '.join(TABLES)}")
     add_options(parser, ReproduceSettings)
     values = parse(parser, arguments)
     settings = ReproduceSettings(**options(ReproduceSettings, values))
@@ -450,7 +463,7 @@ def _reproduce(parser: ArgumentParser, arguments: list[str]) -> int:
 def _export(parser: ArgumentParser, arguments: list[str]) -> int:
     add = parser.add_argument
     add("model", type=str, help="a run (its latest checkpoint), one of its checkpoints, or a model folder")
-    add("--out", type=str, required=True, help="the new model folder")
+    add("--out", type=str, required=True, metavar="FOLDER", help="the new model folder")
     add("--evaluations", type=str, nargs="+", metavar="FILE",
         help="results of caddf evaluate --json, whose perplexities the card shows")  # fmt: skip
     add("--overwrite", action="store_true", help="replace the folder, if it is there")
@@ -464,9 +477,10 @@ def _export(parser: ArgumentParser, arguments: list[str]) -> int:
 
 def _samples(parser: ArgumentParser, arguments: list[str]) -> int:
     add = parser.add_argument
-    add("--models", type=str, required=True, help="NAME=RUN,... or a folder of runs; the first sets the unit of cost")
-    add("--prompt", type=str, action="append", required=True, help="text to continue; again for more")
-    add("--out", type=str, default="results/samples", help="folder of samples.json")
+    add("--models", type=str, required=True, metavar="RUNS",
+        help="NAME=RUN,... or a folder of runs; the first sets the unit of cost")  # fmt: skip
+    add("--prompt", type=str, action="append", required=True, metavar="TEXT", help="text to continue; again for more")
+    add("--out", type=str, default="results/samples", metavar="FOLDER", help="where samples.json is written")
     add_options(parser, SamplesSettings, skip=("models",))
     values = parse(parser, arguments)
     settings = SamplesSettings(**options(SamplesSettings, values))
@@ -481,7 +495,7 @@ def _samples(parser: ArgumentParser, arguments: list[str]) -> int:
 
 def _report(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("results", type=str, help="a folder of result files, at any depth")
-    parser.add_argument("-o", "--out", type=str, default="report.html", help="the page")
+    parser.add_argument("-o", "--out", type=str, default="report.html", metavar="FILE", help="the page")
     values = parse(parser, arguments)
     shown = report(Path(values.results), Path(values.out))
     for link, why in shown.unread.items():
@@ -491,7 +505,11 @@ def _report(parser: ArgumentParser, arguments: list[str]) -> int:
 
 
 VERBS = {
-    "data prepare": Verb("--input FILE --out SET [OPTIONS]", "turn text into a token set", _data_prepare),
+    "data prepare": Verb(
+        "--input SOURCE | --train SOURCE [--validation SOURCE] [--test SOURCE] --out SET [OPTIONS]",
+        "turn text into a token set",
+        _data_prepare,
+    ),
     "train": Verb(
         "[--config METHOD|FILE] --data SET --out RUN [OPTIONS] | --resume RUN",
         "train a model, or go on with a run",

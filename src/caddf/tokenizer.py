@@ -106,13 +106,13 @@ class Tokenizer:
         try:
             # Asks once; file by file the library goes on trying for half a minute where there is no network.
             folder = Path(snapshot_download(str(source), allow_patterns=list(_GPT2_FILES[1])))
+            return cls._from_files(*(folder / name for name in _GPT2_FILES[1]))
         except (OSError, HfHubHTTPError, HFValidationError) as error:
             reason = str(error).strip().split("\n")[0]
             raise InputError(
                 f"GPT-2's vocabulary is neither in a folder {source} nor to be had from the hub ({reason}); "
                 "give gpt2:FOLDER with its two files"
             ) from None
-        return cls._from_files(*(folder / name for name in _GPT2_FILES[1]))
 
     @classmethod
     def plain_bytes(cls) -> Tokenizer:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 import tokenizers
 
 from caddf.data import detokenizers
-from caddf.data.rows import Rows, cell, explained, file_rows, files_of, hub_rows
+from caddf.data.rows import Rows, cell, check_answer, explained, file_rows, files_of, hub_rows
 from caddf.errors import InputError
 
 SHORT = {"train": "train", "validation": "valid", "test": "test"}
@@ -384,6 +384,7 @@ def _fetched(hub: str, pattern: str, columns: tuple[str, ...]) -> Rows:
     """The rows of those files of a repository that match, each file fetched when its turn comes."""
     from huggingface_hub import HfApi, hf_hub_download
 
+    check_answer(hub, hub)
     with explained(hub):
         files = sorted(fnmatch.filter(HfApi().list_repo_files(hub, repo_type="dataset"), pattern))
     if not files:

@@ -73,7 +73,7 @@ def prepare(
     if input is None and "train" not in specs and trained:
         raise InputError(
             f"tokenizer is {tokenizer}, which is made from training documents; there are only those of "
-            f"{', '.join(specs)}: give train too, or a ready-made tokenizer (another token set's folder, gpt2, bytes)"
+            f"{', '.join(specs)}: give some, or a ready-made tokenizer (another token set's folder, gpt2, bytes)"
         )
     if seed < 0:
         raise InputError(f"seed is {seed}; it must be 0 or more")

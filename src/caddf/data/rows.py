@@ -69,26 +69,26 @@ def hub_rows(
         import datasets
     except ImportError:
         raise InputError(f"{spec} needs the datasets package; install caddf[hub]") from None
-    _check_answer(spec, name)
+    check_answer(spec, name, "; HF_HUB_OFFLINE=1 before the command reads what was downloaded before")
     with explained(spec):
         rows = datasets.load_dataset(name, config, split=split, streaming=streaming, revision=revision)
         for number, row in enumerate(rows):
             yield f"{spec}, row {number}", row
 
 
-def _check_answer(spec: str, name: str) -> None:
-    """Raises `InputError` where the hub does not answer: `datasets` would go on trying for half a minute."""
+def check_answer(spec: str, name: str, instead: str = "") -> None:
+    """Raises `InputError` where the hub, asked for a data set, does not answer; `instead` is what else can be done.
+
+    The libraries would go on trying for half a minute.
+    """
     if Path(name).exists() or constants.HF_HUB_OFFLINE:
         return
     try:
         HfApi().dataset_info(name, timeout=10, expand=["sha"])
     except (HfHubHTTPError, HFValidationError):
-        return  # it answers; what is wrong, `datasets` says
+        return  # it answers; what is wrong, the libraries say
     except Exception as error:  # of the library that carries the request, which is another from version to version
-        raise InputError(
-            f"{spec} cannot be read: the hub does not answer ({error}); "
-            "HF_HUB_OFFLINE=1 before the command reads what was downloaded before"
-        ) from None
+        raise InputError(f"{spec} cannot be read: the hub does not answer ({error}){instead}") from None
 
 
 def cell(row: Row, column: str, place: str) -> str:

@@ -42,7 +42,7 @@ class Remasking:
     remask: what eta does to the largest possible sigma: `cap` or `rescale`.
     eta: how much is masked again, in [0, 1].
     start: the time, from 1 (noise) down to 0, from which on tokens are masked again (eq. 10).
-    end: the time from which on none is.
+    end: the time from which on none is masked again.
     hold: the lambda at which the chain waits from `start` to `end` (the paper's loop: 0.1, with `start` 0.55, `end`
         0.05 and `eta` 0.02); not set, it does not wait.
     confident: deals sigma out over what stands in a row, by a softmax of -q of each token when it was drawn. Masked
