@@ -501,6 +501,10 @@ def test_spans_are_compared_with_what_the_left_side_alone_tells(trained, tmp_pat
     assert [row["against_left"] for row in values["rows"] if row["model"] == "gpt2"] == [1, 1]
     best = min(row["against_left"] for row in values["rows"] if row["span"] == 3 and row["reading"] != "causal")
     assert values["ratios"]["infill_vs_left_to_right at 3"] == pytest.approx(1 / best, rel=1e-5)
+    file = tmp_path / "infill.json"
+    file.write_text(json.dumps({**values, "rows": values["rows"][:2]}))  # interrupted: what is there is not read again
+    again = infill(settings, QUIET).values["rows"]
+    assert [row["nats"] for row in again] == pytest.approx([row["nats"] for row in values["rows"]], rel=1e-5)
     with pytest.raises(InputError, match="spans holds 9; each must lie between 1 and half of the context, 8"):
         infill(dataclasses.replace(settings, spans=(9,)), QUIET)
 

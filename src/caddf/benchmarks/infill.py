@@ -68,7 +68,10 @@ class InfillSettings:
 
 
 def infill(settings: InfillSettings, console: Console) -> Results:
-    """Writes infill.json, .md, .png and .svg; raises `InputError` before anything is measured."""
+    """Writes infill.json, .md, .png and .svg; interrupted, it goes on with the model and span that are missing.
+
+    Raises `InputError` before anything is measured.
+    """
     needs("matplotlib")
     check_seed(settings.seed)
     if settings.models is None or settings.data is None:
@@ -91,22 +94,24 @@ def infill(settings: InfillSettings, console: Console) -> Results:
     given["spans"] = list(settings.spans)
     del given["out"]
     results = Results.open("infill", settings.out or "results/infill", given)
-    rows: list[dict[str, Any]] = []
+    rows = results.values.setdefault("rows", [])
+    kept = {(row["model"], row["span"]) for row in rows}
     for size in settings.spans:
         start = places(windows, size, settings.seed)
-        left: Filled | None = None
         for name, contestant in readers.items():
+            if (name, size) in kept:
+                continue
             network = cast(LanguageModel, contestant.network)
-            found = {
-                each: fill(network, windows, start, size, each, settings, roster.device) for each in readings(network)
-            }
-            left = left or found.get("causal")
-            rows += (_row(name, contestant, each, size, filled) | {"filled": filled} for each, filled in found.items())
+            for each in readings(network):
+                filled = fill(network, windows, start, size, each, settings, roster.device)
+                rows.append(_row(name, contestant, each, size, filled))
+            results.save()
             console.print(f"{name}, spans of {size}", markup=False)
-        for row in rows:
-            if (filled := row.pop("filled", None)) is not None and left is not None:
-                row["against_left"], row["against_left_error"] = paired(filled, left)
-    results.values["rows"] = rows
+        here = [row for row in rows if row["span"] == size]
+        left = next((row for row in here if row["reading"] == "causal"), None)
+        if left is not None:
+            for row in here:
+                row["against_left"], row["against_left_error"] = paired(row["windows"], left["windows"])
     results.values["context"] = context
     put(results.values, dict(ratios(rows)))
     about = (
@@ -146,9 +151,9 @@ def fill(
     return Filled(torch.cat([part.nats for part in parts]), torch.cat([part.exact for part in parts]))
 
 
-def paired(ours: Filled, theirs: Filled) -> tuple[float, float | None]:
-    """Ratio of the perplexities, and its standard error over windows."""
-    less = ours.nats - theirs.nats
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
+    """Ratio of the perplexities of two lists of nats, window by window, and its standard error over windows."""
+    less = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
     ratio = less.mean().exp().item()
     return ratio, ratio * less.std().item() / len(less) ** 0.5 if len(less) > 1 else None
 
@@ -168,6 +173,7 @@ def _row(name: str, contestant: Contestant, reading: Reading, size: int, filled:
         "ppl": filled.nats.mean().exp().item(),
         "exact": exact.mean().item(),
         "exact_error": exact.std().item() / root if several else None,
+        "windows": filled.nats.tolist(),
     }
 
 
