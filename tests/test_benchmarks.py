@@ -502,8 +502,10 @@ def test_spans_are_compared_with_what_the_left_side_alone_tells(trained, tmp_pat
     best = min(row["against_left"] for row in values["rows"] if row["span"] == 3 and row["reading"] != "causal")
     assert values["ratios"]["infill_vs_left_to_right at 3"] == pytest.approx(1 / best, rel=1e-5)
     file = tmp_path / "infill.json"
-    file.write_text(json.dumps({**values, "rows": values["rows"][:2]}))  # interrupted: what is there is not read again
+    other = {**values["rows"][0], "checkpoint": "another", "nats": 99.0}  # of a model that has changed since
+    file.write_text(json.dumps({**values, "rows": [other, values["rows"][1]]}))  # interrupted
     again = infill(settings, QUIET).values["rows"]
+    assert [(row["model"], row["reading"]) for row in again] == 2 * readings
     assert [row["nats"] for row in again] == pytest.approx([row["nats"] for row in values["rows"]], rel=1e-5)
     with pytest.raises(InputError, match="spans holds 9; each must lie between 1 and half of the context, 8"):
         infill(dataclasses.replace(settings, spans=(9,)), QUIET)

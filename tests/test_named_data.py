@@ -362,6 +362,23 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, name):
     assert len(asked) == 1
 
 
+def test_what_was_stored_before_needs_no_answer(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+
+    def no_network(self, repository, **settings):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", no_network)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"text": "stored"}]))
+    with pytest.raises(InputError, match="the hub does not answer"):
+        list(Source("hf:someone/MyText"))
+    (tmp_path / "someone___my_text").mkdir()
+    assert list(Source("hf:someone/MyText")) == ["stored"]
+    with pytest.raises(InputError, match="the hub does not answer"):
+        list(Source("hf:someone/MyText", streaming=True))
+
+
 def test_shards_are_fetched_one_by_one(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     for number, data in enumerate(TEXT_SHARDS):

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from rich.console import Console
 
-from caddf.benchmarks.results import Results, number
+from caddf.benchmarks.results import Results, within
 from caddf.benchmarks.roster import needs, runs_of
 from caddf.benchmarks.trial import some_windows
 from caddf.categorical import Warp
@@ -125,12 +125,11 @@ def _measured(
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the Markdown table."""
-    error = row["standard_error"]
     return [
         row["model"],
         "" if row["step"] is None else f"{row['step']:,}",
         row["target"],
         f"{row['temperature']:g}",
-        number(row["tokens_per_round"]) + ("" if error is None else f" ± {number(error, 2)}"),
+        within(row["tokens_per_round"], row["standard_error"]),
         " ".join(f"{share:.2f}" for share in row["by_offset"]),
     ]

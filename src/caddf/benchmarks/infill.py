@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
-from caddf.benchmarks.results import Results, Told, number, plain_ticks, put
+from caddf.benchmarks.results import Results, Told, plain_ticks, put, within
 from caddf.benchmarks.roster import Contestant, Roster, needs
 from caddf.benchmarks.steps import denoises
 from caddf.benchmarks.trial import check_tokenizer, some_windows
@@ -94,7 +95,10 @@ def infill(settings: InfillSettings, console: Console) -> Results:
     given["spans"] = list(settings.spans)
     del given["out"]
     results = Results.open("infill", settings.out or "results/infill", given)
-    rows = results.values.setdefault("rows", [])
+    rows: list[dict[str, Any]] = [  # of the same checkpoints
+        row for row in results.values.get("rows", []) if row["checkpoint"] == readers[row["model"]].checkpoint
+    ]
+    results.values["rows"] = rows
     kept = {(row["model"], row["span"]) for row in rows}
     for size in settings.spans:
         start = places(windows, size, settings.seed)
@@ -107,6 +111,9 @@ def infill(settings: InfillSettings, console: Console) -> Results:
                 rows.append(_row(name, contestant, each, size, filled))
             results.save()
             console.print(f"{name}, spans of {size}", markup=False)
+    place = {(name, size): i for i, (size, name) in enumerate(itertools.product(settings.spans, readers))}
+    rows.sort(key=lambda row: place[row["model"], row["span"]])
+    for size in settings.spans:
         here = [row for row in rows if row["span"] == size]
         left = next((row for row in here if row["reading"] == "causal"), None)
         if left is not None:
@@ -189,17 +196,13 @@ def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Told]]:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the Markdown table."""
-
-    def within(value: float | None, error: float | None) -> str:
-        return number(value) + ("" if error is None else f" ± {number(error, 2)}")
-
     error = row["standard_error"]
     return [
         row["model"],
         row["reading"],
         str(row["span"]),
         ("≤ " if row["bound"] else "") + within(row["ppl"], None if error is None else row["ppl"] * error),
-        within(row.get("against_left"), row.get("against_left_error")),
+        within(row["against_left"], row["against_left_error"]) if "against_left" in row else "",
         within(row["exact"], row["exact_error"]),
     ]
 

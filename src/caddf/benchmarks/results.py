@@ -118,6 +118,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{float(f'{value:.{digits}g}'):g}"
 
 
+def within(value: float, error: float | None) -> str:
+    """For a table: a figure with its standard error, where there is one."""
+    return number(value) + ("" if error is None else f" ± {number(error, 2)}")
+
+
 def dots(axes: Any, names: Sequence[str], rows: Sequence[dict[str, Any]], colours: Sequence[str]) -> None:
     """Tokens a second of each row on a logarithmic axis, the first on top, with quartiles."""
     for name, row, colour in zip(names, rows, colours, strict=True):

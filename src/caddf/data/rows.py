@@ -67,17 +67,21 @@ def hub_rows(
     """The rows of a data set that the `datasets` library loads; `spec` is what complaints call it."""
     try:
         import datasets
+        from datasets.naming import camelcase_to_snakecase
     except ImportError:
         raise InputError(f"{spec} needs the datasets package; install caddf[hub]") from None
-    check_answer(spec, name, "; HF_HUB_OFFLINE=1 before the command reads what was downloaded before")
+    *owner, last = name.split("/")
+    stored = Path(datasets.config.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(last)]))
+    if streaming or not stored.exists():  # what was stored before, the library finds without a network too
+        check_answer(spec, name)
     with explained(spec):
         rows = datasets.load_dataset(name, config, split=split, streaming=streaming, revision=revision)
         for number, row in enumerate(rows):
             yield f"{spec}, row {number}", row
 
 
-def check_answer(spec: str, name: str, instead: str = "") -> None:
-    """Raises `InputError` where the hub, asked for a data set, does not answer; `instead` is what else can be done.
+def check_answer(spec: str, name: str) -> None:
+    """Raises `InputError` where the hub, asked for a data set, does not answer.
 
     The libraries would go on trying for half a minute.
     """
@@ -88,7 +92,7 @@ def check_answer(spec: str, name: str, instead: str = "") -> None:
     except (HfHubHTTPError, HFValidationError):
         return  # it answers; what is wrong, the libraries say
     except Exception as error:  # of the library that carries the request, which is another from version to version
-        raise InputError(f"{spec} cannot be read: the hub does not answer ({error}){instead}") from None
+        raise InputError(f"{spec} cannot be read: the hub does not answer ({error})") from None
 
 
 def cell(row: Row, column: str, place: str) -> str:

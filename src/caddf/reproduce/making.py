@@ -51,11 +51,14 @@ def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path
 
 
 def time_left(jobs: Iterable[Job], seconds: dict[str, list[float]]) -> float | None:
-    """Seconds that `jobs` take if each takes as long as those of its kind so far; None where a kind is yet to come."""
-    kinds = [job.kind for job in jobs]
-    if not seconds.keys() >= set(kinds):
+    """Seconds that `jobs` take if each takes as long as those of its kind so far, or as all of them, where none was.
+
+    None where nothing has been done yet.
+    """
+    if not seconds:
         return None
-    return sum(fmean(seconds[kind]) for kind in kinds)
+    every = fmean(each for some in seconds.values() for each in some)
+    return sum(fmean(seconds[job.kind]) if job.kind in seconds else every for job in jobs)
 
 
 def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -> None:

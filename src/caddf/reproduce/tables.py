@@ -8,7 +8,7 @@ from statistics import stdev
 from typing import Any, Protocol
 
 from caddf.benchmarks.measure import Spread
-from caddf.benchmarks.results import number
+from caddf.benchmarks.results import number, within
 from caddf.benchmarks.roster import needs
 from caddf.checkpoint import read_json
 from caddf.errors import InputError
@@ -264,12 +264,12 @@ class Ablations:
                    "MTP accuracy", "MTP agreement", "tokens per round", "tokens/s", "ratio to full"]  # fmt: skip
         rows = []
         for row in values["rows"]:
-            error, low_high = row["tokens_per_round_error"], row["ratio_quartiles"]
+            low_high = row["ratio_quartiles"]
             rows.append([
                 row["model"], decoder(row), str(row["batch"]), f"{row['parameters']:,}", f"{row['tokens_seen']:,}",
                 _said(row["target_ppl"]), _said(row["diffusion_ppl"]), f"{row['mtp_accuracy']:.1%}",
                 "" if row["mtp_agreement"] is None else f"{row['mtp_agreement']:.1%}",
-                number(row["tokens_per_round"]) + ("" if error is None else f" ± {number(error, 2)}"), speed(row),
+                within(row["tokens_per_round"], row["tokens_per_round_error"]), speed(row),
                 "" if low_high is None else _spread(row["ratio"], low_high),
             ])  # fmt: skip
         return values["about"], columns, rows
