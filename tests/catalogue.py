@@ -30,11 +30,11 @@ DRAFTS = ["factorised", "chained"]
 CAUSAL = BranchConfig(2, 16, 2)
 
 
-def _config(causal: BranchConfig | None, fusion: str, exchange: str, draft: str) -> ModelConfig:
+def _config(causal: BranchConfig | None, fusion: str, exchange: str, draft: str, alibi: bool = True) -> ModelConfig:
     return ModelConfig(
         VOCABULARY,
         CONTEXT,
-        BranchConfig(2, 12, 2),
+        BranchConfig(2, 12, 2, alibi=alibi),
         causal,
         bos_id=1,
         rows=VOCABULARY + 4,
@@ -51,9 +51,11 @@ MODELS: dict[str, ModelConfig] = {
         for (fusion, exchange), draft in itertools.product(FUSIONS, DRAFTS)
     },
     **{f"off-{draft}": _config(None, "late", "mutual", draft) for draft in DRAFTS},
+    "without-alibi": _config(CAUSAL, "late", "mutual", "factorised", alibi=False),
     "learned": _config(BranchConfig(2, 16, 2, positions="learned", bias=True), "late", "mutual", "factorised"),
 }
-"""Every choice of fusion, exchange, draft and causal branch that is valid, and GPT-2's positions and biases."""
+"""Every choice of fusion, exchange, draft and causal branch that is valid, one without linear biases, and GPT-2's
+positions and biases."""
 
 PATTERNS: list[Pattern] = [AnyOrder(), Infill(), Block(BLOCK), Block(BLOCK, offset=2), Block(1), Block(CONTEXT)]
 

@@ -42,7 +42,9 @@ def network(vocab: int = V, context: int = L, block_size: int = 2, scale: float 
     """A random network, sharp enough that its parts matter; without a causal branch unless told."""
     torch.manual_seed(1)
     settings = {"causal": None, "exchange": "one_way", **settings}
-    model = DualBranch(ModelConfig(vocab, context, BranchConfig(2, 16, 2), block_size=block_size, **settings)).double()
+    model = DualBranch(
+        ModelConfig(vocab, context, BranchConfig(2, 16, 2, alibi=True), block_size=block_size, **settings)
+    ).double()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(scale)

@@ -43,7 +43,7 @@ def dual(kind: str, vocab: int = V, block_size: int = 2, context: int = 24) -> D
     """A random network, sharp enough that its parts matter."""
     torch.manual_seed(1)
     config = {"exchange": "mutual", "fusion": "late", "draft": "factorised", **KINDS[kind]}
-    branches = {"causal": BranchConfig(1, 16, 2), "diffusion": BranchConfig(2, 16, 2)}
+    branches = {"causal": BranchConfig(1, 16, 2), "diffusion": BranchConfig(2, 16, 2, alibi=True)}
     model = DualBranch(ModelConfig(vocab, context, block_size=block_size, **branches, **config)).double().eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:

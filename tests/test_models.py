@@ -16,7 +16,7 @@ from caddf.errors import InputError
 from caddf.interface import AnyOrder, Block, Infill, Pattern
 from caddf.models.backbone import DualBranch
 from caddf.models.config import PRESETS, BranchConfig, ModelConfig
-from caddf.models.layers import head_log_probs, head_nll, rotate, rotation
+from caddf.models.layers import head_log_probs, head_nll, nearness, rotate, rotation
 
 MASK = VOCABULARY
 EVERYWHERE = torch.ones(1, CONTEXT, dtype=torch.bool)
@@ -294,6 +294,21 @@ def test_rotation_is_exact_and_relative() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(rotation(far[1:], size)[0], by[1][0])
     assert rotate(q, None) is q
+
+
+def test_nearness_looks_next_door_on_both_sides() -> None:
+    at = torch.arange(6)
+    scores = nearness(at, at, 4, torch.zeros((), dtype=torch.float64))
+    assert scores.shape == (4, 6, 6)
+    right, left, far_right, far_left = scores
+    assert right.argmax(-1).tolist() == [1, 2, 3, 4, 5, 5]
+    assert left.argmax(-1).tolist() == [0, 0, 1, 2, 3, 4]
+    assert right[2].tolist() == [-6, -4, -2, 0, -2, -4]  # slope 2 times the distance from position 3
+    torch.testing.assert_close(far_right, right / 64, rtol=0, atol=0)
+    torch.testing.assert_close(far_left, left / 64, rtol=0, atol=0)
+    rows = nearness(torch.stack([at, at + 9]), torch.stack([at, at + 9]), 4, scores)  # relative, and of any batch
+    torch.testing.assert_close(rows, scores.expand(2, -1, -1, -1), rtol=0, atol=0)
+    assert nearness(at, at, 1, scores).shape == (1, 6, 6)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -54,6 +54,8 @@ class ModelSettings:
     context: length of a training window in tokens; not set, the preset's.
     positions: of the causal branch: rotary, or learned as GPT-2's (with bias true, GPT-2's weights can start it).
     bias: of the causal branch's maps and norms: true as in GPT-2 (with positions learned).
+    alibi: linear biases in attention in both directions, by which heads see what is next to them first; not set, true
+        for the dual branch.
     """
 
     size: Size = "demo"
@@ -67,6 +69,7 @@ class ModelSettings:
     context: int | None = None
     positions: Literal["rotary", "learned"] = "rotary"
     bias: bool = False
+    alibi: bool | None = None
 
     def __post_init__(self) -> None:
         if self.match is not None and self.match < 1:
@@ -86,10 +89,11 @@ class ModelSettings:
         """CAD-DF over a vocabulary of `vocab_size` tokens; raises `InputError` where choices do not go together."""
         exchange = self.exchange or ("mutual" if self.fusion == "late" and self.causal == "on" else "one_way")
         causal = dataclasses.replace(self.preset.causal, positions=self.positions, bias=self.bias)
+        diffusion = dataclasses.replace(self.preset.diffusion, alibi=self.alibi is not False)
         whole = ModelConfig(
             vocab_size=vocab_size,
             context=self.length,
-            diffusion=self.preset.diffusion,
+            diffusion=diffusion,
             causal=causal if self.causal == "on" else None,
             bos_id=bos_id,
             rows=rows_of(vocab_size),
@@ -106,7 +110,7 @@ class ModelSettings:
             """The causal branch (or the only one) as given, the other in proportion."""
             if whole.causal is None:
                 return dataclasses.replace(whole, diffusion=branch)
-            share, other = branch.width / causal.width, self.preset.diffusion
+            share, other = branch.width / causal.width, diffusion
             size = max(2, round(other.width * share / other.heads / 2) * 2)
             depth = max(1, round(other.layers * branch.layers / causal.layers))
             return dataclasses.replace(
@@ -149,7 +153,7 @@ def causal_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> Caus
     def config(branch: BranchConfig) -> CausalConfig:
         return CausalConfig(vocab_size, settings.length, branch, bos_id, rows_of(vocab_size), settings.block_size)
 
-    settings.refuse(*TWO_BRANCHES)
+    settings.refuse(*TWO_BRANCHES, "alibi")
     base = dataclasses.replace(settings.preset.causal, positions=settings.positions, bias=settings.bias)
     return config(matched(lambda branch: CausalModel(config(branch)), base, settings.parameters(vocab_size)))
 
@@ -164,7 +168,7 @@ def masked_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> Mode
         )  # fmt: skip
 
     settings.refuse(*TWO_BRANCHES, *GPT2_LIKE)
-    base = settings.preset.causal
+    base = dataclasses.replace(settings.preset.causal, alibi=bool(settings.alibi))
     return config(matched(lambda branch: DualBranch(config(branch)), base, settings.parameters(vocab_size)))
 
 
@@ -199,7 +203,8 @@ def timed_config(**kind: Any) -> Callable[[ModelSettings, int, int], SingleConfi
 
         settings.refuse(*TWO_BRANCHES, *GPT2_LIKE)
         parameters = settings.parameters(vocab_size)
-        return config(matched(lambda branch: build_single(config(branch)), settings.preset.causal, parameters))
+        base = dataclasses.replace(settings.preset.causal, alibi=bool(settings.alibi))
+        return config(matched(lambda branch: build_single(config(branch)), base, parameters))
 
     return configure
 
@@ -210,7 +215,7 @@ def plaid_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> Plaid
     def config(branch: BranchConfig) -> PlaidConfig:
         return PlaidConfig(vocab_size, settings.length, branch)
 
-    settings.refuse(*TWO_BRANCHES, *GPT2_LIKE)
+    settings.refuse(*TWO_BRANCHES, *GPT2_LIKE, "alibi")
     parameters = settings.parameters(vocab_size)
     return config(matched(lambda branch: Plaid(config(branch)), settings.preset.causal, parameters))
 

@@ -302,10 +302,11 @@ class DualBranch(nn.Module):
         upto = int(positions.max()) + 1
         slots, at = torch.arange(upto, device=canvas.device), positions[:, None, :, None]
         visible = (pattern.index(slots) <= pattern.index(at)) & (slots > at - self.config.context)
+        seen = self.diffusion.seen(positions, slots, visible)
         for i, layer in enumerate(self.diffusion.layers):
             h = layer.attention_norm(x)
             cache.write(i, positions, *layer.attention.keys_values(h, turn))
-            x = x + layer.attention(h, turn, cache.read(i, upto), visible)
+            x = x + layer.attention(h, turn, cache.read(i, upto), seen)
             x = x + layer.mlp(layer.mlp_norm(x))
         return States(None, self.diffusion.norm(x), None)
 

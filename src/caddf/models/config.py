@@ -14,7 +14,8 @@ class BranchConfig:
     """One stack of Transformer layers.
 
     `positions` is `rotary`, or `learned` (GPT-2's absolute table, which ends at the context length). `bias` puts biases
-    on the linear maps and norms, as GPT-2 has.
+    on the linear maps and norms, as GPT-2 has. `alibi` adds `layers.nearness` to the scores of attention in both
+    directions (a causal branch has no use for it).
     """
 
     layers: int
@@ -22,6 +23,7 @@ class BranchConfig:
     heads: int
     positions: Literal["rotary", "learned"] = "rotary"
     bias: bool = False
+    alibi: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from caddf.models.layers import (
     Rotation,
     initialise,
     modulate,
+    nearness,
     rotation,
 )
 
@@ -67,6 +69,15 @@ class DiffusionBranch(nn.Module):
         turn = positions if isinstance(positions, tuple) else self.rotary(positions)
         return [layer.cross.keys_values(h_trans, turn) for layer in self.layers] if self.mutual else []
 
+    def seen(
+        self, queries: Int[Tensor, "... n"], keys: Int[Tensor, "... m"], visible: Bool[Tensor, "..."] | None
+    ) -> Bool[Tensor, "..."] | Float[Tensor, "..."] | None:
+        """What attention adds to its scores, where the branch has `alibi`, with `visible` in it; else `visible`."""
+        if not self.config.alibi:
+            return visible
+        scores = nearness(queries, keys, self.config.heads, self.norm.weight)
+        return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+
     def forward(
         self,
         canvas: Int[Tensor, "B n"],
@@ -76,12 +87,14 @@ class DiffusionBranch(nn.Module):
         exchanged: Bool[Tensor, "..."] | None = None,
         level: Float[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B n d"]:
-        """`h_cad` of the canvas at `positions`, or at those turned by a rotation made before.
+        """`h_cad` of the canvas at `positions`, or at consecutive ones turned by a rotation made before.
 
         `visible` says what a position sees of the canvas, `exchanged` what it sees of the causal states behind
         `exchange`; None is everything. `level` is sbar of each row, where the branch is told it.
         """
         x = self.embedding(canvas)
+        at = torch.arange(canvas.shape[1], device=canvas.device) if isinstance(positions, tuple) else positions
+        visible = self.seen(at, at, visible)
         turn = positions if isinstance(positions, tuple) else self.rotary(positions)
         time = None if self.level is None or level is None else self.level(level)
         for i, layer in enumerate(self.layers):

@@ -1,6 +1,7 @@
 """The shared parts of all branches: rotary positions, attention, MLP, one pre-norm layer, heads.
 
-Shapes: B rows, n queries, m keys, H heads. A mask is boolean, True where a query may look; None is everywhere.
+Shapes: B rows, n queries, m keys, H heads. A mask is boolean, True where a query may look, or what is added to
+the scores; None is everywhere.
 """
 
 from __future__ import annotations
@@ -43,6 +44,22 @@ def rotate(x: Float[Tensor, "B H n size"], by: Rotation | None) -> Float[Tensor,
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def nearness(
+    queries: Int[Tensor, "... n"], keys: Int[Tensor, "... m"], heads: int, like: Tensor
+) -> Float[Tensor, "... H n m"]:
+    """What is added to the scores of attention between positions: heads look to either side in turn, near ones first.
+
+    Linear biases (ALiBi, Press et al. 2022), in both directions: the head's slope times the distance from the position
+    next to the query's, on its right or on its left. Slopes of the pairs of heads run from 2 to 1/32.
+    """
+    pairs = -(-heads // 2)
+    slopes = torch.logspace(1, -5, pairs, base=2.0) if pairs > 1 else torch.tensor([0.25])
+    slopes = slopes.repeat_interleave(2)[:heads].to(like)
+    side = torch.tensor([1, -1], device=like.device).repeat(pairs)[:heads, None, None]
+    distance = (keys[..., None, None, :] - queries[..., None, :, None] - side).abs()
+    return -slopes[:, None, None] * distance
+
+
 class Attention(nn.Module):
     """Multi-head attention of `width`-wide queries over `source_width`-wide states (eq. 11; self-attention if equal).
 
@@ -66,10 +83,10 @@ class Attention(nn.Module):
         x: Float[Tensor, "B n D"],
         turn: Rotation | None,
         keys_values: KeysValues,
-        visible: Bool[Tensor, "..."] | None = None,
+        visible: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
         causal: bool = False,
     ) -> Float[Tensor, "B n D"]:
-        """Each of x's n states reads the keys that `visible` (`[n, m]` or `[B, 1, n, m]`) shows it."""
+        """Each of x's n states reads the keys that `visible` (`[n, m]` or `[B, 1 or H, n, m]`) shows it."""
         queries = rotate(self.query(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2), turn)
         keys, values = (part.to(queries.dtype) for part in keys_values)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, is_causal=causal)
