@@ -30,7 +30,14 @@ DRAFTS = ["factorised", "chained"]
 CAUSAL = BranchConfig(2, 16, 2)
 
 
-def _config(causal: BranchConfig | None, fusion: str, exchange: str, draft: str, alibi: bool = True) -> ModelConfig:
+def _config(
+    causal: BranchConfig | None,
+    fusion: str,
+    exchange: str,
+    draft: str,
+    alibi: bool = True,
+    embeddings: str = "separate",
+) -> ModelConfig:
     return ModelConfig(
         VOCABULARY,
         CONTEXT,
@@ -41,6 +48,7 @@ def _config(causal: BranchConfig | None, fusion: str, exchange: str, draft: str,
         fusion=fusion,  # type: ignore[arg-type]
         exchange=exchange,  # type: ignore[arg-type]
         draft=draft,  # type: ignore[arg-type]
+        embeddings=embeddings,  # type: ignore[arg-type]
         block_size=BLOCK,
     )
 
@@ -52,10 +60,11 @@ MODELS: dict[str, ModelConfig] = {
     },
     **{f"off-{draft}": _config(None, "late", "mutual", draft) for draft in DRAFTS},
     "without-alibi": _config(CAUSAL, "late", "mutual", "factorised", alibi=False),
+    "tied": _config(CAUSAL, "late", "mutual", "chained", embeddings="tied"),
     "learned": _config(BranchConfig(2, 16, 2, positions="learned", bias=True), "late", "mutual", "factorised"),
 }
-"""Every choice of fusion, exchange, draft and causal branch that is valid, one without linear biases, and GPT-2's
-positions and biases."""
+"""Every choice of fusion, exchange, draft and causal branch that is valid, one without linear biases, one with
+tied embeddings, and GPT-2's positions and biases."""
 
 PATTERNS: list[Pattern] = [AnyOrder(), Infill(), Block(BLOCK), Block(BLOCK, offset=2), Block(1), Block(CONTEXT)]
 

@@ -355,6 +355,28 @@ def test_parameters_are_counted_once(name: str) -> None:
     assert (counts["causal"] > 0) == (MODELS[name].causal is not None)
 
 
+def test_tied_embeddings_are_those_of_the_causal_branch_under_a_map() -> None:
+    model, separate = build(MODELS["tied"]), build(MODELS["late-mutual-chained"])
+    rows, width, narrow = VOCABULARY + 4, 16, 12
+    saved = separate.parameter_counts()["embeddings"] - model.parameter_counts()["embeddings"]
+    assert saved == rows * narrow - width * narrow
+    assert model.diffusion.embedding.map.std().item() == pytest.approx(width**-0.5, rel=0.2)
+    assert "diffusion.embedding.map" in model.state_dict()
+    assert not any("_of" in name for name in model.state_dict())
+    tokens = draw_tokens(2)
+    with torch.no_grad():
+        for _ in range(2):  # kept between readings, and made anew once a weight has changed
+            expected = model.causal.embedding.weight @ model.diffusion.embedding.map.t()
+            torch.testing.assert_close(model.tokens_of("draft"), expected[:VOCABULARY], rtol=0, atol=0)
+            assert model.tokens_of("draft").data_ptr() == model.tokens_of("draft").data_ptr()
+            torch.testing.assert_close(model.diffusion.embedding(tokens), expected[tokens])
+            model.causal.embedding.weight.mul_(2)
+            model.diffusion.embedding.map.add_(1)
+    states, _ = model(tokens, torch.full_like(tokens, MASK), Block(BLOCK))
+    model.nll(states, torch.ones_like(tokens, dtype=torch.bool), tokens, "draft").sum().backward()
+    assert model.diffusion.embedding.map.grad.abs().sum() > 0
+
+
 @each_model
 def test_flops_against_a_count(name: str) -> None:
     # Wide against the norms' vectors; the counter sees causal attention whole, so its half is put back.
@@ -433,6 +455,7 @@ def test_rows_are_padded_to_eights() -> None:
         ({"bos_id": VOCABULARY}, "bos_id"),
         ({"context": 0}, "context"),
         ({"block_size": 0}, "block_size"),
+        ({"embeddings": "tied", "causal": None}, "embeddings is tied"),
         ({"block_size": 9}, "block_size"),
         ({"fusion": "layers"}, "exchange is mutual with fusion layers"),
         ({"fusion": "none"}, "exchange is mutual with fusion none"),

@@ -48,6 +48,9 @@ class ModelSettings:
     fusion: late (eq. 10, after the last causal layer), layers (eq. 7 too), or none (no cross-attention).
     exchange: mutual (the diffusion branch reads the causal branch's states too) or one_way; not set, mutual with fusion
         late.
+    embeddings: separate for each branch, or tied (the diffusion branch's are the causal branch's under one map).
+    causal_layers: of the causal branch; not set, the preset's.
+    diffusion_layers: of the diffusion branch; not set, the preset's.
     draft: factorised, or chained (a draft knows the drafts before it); not set, chained where there is a causal branch.
     draft_vocab: how many tokens, the most frequent of the training data, chained drafts are of; not set, all.
     block_size: k of block training, the block likelihood and block decoding.
@@ -63,6 +66,9 @@ class ModelSettings:
     causal: Literal["on", "off"] = "on"
     fusion: Literal["late", "layers", "none"] = "late"
     exchange: Literal["one_way", "mutual"] | None = None
+    embeddings: Literal["separate", "tied"] = "separate"
+    causal_layers: int | None = None
+    diffusion_layers: int | None = None
     draft: Literal["factorised", "chained"] | None = None
     draft_vocab: int | None = None
     block_size: int = 8
@@ -72,8 +78,9 @@ class ModelSettings:
     alibi: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.match is not None and self.match < 1:
-            raise InputError(f"model.match is {self.match}; it must be 1 parameter or more")
+        for name in ("match", "causal_layers", "diffusion_layers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"model.{name} is {value}; it must be 1 or more")
 
     @property
     def preset(self) -> Preset:
@@ -88,8 +95,10 @@ class ModelSettings:
     def dual(self, vocab_size: int, bos_id: int) -> ModelConfig:
         """CAD-DF over a vocabulary of `vocab_size` tokens; raises `InputError` where choices do not go together."""
         exchange = self.exchange or ("mutual" if self.fusion == "late" and self.causal == "on" else "one_way")
-        causal = dataclasses.replace(self.preset.causal, positions=self.positions, bias=self.bias)
-        diffusion = dataclasses.replace(self.preset.diffusion, alibi=self.alibi is not False)
+        layers = self.causal_layers or self.preset.causal.layers
+        causal = dataclasses.replace(self.preset.causal, layers=layers, positions=self.positions, bias=self.bias)
+        layers = self.diffusion_layers or self.preset.diffusion.layers
+        diffusion = dataclasses.replace(self.preset.diffusion, layers=layers, alibi=self.alibi is not False)
         whole = ModelConfig(
             vocab_size=vocab_size,
             context=self.length,
@@ -99,6 +108,7 @@ class ModelSettings:
             rows=rows_of(vocab_size),
             fusion=self.fusion,
             exchange=exchange,
+            embeddings=self.embeddings,
             draft=self.draft or ("chained" if self.causal == "on" else "factorised"),
             draft_vocab=self.draft_vocab,
             block_size=self.block_size,
@@ -136,7 +146,9 @@ class ModelSettings:
         return count(lambda: DualBranch(plain.dual(vocab_size, 0)))
 
 
-TWO_BRANCHES = ("causal", "fusion", "exchange", "draft", "draft_vocab")
+TWO_BRANCHES = (
+    "causal", "fusion", "exchange", "embeddings", "causal_layers", "diffusion_layers", "draft", "draft_vocab",
+)  # fmt: skip
 """Choices that a network of one branch does not have."""
 GPT2_LIKE = ("positions", "bias")
 """Choices of causal branches alone."""

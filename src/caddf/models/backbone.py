@@ -17,7 +17,7 @@ from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.fusion import CrossFusion, Mixer
-from caddf.models.layers import Readout, Rotation, head_log_probs, head_nll
+from caddf.models.layers import Readout, Rotation, head_log_probs, head_nll, state_of
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,6 @@ class DualBranch(nn.Module):
         self.vocab_size, self.mask_id = config.vocab_size, config.mask_id
         mutual = config.causal is not None and config.exchange == "mutual"
         source_width = config.causal.width if config.causal is not None and mutual else None
-        self.diffusion = DiffusionBranch(config.diffusion, config.rows, source_width)
-        self.chain = DraftChain(config.diffusion) if config.draft == "chained" else None
-        self.draft_tokens: Tensor | None
-        small = None if config.draft_vocab is None else torch.arange(config.draft_vocab)
-        self.register_buffer("draft_tokens", small)
-        self._small: tuple[tuple[int, int], Tensor] | None = None
         self.causal: CausalBranch | None = None
         self.fusion: CrossFusion | Mixer | None = None
         if config.causal is not None:
@@ -78,6 +72,13 @@ class DualBranch(nn.Module):
             within = width if config.fusion == "layers" else None
             self.causal = CausalBranch(config.causal, config.rows, config.context, within)
             self.fusion = Mixer(config.causal, width) if config.fusion == "none" else CrossFusion(config.causal, width)
+        tied = self.causal.embedding if self.causal is not None and config.embeddings == "tied" else None
+        self.diffusion = DiffusionBranch(config.diffusion, config.rows, source_width, embedding=tied)
+        self.chain = DraftChain(config.diffusion) if config.draft == "chained" else None
+        self.draft_tokens: Tensor | None
+        small = None if config.draft_vocab is None else torch.arange(config.draft_vocab)
+        self.register_buffer("draft_tokens", small)
+        self._small: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
         self.heads: frozenset[Head] = frozenset({"draft"} if self.causal is None else {"draft", "causal", "fused"})
         self.denoiser: Head = "draft" if self.causal is None else "fused"
         self.chained, self.block_size = self.chain is not None, config.block_size
@@ -353,7 +354,7 @@ class DualBranch(nn.Module):
         weight = self.diffusion.embedding.weight
         if torch.is_grad_enabled() and weight.requires_grad:
             return weight[small]
-        which = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        which = state_of(weight)
         if self._small is None or self._small[0] != which:
             self._small = (which, weight[small])
         return self._small[1]

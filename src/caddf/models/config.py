@@ -46,6 +46,7 @@ class ModelConfig:
     fusion: `late` (eq. 10, after the last causal layer), `layers` (eq. 7 too: cross-attention in every causal layer),
         or `none` (no cross-attention).
     exchange: `one_way` (the causal branch reads the diffusion branch) or `mutual` (and the reverse; needs `late`).
+    embeddings: `separate` for each branch, or `tied` (the diffusion branch's are the causal branch's under one map).
     draft: `factorised`, or `chained` (one light causal layer over the drafts of a block).
     draft_vocab: how many tokens, the most frequent ones, a chain drafts from; None is all.
     block_size: k, the size of a block in training, in the block likelihood and in block decoding.
@@ -62,6 +63,7 @@ class ModelConfig:
     draft: Literal["factorised", "chained"] = "factorised"
     block_size: int = 8
     draft_vocab: int | None = None
+    embeddings: Literal["separate", "tied"] = "separate"
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -86,6 +88,8 @@ class ModelConfig:
                     f"draft_vocab is {self.draft_vocab}, which is for chained drafts that a causal branch verifies; "
                     "set draft to chained and causal to on, or leave draft_vocab out"
                 )
+        if self.embeddings == "tied" and self.causal is None:
+            raise InputError("embeddings is tied without a causal branch to be tied to; set embeddings to separate")
         if self.exchange == "mutual" and self.causal is not None and self.fusion != "late":
             raise InputError(
                 f"exchange is mutual with fusion {self.fusion}; mutual exchange needs fusion late, since with "

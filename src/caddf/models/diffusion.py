@@ -15,6 +15,7 @@ from caddf.models.layers import (
     LevelScale,
     Modulation,
     Rotation,
+    TiedEmbedding,
     initialise,
     modulate,
     nearness,
@@ -26,8 +27,8 @@ class DiffusionBranch(nn.Module):
     """Encoder of tokens and `[M]` into `h_cad` (section 4.1).
 
     With `source_width` its layers cross-attend to the causal branch's states (mutual exchange); with `level_width` they
-    are told the noise level, sbar, through an embedding of that width (adaLN-zero) and of `level_scale`. `norm_bias`
-    and `mlp_bias` are as in `Layer`.
+    are told the noise level, sbar, through an embedding of that width (adaLN-zero) and of `level_scale`. With another
+    branch's `embedding` its own is tied to it. `norm_bias` and `mlp_bias` are as in `Layer`.
     """
 
     def __init__(
@@ -38,12 +39,15 @@ class DiffusionBranch(nn.Module):
         level_width: int | None = None,
         *,
         level_scale: LevelScale = "log",
+        embedding: nn.Embedding | None = None,
         norm_bias: bool = False,
         mlp_bias: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.mutual = config, source_width is not None
-        self.embedding = nn.Embedding(rows, config.width)
+        self.embedding = (
+            nn.Embedding(rows, config.width) if embedding is None else TiedEmbedding(embedding, config.width)
+        )
         self.layers = Layers(
             Layer(config.width, config.heads, source_width, config.bias, norm_bias=norm_bias, mlp_bias=mlp_bias)
             for _ in range(config.layers)
@@ -56,6 +60,8 @@ class DiffusionBranch(nn.Module):
             self.last_modulation = Modulation(level_width, config.width, 2)
         initialise(self, config.layers)
         for module in self.modules():
+            if isinstance(module, TiedEmbedding):
+                module.reset()
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
                 nn.init.zeros_(module.linear.bias)

@@ -133,6 +133,45 @@ class Layer(nn.Module):
         self.mlp = MLP(width, 4 * width, width, bias=bias or mlp_bias)
 
 
+class TiedEmbedding(nn.Module):
+    """Another branch's embeddings E brought to this one's width by one map P: `weight` is E P^T.
+
+    E stays the other branch's, and is counted and saved there alone.
+    """
+
+    def __init__(self, embedding: nn.Embedding, width: int) -> None:
+        super().__init__()
+        self.map = nn.Parameter(torch.empty(width, embedding.embedding_dim))
+        self._of = (embedding,)  # in a tuple, which hides it from this module's parameters
+        self._kept: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """A map that keeps the size of what it maps, on average."""
+        if not self.map.is_meta:
+            nn.init.normal_(self.map, std=self.map.shape[1] ** -0.5)
+
+    @property
+    def weight(self) -> Float[Tensor, "R d"]:
+        """E P^T; where nothing is learnt it is kept, since every reading of a head asks for it."""
+        table = self._of[0].weight
+        if torch.is_grad_enabled() and (table.requires_grad or self.map.requires_grad):
+            return table @ self.map.t()
+        which = state_of(table, self.map)
+        if self._kept is None or self._kept[0] != which:
+            self._kept = (which, table @ self.map.t())
+        return self._kept[1]
+
+    def forward(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... d"]:
+        """Embeddings of `tokens`."""
+        return F.linear(self._of[0](tokens), self.map)
+
+
+def state_of(*tensors: Tensor) -> tuple[tuple[int, int], ...]:
+    """Which storage each tensor has and how often it was written: the same as long as its values are."""
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+
 class LevelEmbedding(nn.Module):
     """A noise level as a vector: sines and cosines, and a small MLP (as in DiT, Peebles and Xie 2023).
 
