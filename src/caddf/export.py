@@ -110,16 +110,40 @@ def _evaluation(file: Path) -> Values:
 
 def _facts(model: TextModel, folder: Path) -> Values:
     """What the files in and about `folder` say of the model: its sizes, and, of a run, how it was trained."""
-    run, progress = folder.parent.parent, folder / "training.json"
-    trained = RunSettings.load(run) if (run / SETTINGS).is_file() else None
+    trained = _settings_of(folder)
     return {
         "model": model,
         "method": model.method,
         "accounts": accounts(model.model),
-        "progress": read_json(progress) if progress.is_file() else None,
+        "progress": _progress_of(folder),
         "data": None if trained is None else _training_data(Path(trained.data)),
-        "command": None if trained is None else training_command(trained),
+        "stages": _stages(folder),
     }
+
+
+def _settings_of(folder: Path) -> RunSettings | None:
+    """Of the run that a checkpoint is of, where it is of one."""
+    run = folder.parent.parent
+    return RunSettings.load(run) if (run / SETTINGS).is_file() else None
+
+
+def _progress_of(folder: Path) -> Values | None:
+    file = folder / "training.json"
+    return read_json(file) if file.is_file() else None
+
+
+def _stages(folder: Path) -> list[Values]:
+    """How a checkpoint was trained: the run that it is of, after the runs that this one took its weights from."""
+    trained = _settings_of(folder)
+    if trained is None:
+        return []
+    before = [] if trained.init_from is None or not Path(trained.init_from).exists() else (
+        _stages(model_folder(trained.init_from))
+    )  # fmt: skip
+    # Paths say where a run was, not what it is: each is called by its place.
+    number, source = len(before) + 1, None if trained.init_from is None else f"RUN{len(before)}"
+    named_so = dataclasses.replace(trained, init_from=source if before else trained.init_from)
+    return [*before, {"command": training_command(named_so, f"RUN{number}"), "progress": _progress_of(folder)}]
 
 
 def _training_data(folder: Path) -> Values | None:
@@ -131,7 +155,7 @@ def _training_data(folder: Path) -> Values | None:
     return {**split, "source": source if ":" in source else Path(source).name}  # a path says where, not what
 
 
-def training_command(settings: RunSettings) -> str:
+def training_command(settings: RunSettings, run: str = "RUN") -> str:
     """The `caddf train` that starts such a run: every setting that is not the default."""
     method = METHODS[settings.method]
     objective = {**{each.name: each.default for each in dataclasses.fields(method.settings)}, **method.defaults}
@@ -141,7 +165,7 @@ def training_command(settings: RunSettings) -> str:
         "train": (settings.train, dataclasses.asdict(TrainConfig())),
         "validation": (settings.validation, dataclasses.asdict(ValidationSettings())),
     }
-    words = ["caddf", "train", "--config", settings.method, "--data", Path(settings.data).name, "--out", "RUN"]
+    words = ["caddf", "train", "--config", settings.method, "--data", Path(settings.data).name, "--out", run]
     plain = dataclasses.asdict(RunSettings(settings.data))
     words += _changed({name: getattr(settings, name) for name in ("init_from", "dtype", "seed")}, plain, "")
     for name, (given, defaults) in sections.items():
