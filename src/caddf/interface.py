@@ -139,8 +139,13 @@ class Incremental(LanguageModel, Protocol):
     def allocate_drafts(self, rows: int, size: int) -> Any:
         """An empty cache for the drafts of a window of `size`; None where they do not chain."""
 
-    def draft_step(self, seen: Any, tokens: Int[Tensor, "B T"], places: Int[Tensor, "B n"], cache: Any) -> Any:
-        """Draft states at `places` of the window alone, over a cache of those before: what `draft` gives there."""
+    def draft_step(
+        self, seen: Any, tokens: Int[Tensor, "B T"], places: Int[Tensor, "B n"] | Int[Tensor, " n"], cache: Any
+    ) -> Any:
+        """Draft states at `places` of the window alone, over a cache of those before: what `draft` gives there.
+
+        They are each row's, or consecutive ones that are the same for all rows.
+        """
 
 
 Denoiser = Callable[[Int[Tensor, "B L"], Bool[Tensor, "B L"]], Float[Tensor, "N V"]]

@@ -286,7 +286,11 @@ class CachedReader:
         else:
             last = at - look.start
             first = torch.where(at == look.n, 0, last)
-            places = (first[:, None] + places[: int((last - first).max()) + 1]).clamp(max=look.width - 1)
+            wide = places[: int((last - first)[rows].max()) + 1]
+            if len(shared := _alike(first, rows)) == 1:
+                places = shared + wide
+            else:
+                places = (first[:, None] + wide).clamp(max=look.width - 1)
             states = self.model.draft_step(look.seen, x, places, look.chain)
         return self._log_probs(states, look.start[:, None] + places, at, end, rows, "draft")
 
@@ -366,12 +370,16 @@ class CachedReader:
     ) -> Float[Tensor, "B m V"]:
         """The head at `at` to `end - 1` of states at `positions`; 0 where a row has nothing to read."""
         where = (positions >= at[:, None]) & (positions < end[:, None]) & rows[:, None]
-        inside = (torch.arange(_width(at, end), device=at.device) < (end - at)[:, None]) & rows[:, None]
-        return _padded(self.model.log_probs(states, where, head), inside)
+        log_p, width = self.model.log_probs(states, where, head), _width(at, end)
+        if len(log_p) == len(at) * width:
+            return log_p.view(len(at), width, -1)
+        return _padded(log_p, (torch.arange(width, device=at.device) < (end - at)[:, None]) & rows[:, None])
 
 
 def _alike(start: Int[Tensor, " B"], rows: Bool[Tensor, " B"]) -> Int[Tensor, " B"] | Int[Tensor, " 1"]:
     """`start`, or the one start that all `rows` share."""
+    if len(start) == 1:
+        return start
     shared = start[rows]
     return shared[:1] if bool((shared == shared[0]).all()) else start
 

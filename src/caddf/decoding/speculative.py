@@ -66,6 +66,7 @@ class Speculative:
             count, j = int((end - n).max()), 0
             place = n[:, None] + torch.arange(count, device=x.device)
             drafting = (place < end[:, None]) & _at(wanted, place)
+            u = task.generators.uniform(drafting).to(x.device)
             q = torch.zeros(len(x), count, model.vocab_size, dtype=torch.float64, device=x.device)
             chance = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
             step = 1 if plan.chained else max(count, 1)
@@ -79,8 +80,7 @@ class Speculative:
                     drafting, count = drafting & (place < end[:, None]), int((end - n).max())
                 now = drafting[:, j : j + step]
                 q[:, j : j + step] = task.warp(log_q) * now[..., None]
-                u = task.generators.uniform(now).to(x.device)
-                x = _put(x, place[:, j : j + step], now, inverse_cdf(q[:, j : j + step], u))
+                x = _put(x, place[:, j : j + step], now, inverse_cdf(q[:, j : j + step], u[:, j : j + step]))
                 j += step
             q, place, drafting = q[:, :count], place[:, :count], drafting[:, :count]
 

@@ -252,7 +252,7 @@ class DualBranch(nn.Module):
         """Draft states of a window, chained where the model has a chain and the window is a block."""
         if self.chain is None or seen.visible is not None:
             return States(None, seen.states, None)
-        before = self.diffusion.embedding(self.before(tokens, seen.positions.expand(len(tokens), -1)))
+        before = self.diffusion.embedding(self.before(tokens, seen.positions))
         return States(None, self.chain(seen.states, before), None, chained=True)
 
     def allocate_drafts(self, rows: int, size: int) -> KVCache | None:
@@ -260,17 +260,29 @@ class DualBranch(nn.Module):
         return None if self.chain is None else self.chain.allocate(rows, size)
 
     def draft_step(
-        self, seen: Canvas, tokens: Int[Tensor, "B T"], places: Int[Tensor, "B n"], cache: KVCache
+        self,
+        seen: Canvas,
+        tokens: Int[Tensor, "B T"],
+        places: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        cache: KVCache,
     ) -> States:
         """Chained draft states at `places` of a window alone; `cache` holds what the chain read of those before."""
         assert self.chain is not None
-        h_cad = seen.states.gather(1, places[..., None].expand(-1, -1, seen.states.shape[-1]))
-        before = self.before(tokens, seen.positions.expand(len(tokens), -1).gather(1, places))
-        return States(None, self.chain.step(h_cad, self.diffusion.embedding(before), places, cache), None, chained=True)
+        slots = Slots.of(places)
+        if slots.first is None:
+            h_cad = seen.states.gather(1, places[..., None].expand(-1, -1, seen.states.shape[-1]))
+            positions = seen.positions.expand(len(tokens), -1).gather(1, places)
+        else:
+            h_cad, positions = seen.states[:, slots.where], seen.positions[..., slots.where]
+        before = self.diffusion.embedding(self.before(tokens, positions))
+        return States(None, self.chain.step(h_cad, before, slots, cache), None, chained=True)
 
-    def before(self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"]) -> Int[Tensor, "B n"]:
+    def before(
+        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"]
+    ) -> Int[Tensor, "B n"]:
         """The token before each of `positions` (BOS at 0): what slots at them read."""
-        return tokens_before(tokens, Slots(positions, None, 0), self.config.bos_id)
+        slots = Slots.of(positions) if positions.ndim == 1 else Slots(positions, None, 0)
+        return tokens_before(tokens, slots, self.config.bos_id)
 
     def _read(self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches) -> Float[Tensor, "B n D"]:
         """h_trans of `slots`; what both branches keep of them is written into `caches`."""

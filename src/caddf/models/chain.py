@@ -44,14 +44,14 @@ class DraftChain(nn.Module):
         self,
         h_cad: Float[Tensor, "B n d"],
         before: Float[Tensor, "B n d"],
-        places: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        places: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots,
         cache: KVCache,
     ) -> Float[Tensor, "B n d"]:
         """Draft states at `places` of each row's window, given what `cache` holds of the places before them.
 
         Their own keys and values are written into `cache`: going back is stepping on from an earlier place.
         """
-        slots = Slots.of(places)
+        slots = places if isinstance(places, Slots) else Slots.of(places)
         x, h = self._join(h_cad, before)
         cache.write(0, slots.where, *self.layer.attention.keys_values(h, turn := cache.turn(slots)))
         seen, visible = cache.read(0, slots.upto), slots.visible(cache.length)
