@@ -298,7 +298,7 @@ def test_rotation_is_exact_and_relative() -> None:
 
 def test_nearness_looks_next_door_on_both_sides() -> None:
     at = torch.arange(6)
-    scores = nearness(at, at, 4, torch.zeros((), dtype=torch.float64))
+    scores = nearness(at, at, 4, torch.zeros((), dtype=torch.float64), sides=True)
     assert scores.shape == (4, 6, 6)
     right, left, far_right, far_left = scores
     assert right.argmax(-1).tolist() == [1, 2, 3, 4, 5, 5]
@@ -306,9 +306,12 @@ def test_nearness_looks_next_door_on_both_sides() -> None:
     assert right[2].tolist() == [-6, -4, -2, 0, -2, -4]  # slope 2 times the distance from position 3
     torch.testing.assert_close(far_right, right / 64, rtol=0, atol=0)
     torch.testing.assert_close(far_left, left / 64, rtol=0, atol=0)
-    rows = nearness(torch.stack([at, at + 9]), torch.stack([at, at + 9]), 4, scores)  # relative, and of any batch
+    rows = nearness(
+        torch.stack([at, at + 9]), torch.stack([at, at + 9]), 4, scores, sides=True
+    )  # relative, and of any batch
     torch.testing.assert_close(rows, scores.expand(2, -1, -1, -1), rtol=0, atol=0)
-    assert nearness(at, at, 1, scores).shape == (1, 6, 6)
+    own = nearness(at, at, 1, scores)
+    assert own.shape == (1, 6, 6) and own[0].argmax(-1).tolist() == at.tolist()
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -17,7 +17,7 @@ from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.fusion import CrossFusion, Mixer
-from caddf.models.layers import Readout, Rotation, head_log_probs, head_nll, state_of
+from caddf.models.layers import Readout, Rotation, among, head_log_probs, head_nll, nearness, state_of
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,8 @@ class DualBranch(nn.Module):
             if isinstance(pattern, Infill):  # causal states up to the first masked position, which are free of x0 there
                 first = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1)
                 exchanged = positions <= first[:, None, None, None]
+            if exchange:
+                exchanged = self.diffusion.exchanged(positions, positions, exchanged)
             return Canvas(self.diffusion(canvas, positions, None, exchange, exchanged), positions, None)
 
         # The last block is always whole: what lies beyond the row is masked.
@@ -139,7 +141,8 @@ class DualBranch(nn.Module):
         same = own[:, None] == own
         if self.diffusion.mutual:  # the prefix reaches a block through the causal states up to its start
             start = pattern.start(whole)[:, None]
-            exchanged = (positions <= start) & (positions > start - context)
+            visible = (positions <= start) & (positions > start - context)
+            exchanged = self.diffusion.exchanged(whole, positions, visible)
             return Canvas(self.diffusion(noised, whole, same, exchange, exchanged), whole, same[: len(positions)])
         # [x0 ; x_t]: clean tokens see clean blocks up to their own, noised ones earlier clean blocks and their own.
         both, at = torch.cat([prefix, noised], 1), torch.cat([positions, whole])
@@ -177,13 +180,19 @@ class DualBranch(nn.Module):
             if visible is not None:  # later blocks read these states: they may hold clean blocks, and no block's canvas
                 visible = visible & (torch.arange(visible.shape[1], device=visible.device) < len(positions))
             h_trans = self.causal(inputs, positions, source=(seen.states, self.causal.rotary(seen.positions), visible))
-        return self._cross(h_trans, self.causal.rotary(positions), seen)
+        return self._cross(h_trans, positions, self.causal.rotary(positions), seen)
 
-    def _cross(self, h_trans: Float[Tensor, "B n D"], turn: Rotation, seen: Canvas) -> Float[Tensor, "B n D"]:
-        """Eq. 10 at slots turned by `turn`, over canvas states (fusion `late` and `layers`)."""
+    def _cross(
+        self, h_trans: Float[Tensor, "B n D"], positions: Int[Tensor, "..."], turn: Rotation, seen: Canvas
+    ) -> Float[Tensor, "B n D"]:
+        """Eq. 10 at the slots `positions`, turned by `turn`, over canvas states (fusion `late` and `layers`)."""
         assert self.causal is not None and isinstance(self.fusion, CrossFusion)
         keys_values = self.fusion.cross.keys_values(seen.states, seen.turn or self.causal.rotary(seen.positions))
-        return self.fusion(h_trans, turn, keys_values, seen.visible)
+        visible = seen.visible
+        if self.config.diffusion.alibi:
+            scores = nearness(positions, seen.positions, self.fusion.cross.heads, self.causal.norm.weight)
+            visible = among(scores, visible)
+        return self.fusion(h_trans, turn, keys_values, visible)
 
     # Decoding (`caddf.interface.Incremental`): the same modules over caches.
 
@@ -219,7 +228,8 @@ class DualBranch(nn.Module):
     ) -> States:
         """The states of slots that have been read, fused with `seen`."""
         assert states.causal is not None
-        return replace(states, fused=self._cross(states.causal, caches.causal.turn(Slots.of(positions)), seen))
+        turn = caches.causal.turn(Slots.of(positions))
+        return replace(states, fused=self._cross(states.causal, positions, turn, seen))
 
     def encode(
         self,
@@ -243,7 +253,9 @@ class DualBranch(nn.Module):
         until = until.clamp(max=caches.exchange.length - 1)
         alike = bool((until == until[0]).all())
         last = Slots.of(until[:1] if alike else until[:, None])  # what the window sees is what its last slot sees
-        exchanged, since = last.visible(self.config.context), last.since(self.config.context)
+        visible_states, since = last.visible(self.config.context), last.since(self.config.context)
+        states_at = torch.arange(since, last.upto, device=canvas.device)
+        exchanged = self.diffusion.exchanged(positions, states_at, visible_states)
         exchange = [caches.exchange.read(layer, last.upto, since) for layer in range(len(self.diffusion.layers))]
         states = self.diffusion(canvas, caches.exchange.turn(slots), visible, exchange, exchanged)
         return Canvas(states, positions, visible, turn)

@@ -15,7 +15,7 @@ class BranchConfig:
 
     `positions` is `rotary`, or `learned` (GPT-2's absolute table, which ends at the context length). `bias` puts biases
     on the linear maps and norms, as GPT-2 has. `alibi` adds `layers.nearness` to the scores of attention in both
-    directions (a causal branch has no use for it).
+    directions: within the diffusion branch, and between it and the causal branch (which has no use for it itself).
     """
 
     layers: int

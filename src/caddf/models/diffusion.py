@@ -16,6 +16,7 @@ from caddf.models.layers import (
     Modulation,
     Rotation,
     TiedEmbedding,
+    among,
     initialise,
     modulate,
     nearness,
@@ -78,11 +79,18 @@ class DiffusionBranch(nn.Module):
     def seen(
         self, queries: Int[Tensor, "... n"], keys: Int[Tensor, "... m"], visible: Bool[Tensor, "..."] | None
     ) -> Bool[Tensor, "..."] | Float[Tensor, "..."] | None:
-        """What attention adds to its scores, where the branch has `alibi`, with `visible` in it; else `visible`."""
+        """What positions of the canvas see of it: `visible`, or with `alibi` the scores that attention starts from."""
         if not self.config.alibi:
             return visible
-        scores = nearness(queries, keys, self.config.heads, self.norm.weight)
-        return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+        return among(nearness(queries, keys, self.config.heads, self.norm.weight, sides=True), visible)
+
+    def exchanged(
+        self, queries: Int[Tensor, "... n"], keys: Int[Tensor, "... m"], visible: Bool[Tensor, "..."] | None
+    ) -> Bool[Tensor, "..."] | Float[Tensor, "..."] | None:
+        """The same, of the causal states."""
+        if not self.config.alibi:
+            return visible
+        return among(nearness(queries, keys, self.config.heads, self.norm.weight), visible)
 
     def forward(
         self,
@@ -90,13 +98,13 @@ class DiffusionBranch(nn.Module):
         positions: Int[Tensor, "B n"] | Int[Tensor, " n"] | Rotation,
         visible: Bool[Tensor, "..."] | None = None,
         exchange: list[KeysValues] | None = None,
-        exchanged: Bool[Tensor, "..."] | None = None,
+        exchanged: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
         level: Float[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B n d"]:
         """`h_cad` of the canvas at `positions`, or at consecutive ones turned by a rotation made before.
 
-        `visible` says what a position sees of the canvas, `exchanged` what it sees of the causal states behind
-        `exchange`; None is everything. `level` is sbar of each row, where the branch is told it.
+        `visible` says what a position sees of the canvas, `exchanged` (of the method of that name) what it sees of the
+        causal states behind `exchange`; None is everything. `level` is sbar of each row, where the branch is told it.
         """
         x = self.embedding(canvas)
         at = torch.arange(canvas.shape[1], device=canvas.device) if isinstance(positions, tuple) else positions

@@ -38,7 +38,7 @@ class CrossFusion(nn.Module):
         h_trans: Float[Tensor, "B n D"],
         turn: Rotation,
         keys_values: KeysValues,
-        visible: Bool[Tensor, "..."] | None,
+        visible: Bool[Tensor, "..."] | Float[Tensor, "..."] | None,
     ) -> Float[Tensor, "B n D"]:
         """Fused states; `keys_values` are the fusion's keys and values of `h_cad`, `visible` what i sees of them."""
         return self.mixer(h_trans, self.cross(h_trans, turn, keys_values, visible))

@@ -45,19 +45,25 @@ def rotate(x: Float[Tensor, "B H n size"], by: Rotation | None) -> Float[Tensor,
 
 
 def nearness(
-    queries: Int[Tensor, "... n"], keys: Int[Tensor, "... m"], heads: int, like: Tensor
+    queries: Int[Tensor, "... n"], keys: Int[Tensor, "... m"], heads: int, like: Tensor, sides: bool = False
 ) -> Float[Tensor, "... H n m"]:
-    """What is added to the scores of attention between positions: heads look to either side in turn, near ones first.
+    """What is added to the scores of attention between positions, so that heads see near ones first.
 
-    Linear biases (ALiBi, Press et al. 2022), in both directions: the head's slope times the distance from the position
-    next to the query's, on its right or on its left. Slopes of the pairs of heads run from 2 to 1/32.
+    Linear biases (ALiBi, Press et al. 2022), in both directions: a head's slope times the distance from the query's
+    position, or with `sides` from the one next to it, on its right or its left in turn. Slopes of the pairs of heads
+    run from 2 to 1/32.
     """
     pairs = -(-heads // 2)
     slopes = torch.logspace(1, -5, pairs, base=2.0) if pairs > 1 else torch.tensor([0.25])
     slopes = slopes.repeat_interleave(2)[:heads].to(like)
-    side = torch.tensor([1, -1], device=like.device).repeat(pairs)[:heads, None, None]
+    side = torch.tensor([1, -1], device=like.device).repeat(pairs)[:heads, None, None] * sides
     distance = (keys[..., None, None, :] - queries[..., None, :, None] - side).abs()
     return -slopes[:, None, None] * distance
+
+
+def among(scores: Float[Tensor, "... n m"], visible: Bool[Tensor, "..."] | None) -> Float[Tensor, "... n m"]:
+    """`scores` of what is visible, and -inf of the rest."""
+    return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
 
 class Attention(nn.Module):
@@ -89,6 +95,8 @@ class Attention(nn.Module):
         """Each of x's n states reads the keys that `visible` (`[n, m]` or `[B, 1 or H, n, m]`) shows it."""
         queries = rotate(self.query(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2), turn)
         keys, values = (part.to(queries.dtype) for part in keys_values)
+        if visible is not None and visible.is_floating_point():
+            visible = visible.to(queries.dtype)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, is_causal=causal)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
