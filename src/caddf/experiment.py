@@ -48,7 +48,8 @@ class ModelSettings:
     fusion: late (eq. 10, after the last causal layer), layers (eq. 7 too), or none (no cross-attention).
     exchange: mutual (the diffusion branch reads the causal branch's states too) or one_way; not set, mutual with fusion
         late.
-    embeddings: separate for each branch, or tied (the diffusion branch's are the causal branch's under one map).
+    embeddings: separate for each branch, or tied (the diffusion branch's are the causal branch's under one map); not
+        set, tied where there is a causal branch.
     causal_layers: of the causal branch; not set, the preset's.
     diffusion_layers: of the diffusion branch; not set, the preset's.
     draft: factorised, or chained (a draft knows the drafts before it); not set, chained where there is a causal branch.
@@ -66,7 +67,7 @@ class ModelSettings:
     causal: Literal["on", "off"] = "on"
     fusion: Literal["late", "layers", "none"] = "late"
     exchange: Literal["one_way", "mutual"] | None = None
-    embeddings: Literal["separate", "tied"] = "separate"
+    embeddings: Literal["separate", "tied"] | None = None
     causal_layers: int | None = None
     diffusion_layers: int | None = None
     draft: Literal["factorised", "chained"] | None = None
@@ -108,7 +109,7 @@ class ModelSettings:
             rows=rows_of(vocab_size),
             fusion=self.fusion,
             exchange=exchange,
-            embeddings=self.embeddings,
+            embeddings=self.embeddings or ("tied" if self.causal == "on" else "separate"),
             draft=self.draft or ("chained" if self.causal == "on" else "factorised"),
             draft_vocab=self.draft_vocab,
             block_size=self.block_size,

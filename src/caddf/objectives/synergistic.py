@@ -40,9 +40,9 @@ class SynergisticConfig:
     distill_from: that head.
     """
 
-    denoise: float = 0.3
+    denoise: float = 0.2
     infill: float = 0.1
-    block: float = 0.6
+    block: float = 0.7
     denoising: Form = "lambda-dce"
     schedule: ScheduleName = "loglinear"
     times: Times = "stratified"
