@@ -144,11 +144,20 @@ def test_a_bound_of_its_own_scores_texts_and_has_no_greedy_continuation(method):
 @pytest.mark.parametrize("decoder", ["autoregressive", "speculative", "confidence"])
 def test_generation_is_that_of_the_decoder_up_to_a_stop_string(model, decoder):
     lm = HarnessModel(model, decoder=decoder, max_gen_toks=6, batch_size=2)
-    whole = written(model, "the cat", decoder=decoder, temperature=0.0, max_new_tokens=12)
-    stop = next(character for character in whole[3:] if character != "\N{REPLACEMENT CHARACTER}")
+    # A prompt after which the untrained model writes a whole character to stop at.
+    texts = {
+        prompt: written(model, prompt, decoder=decoder, temperature=0.0, max_new_tokens=12)
+        for prompt in ("the cat", "no", "where", "12", "ten men")
+    }
+    prompt, whole, stop = next(
+        (prompt, whole, character)
+        for prompt, whole in texts.items()
+        for character in whole[3:]
+        if character != "\N{REPLACEMENT CHARACTER}"
+    )
     asked = [
-        ("the cat", {"until": ["no such text"], "max_gen_toks": 12}),
-        ("the cat", {"until": stop, "max_gen_toks": 12}),
+        (prompt, {"until": ["no such text"], "max_gen_toks": 12}),
+        (prompt, {"until": stop, "max_gen_toks": 12}),
         ("a dog", {"until": []}),
         ("", {"until": ["no such text"], "max_gen_toks": 12}),
     ]
