@@ -110,14 +110,15 @@ def _evaluation(file: Path) -> Values:
 
 def _facts(model: TextModel, folder: Path) -> Values:
     """What the files in and about `folder` say of the model: its sizes, and, of a run, how it was trained."""
-    trained = _settings_of(folder)
+    trained, stages = _settings_of(folder), _stages(folder)
     return {
         "model": model,
         "method": model.method,
         "accounts": accounts(model.model),
         "progress": _progress_of(folder),
         "data": None if trained is None else _training_data(Path(trained.data)),
-        "stages": _stages(folder),
+        "stages": stages,
+        "read": sum(stage["progress"]["tokens"] for stage in stages if stage["progress"]),
     }
 
 
