@@ -25,12 +25,12 @@ demo: $(if $(wildcard $(SHIPPED)/config.json),demo-shipped,demo-train)
 
 demo-shipped: setup
 	@echo; echo "A continuation: drafts in green stand, those struck out were corrected."
-	$(CADDF) generate $(SHIPPED) --prompt 'It was late in the evening when' --max-new-tokens 96 --temperature 0.8 --show
+	$(CADDF) generate $(SHIPPED) --prompt 'It was late in the evening when' --max-new-tokens 96 --temperature 0.7 --top-p 0.95 --show
 	@echo; echo "A hole, filled with what comes after it in sight."
 	$(CADDF) generate $(SHIPPED) --template 'The old man opened the door,[MASK:24] and they never spoke of it again.' --temperature 0.8 --show
 	@echo; echo "The same text twice: token by token, and with drafts that the same model verifies."
-	$(CADDF) generate $(SHIPPED) --prompt 'She looked at him and said' --max-new-tokens 96 --decoder autoregressive --temperature 0 --dtype float64
-	$(CADDF) generate $(SHIPPED) --prompt 'She looked at him and said' --max-new-tokens 96 --decoder speculative --temperature 0 --dtype float64
+	$(CADDF) generate $(SHIPPED) --prompt 'She looked at him and said' --max-new-tokens 48 --decoder autoregressive --temperature 0 --dtype float64
+	$(CADDF) generate $(SHIPPED) --prompt 'She looked at him and said' --max-new-tokens 48 --decoder speculative --temperature 0 --dtype float64
 
 # From nothing, on Python's own standard library: real text that is already on the machine.
 demo-train: setup
