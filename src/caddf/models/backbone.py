@@ -131,7 +131,7 @@ class DualBranch(nn.Module):
                 first = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1)
                 exchanged = positions <= first[:, None, None, None]
             if exchange:
-                exchanged = self.diffusion.exchanged(positions, positions, exchanged)
+                exchanged = self.diffusion.seen(positions, positions, exchanged, sides=False)
             return Canvas(self.diffusion(canvas, positions, None, exchange, exchanged), positions, None)
 
         # The last block is always whole: what lies beyond the row is masked.
@@ -142,7 +142,7 @@ class DualBranch(nn.Module):
         if self.diffusion.mutual:  # the prefix reaches a block through the causal states up to its start
             start = pattern.start(whole)[:, None]
             visible = (positions <= start) & (positions > start - context)
-            exchanged = self.diffusion.exchanged(whole, positions, visible)
+            exchanged = self.diffusion.seen(whole, positions, visible, sides=False)
             return Canvas(self.diffusion(noised, whole, same, exchange, exchanged), whole, same[: len(positions)])
         # [x0 ; x_t]: clean tokens see clean blocks up to their own, noised ones earlier clean blocks and their own.
         both, at = torch.cat([prefix, noised], 1), torch.cat([positions, whole])
@@ -255,7 +255,7 @@ class DualBranch(nn.Module):
         last = Slots.of(until[:1] if alike else until[:, None])  # what the window sees is what its last slot sees
         visible_states, since = last.visible(self.config.context), last.since(self.config.context)
         states_at = torch.arange(since, last.upto, device=canvas.device)
-        exchanged = self.diffusion.exchanged(positions, states_at, visible_states)
+        exchanged = self.diffusion.seen(positions, states_at, visible_states, sides=False)
         exchange = [caches.exchange.read(layer, last.upto, since) for layer in range(len(self.diffusion.layers))]
         states = self.diffusion(canvas, caches.exchange.turn(slots), visible, exchange, exchanged)
         return Canvas(states, positions, visible, turn)

@@ -77,20 +77,19 @@ class DiffusionBranch(nn.Module):
         return [layer.cross.keys_values(h_trans, turn) for layer in self.layers] if self.mutual else []
 
     def seen(
-        self, queries: Int[Tensor, "... n"], keys: Int[Tensor, "... m"], visible: Bool[Tensor, "..."] | None
+        self,
+        queries: Int[Tensor, "... n"],
+        keys: Int[Tensor, "... m"],
+        visible: Bool[Tensor, "..."] | None,
+        sides: bool = True,
     ) -> Bool[Tensor, "..."] | Float[Tensor, "..."] | None:
-        """What positions of the canvas see of it: `visible`, or with `alibi` the scores that attention starts from."""
-        if not self.config.alibi:
-            return visible
-        return among(nearness(queries, keys, self.config.heads, self.norm.weight, sides=True), visible)
+        """What positions of the canvas see of it: `visible`, or with `alibi` the scores that attention starts from.
 
-    def exchanged(
-        self, queries: Int[Tensor, "... n"], keys: Int[Tensor, "... m"], visible: Bool[Tensor, "..."] | None
-    ) -> Bool[Tensor, "..."] | Float[Tensor, "..."] | None:
-        """The same, of the causal states."""
+        Without `sides`: of the causal states.
+        """
         if not self.config.alibi:
             return visible
-        return among(nearness(queries, keys, self.config.heads, self.norm.weight), visible)
+        return among(nearness(queries, keys, self.config.heads, self.norm.weight, sides), visible)
 
     def forward(
         self,
@@ -103,8 +102,8 @@ class DiffusionBranch(nn.Module):
     ) -> Float[Tensor, "B n d"]:
         """`h_cad` of the canvas at `positions`, or at consecutive ones turned by a rotation made before.
 
-        `visible` says what a position sees of the canvas, `exchanged` (of the method of that name) what it sees of the
-        causal states behind `exchange`; None is everything. `level` is sbar of each row, where the branch is told it.
+        `visible` says what a position sees of the canvas, `exchanged` (`seen` without sides) what it sees of the causal
+        states behind `exchange`; None is everything. `level` is sbar of each row, where the branch is told it.
         """
         x = self.embedding(canvas)
         at = torch.arange(canvas.shape[1], device=canvas.device) if isinstance(positions, tuple) else positions
