@@ -21,6 +21,7 @@ from rich.console import Console
 from caddf import benchmarks, display
 from caddf.benchmarks.results import Results
 from caddf.checkpoint import installed_version, write_json_atomic
+from caddf.compile import Compile
 from caddf.data import TokenSet, prepare
 from caddf.data.named import NAMED
 from caddf.decoding import DECODERS
@@ -120,8 +121,8 @@ def _model_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", type=str, default="auto", help="auto (a GPU where there is one), cpu, cuda or mps")
     add("--dtype", type=DType, default="float32", help="of weights and arithmetic")
-    add("--quantize", type=Quantisation | None, metavar="{int8}",
-        help="int8: weights of a quarter of the bytes, on a CPU")  # fmt: skip
+    add("--quantize", type=Quantisation | None, metavar="{int8,bf16}",
+        help="weights of fewer bytes for decoding, on a CPU")  # fmt: skip
     add("--seed", type=int, default=0, metavar="INT", help="of all that is drawn")
 
 
@@ -341,7 +342,8 @@ def _generate(parser: ArgumentParser, arguments: list[str]) -> int:
     add("--show", action="store_true", help="show the canvas as it fills")
     add("--record", type=str | None, metavar="FILE", help="keep every frame as JSON, for caddf report")
     _model_options(parser)
-    add("--compile", action="store_true", help="compile the passes over caches at their first use (takes a minute)")
+    add("--compile", type=Compile, default="auto", metavar="{auto,always,never}",
+        help="passes over caches through kernels compiled for this machine; auto: on a CPU")  # fmt: skip
     _json_option(parser)
     add_choices(parser, "settings of some decoders; not set, the decoder's own default", DECODERS, skip=("until",))
     values = parse(parser, arguments)

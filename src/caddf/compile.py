@@ -1,41 +1,41 @@
-"""The causal branch's cached pass through `torch.compile`: fewer and larger kernels where a pass is small.
+"""Decoding with fewer steps between operations: kernels in C on a CPU, `torch.compile` on a GPU.
 
-Compiled is what each token and each round of drafts costs: a few slots over a cache. Lengths, positions and rows are
-symbols in what is compiled, so that one slot and several slots are compiled once each (and once more for batches), at
-their first use. All else is read as it was: prompts, and slots beyond the context, where attention slides.
+Compiled is what each token and each round of drafts costs: passes of a few slots over a cache. All else is read as it
+was: prompts, whole rows, and on a GPU slots beyond the context, where attention slides.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from caddf import native
 from caddf.caches import KVCache, Slots
 from caddf.errors import InputError
 from caddf.models.causal import CausalBranch
 
+Compile = Literal["auto", "always", "never"]
+"""`auto`: on a CPU, where the model suits and there is a C compiler (a second or two, once per machine)."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class CachedPass:
     """In the place of a causal branch's `forward`: passes over at most `widest` slots of a cache are compiled ones.
 
-    Where compiling fails (no C++ compiler, an operation that it does not know) it says so once, in a warning, and every
-    pass is the branch's own.
+    Lengths, positions and rows are symbols in what is compiled, so that one slot and several slots are compiled once
+    each (and once more for batches), at their first use. Where compiling fails (an operation that the compiler does not
+    know) it says so once, in a warning, and every pass is the branch's own.
     """
 
     def __init__(self, branch: CausalBranch, widest: int) -> None:
         self.widest, self.context, self.whole = widest, branch.context, branch.forward
-        on_gpu = branch.embedding.weight.device.type == "cuda"
-        # There, kernels of one pass are to be launched as one CUDA graph.
-        self.run: Callable[..., Any] | None = torch.compile(
-            self._pass, dynamic=True, mode="reduce-overhead" if on_gpu else None
-        )
+        # Kernels of one pass are to be launched as one CUDA graph.
+        self.run: Callable[..., Any] | None = torch.compile(self._pass, dynamic=True, mode="reduce-overhead")
 
     def _pass(
         self, inputs: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], upto: int, cache: KVCache
@@ -57,20 +57,38 @@ class CachedPass:
         except Exception as error:  # of whatever stage of the compiler; an error of the pass itself comes again below
             self.run = None
             said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            warnings.warn(f"compile is on, but compiling failed; going on without: {said}", stacklevel=2)
+            _warn(said)
             return self.whole(inputs, slots, cache)
 
 
-def compiled(model: Model) -> Model:
-    """`model` itself, whose causal branch compiles its cached pass when it first reads one.
+def compiled(model: Model, when: Compile = "always") -> Model:
+    """`model` itself, whose passes of a few positions over caches are compiled ones from now on.
 
-    Raises `InputError` where there is no causal branch, and with quantised weights, which the compiler does not know.
+    With `always`, raises `InputError` where nothing of the model can be compiled, and warns where compiling fails.
     """
     branch = getattr(model, "causal", None)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if when == "never" or (when == "auto" and not (on_cpu and native.suits(model))):
+        return model
     if not isinstance(branch, CausalBranch):
-        raise InputError(f"compile is on with a {type(model).__name__} that has no causal branch; leave it out")
+        raise InputError(f"compile is {when} with a {type(model).__name__} that has no causal branch; leave it out")
     if getattr(model, "readouts", {}):
-        raise InputError("compile is on with quantize int8, whose kernels cannot be compiled; give one of them")
-    widest = 2 * cast(int, model.block_size)
-    branch.forward = CachedPass(branch, widest)  # type: ignore[method-assign]
-    return model
+        raise InputError(f"compile is {when} with quantize int8, which has kernels of its own; give one of them")
+    if not on_cpu:
+        branch.forward = CachedPass(branch, 2 * cast(int, model.block_size))  # type: ignore[method-assign]
+        return model
+    if not native.suits(model):
+        raise InputError(
+            f"compile is {when}; on a CPU it needs float32 weights, widths and head sizes in steps of 8, "
+            "and fusion late: leave it out"
+        )
+    try:
+        return native.attach(model)
+    except native.BuildError as error:
+        if when == "always":
+            _warn(str(error))
+        return model
+
+
+def _warn(said: str) -> None:
+    warnings.warn(f"compile is always, but compiling failed; going on without: {said}", stacklevel=3)

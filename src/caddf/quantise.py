@@ -1,5 +1,6 @@
-"""Int8 weights for decoding on CPUs: a quarter of the bytes to read, and several positions for the price of one.
+"""Fewer bytes of weights for decoding on CPUs: int8, or bfloat16.
 
+Int8 is a quarter of the bytes to read, and several positions for the price of one.
 A linear map's weights are rounded to int8 with a scale per output channel, its inputs to int8 with a scale per position
 (as in LLM.int8(), Dettmers et al. 2022, without their outliers). Products are summed exactly, in integers, and nothing
 depends on what else is read in the same pass: the quantised model is a model of its own, the same whether its positions
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from caddf.errors import InputError
 from caddf.interface import Head
 
-Quantisation = Literal["int8"]
+Quantisation = Literal["int8", "bf16"]
 Model = TypeVar("Model", bound=nn.Module)
 
 WEIGHT_LEVELS, INPUT_LEVELS = 63, 127
@@ -62,7 +63,10 @@ class QuantisedLinear(nn.Module):
 
 
 def quantised(model: Model, kind: Quantisation) -> Model:
-    """A copy of `model` for inference whose linear maps and heads are quantised; other weights are shared with it.
+    """A copy of `model` for inference whose linear maps and heads are quantised.
+
+    With `bf16` all matrices are rounded to bfloat16, and arithmetic stays in float32; compiled kernels then read half
+    of the bytes (`caddf.compile`).
 
     Raises `InputError` for another kind, a model that is not on a CPU or not in float32, or one whose weights are read
     otherwise than through its maps and heads: the dual branch and GPT-2 can be quantised.
@@ -76,8 +80,15 @@ def quantised(model: Model, kind: Quantisation) -> Model:
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         raise InputError(
-            f"quantize is int8 with device {weight.device}, dtype {weight.dtype}; it needs cpu and float32"
+            f"quantize is {kind} with device {weight.device}, dtype {weight.dtype}; it needs cpu and float32"
         )
+    if kind == "bf16":
+        rounded = copy.deepcopy(model).eval()
+        for parameter in rounded.parameters():
+            if parameter.ndim > 1:
+                parameter.data = parameter.data.bfloat16().float()
+        cast(Any, rounded).weights_bfloat16 = True
+        return rounded
     shared = {id(parameter): parameter for parameter in model.parameters()}
     copied = copy.deepcopy(model, dict(shared)).eval()
     for module in list(copied.modules()):

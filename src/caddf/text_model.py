@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from caddf.checkpoint import atomic_folder, load_model_config, load_state, save_model
-from caddf.compile import compiled
+from caddf.compile import Compile, compiled
 from caddf.errors import InputError
 from caddf.evaluation.suite import Bound
 from caddf.experiment import METHODS, Method, Network, network_of
@@ -98,14 +98,14 @@ class TextModel:
         device: str | torch.device = "cpu",
         dtype: DType | torch.dtype = "float32",
         quantize: Quantisation | None = None,
-        compile: bool = False,
+        compile: Compile = "auto",
         revision: str | None = None,
         token: str | None = None,
     ) -> TextModel:
         """A model from a run (its latest checkpoint), a model folder, or a repository of the hub, ready to be read.
 
-        `quantize` makes it one of int8 weights, for decoding on CPUs (`caddf.quantise`), which can no more be saved;
-        `compile` compiles what reads left to right over caches, at its first use (`caddf.compile`).
+        `quantize` makes it one of int8 or bf16 weights, for decoding on CPUs (`caddf.quantise`), not to be saved again;
+        `compile` says whether passes of a few positions over caches are those of compiled kernels (`caddf.compile`).
         GPT-2, SEDD, RADD and MDLM are read as their authors published them (`caddf.models.published`).
         Raises `InputError` where there is none, or it is truncated, foreign, or of another version.
         """
@@ -125,8 +125,7 @@ class TextModel:
         model.to(resolve_device(device)).eval().requires_grad_(False)
         if quantize is not None:
             model = quantised(model, quantize)
-        if compile:
-            model = compiled(model)
+        model = compiled(model, compile)
         return cls(model, tokenizer, {key: value for key, value in about.items() if key != "model"})
 
 

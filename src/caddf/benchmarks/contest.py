@@ -31,6 +31,7 @@ from caddf.benchmarks.trial import (
     weights_held,
     weights_read,
 )
+from caddf.compile import Compile
 from caddf.data import TokenSet
 from caddf.decoding import Decoder, Task
 from caddf.errors import InputError
@@ -69,7 +70,7 @@ class Conditions:
     memory: bool = True
     dtype: DType = "float32"
     quantize: Quantisation | None = None
-    compile: bool = False
+    compile: Compile = "auto"
     device: str = "auto"
     seed: int = 0
 
@@ -253,7 +254,7 @@ def _peak(given: Conditions, entrant: Entrant, size: int, rounds: list[dict[str,
 
 def resident_peak(given: Conditions, entrant: Entrant, size: int) -> int:
     """Weights, and what one decoding adds to the resident memory of this process; run it in a `fresh` one."""
-    given = dataclasses.replace(given, compile=False)  # or the compiler's own memory would count
+    given = dataclasses.replace(given, compile="auto")  # or the memory of torch.compile would count
     contestant, prompts = given.roster()[entrant.model], given.beginnings
     weights = weights_held(contestant.network)
     decoder, task = entrant.build(contestant.network), _task(given, prompts, contestant, size, 0)

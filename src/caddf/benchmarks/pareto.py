@@ -48,8 +48,8 @@ class ParetoSettings(Conditions):
     windows: of the exact perplexities of targets.
     memory: measure peak memory too.
     dtype: of weights and arithmetic.
-    quantize: int8 weights instead, on a CPU.
-    compile: the passes of the causal branch over its caches are compiled, off the clock.
+    quantize: int8 or bf16 weights instead, on a CPU.
+    compile: passes over caches through compiled kernels, off the clock: auto is of those that can, on a CPU.
     device: auto (a GPU where there is one), cpu, cuda or mps.
     seed: of prompts and draws.
     out: folder of the results; not set, results/pareto.

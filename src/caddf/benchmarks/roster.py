@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from caddf.benchmarks.hub_gpt2 import TransformersGenerate, copyable
-from caddf.compile import compiled
+from caddf.compile import Compile, compiled
 from caddf.decoding import DECODERS, Decoder
 from caddf.errors import InputError
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
@@ -69,7 +69,7 @@ class Contestant:
         device: torch.device,
         dtype: DType,
         quantize: Quantisation | None = None,
-        compile: bool = False,
+        compile: Compile = "auto",
     ) -> Contestant:
         """The latest checkpoint of a run, or a model folder; raises `InputError` where it names no method."""
         model: TextModel = load(source, device=device, dtype=dtype, quantize=quantize, compile=compile)
@@ -97,7 +97,7 @@ class Roster:
     dtype: DType
     seed: int
     quantize: Quantisation | None = None
-    compile: bool = False
+    compile: Compile = "auto"
 
     @classmethod
     def of(
@@ -112,7 +112,7 @@ class Roster:
         dtype: DType = "float32",
         seed: int = 0,
         quantize: Quantisation | None = None,
-        compile: bool = False,
+        compile: Compile = "auto",
     ) -> Roster:
         """From settings as the command line has them; raises `InputError` for methods and runs that are not there."""
         trained = runs_of(models) if models is not None else {}
@@ -153,7 +153,7 @@ class Roster:
         network = ARCHITECTURES[METHODS[method].architecture].network(config)
         network = network.to(device=self.device, dtype=getattr(torch, self.dtype)).eval().requires_grad_(False)
         network = network if self.quantize is None else quantised(network, self.quantize)
-        return compiled(network) if self.compile else network
+        return compiled(network, self.compile)
 
 
 def runs_of(models: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from caddf.models.config import ModelConfig
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.fusion import CrossFusion, Mixer
 from caddf.models.layers import Readout, Rotation, among, head_log_probs, head_nll, nearness, state_of
+
+if TYPE_CHECKING:
+    from caddf.native import Native
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class DualBranch(nn.Module):
         self.denoiser: Head = "draft" if self.causal is None else "fused"
         self.chained, self.block_size = self.chain is not None, config.block_size
         self.readouts: dict[str, nn.Module] = {}  # heads in another form than the embeddings' rows (`caddf.quantise`)
+        self.native: Native | None = None  # passes of a few positions, in another form than the modules'
 
     def forward(
         self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Caches | None = None
@@ -229,6 +234,7 @@ class DualBranch(nn.Module):
         """The states of slots that have been read, fused with `seen`."""
         assert states.causal is not None
         turn = caches.causal.turn(Slots.of(positions))
+        seen = replace(seen, turn=caches.causal.turn(Slots.of(seen.positions)))
         return replace(states, fused=self._cross(states.causal, positions, turn, seen))
 
     def encode(
@@ -244,12 +250,15 @@ class DualBranch(nn.Module):
         positions = window + start[:, None] if len(start) > 1 else window + start
         slots = Slots.of(positions)
         visible, until = None, start
+        if self.native is not None and not isinstance(pattern, Infill):
+            shown = until.clamp(max=caches.causal.length - 1)
+            if (states := self.native.window(canvas, positions, shown, caches)) is not None:
+                return Canvas(states, positions, None)
         if isinstance(pattern, Infill):
             visible = (positions < lengths[:, None])[:, None, None, :]
             until = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1)
-        turn = caches.causal.turn(slots)
         if caches.exchange is None:
-            return Canvas(self.diffusion(canvas, positions, visible), positions, visible, turn)
+            return Canvas(self.diffusion(canvas, positions, visible), positions, visible)
         until = until.clamp(max=caches.exchange.length - 1)
         alike = bool((until == until[0]).all())
         last = Slots.of(until[:1] if alike else until[:, None])  # what the window sees is what its last slot sees
@@ -258,7 +267,7 @@ class DualBranch(nn.Module):
         exchanged = self.diffusion.seen(positions, states_at, visible_states, sides=False)
         exchange = [caches.exchange.read(layer, last.upto, since) for layer in range(len(self.diffusion.layers))]
         states = self.diffusion(canvas, caches.exchange.turn(slots), visible, exchange, exchanged)
-        return Canvas(states, positions, visible, turn)
+        return Canvas(states, positions, visible)
 
     def draft(self, seen: Canvas, tokens: Int[Tensor, "B T"]) -> States:
         """Draft states of a window, chained where the model has a chain and the window is a block."""
@@ -287,6 +296,8 @@ class DualBranch(nn.Module):
         else:
             h_cad, positions = seen.states[:, slots.where], seen.positions[..., slots.where]
         before = self.diffusion.embedding(self.before(tokens, positions))
+        if self.native is not None and (drafts := self.native.chain(h_cad, before, slots, cache)) is not None:
+            return States(None, drafts, None, chained=True)
         return States(None, self.chain.step(h_cad, before, slots, cache), None, chained=True)
 
     def before(
@@ -299,6 +310,8 @@ class DualBranch(nn.Module):
     def _read(self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches) -> Float[Tensor, "B n D"]:
         """h_trans of `slots`; what both branches keep of them is written into `caches`."""
         assert self.causal is not None
+        if self.native is not None and (states := self.native.causal(inputs, slots, caches)) is not None:
+            return states
         h_trans = self.causal(inputs, slots, caches.causal)
         if caches.exchange is not None:
             for layer, keys_values in enumerate(self.diffusion.exchange(h_trans, caches.exchange.turn(slots))):
@@ -373,9 +386,10 @@ class DualBranch(nn.Module):
             self.draft_tokens = frequent.sort().values.to(self.diffusion.embedding.weight.device)
             self._small = None
 
-    def _small_table(self, small: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """The rows of the small vocabulary; where nothing is learnt they are kept, since a copy costs like a pass."""
-        weight = self.diffusion.embedding.weight
+    def small_table(self) -> Float[Tensor, "n d"]:
+        """The small vocabulary's draft embeddings, kept where nothing is learnt, since a copy costs like a pass."""
+        weight, small = self.diffusion.embedding.weight, self.draft_tokens
+        assert small is not None
         if torch.is_grad_enabled() and weight.requires_grad:
             return weight[small]
         which = state_of(weight)
@@ -391,9 +405,10 @@ class DualBranch(nn.Module):
         if read is None:
             raise InputError(f"head is {head}; a model with causal off has the heads {sorted(self.heads)} alone")
         small = self.draft_tokens if head == "draft" and states.chained else None
-        if (name := head if small is None else "chain") in self.readouts:
-            return read[where], self.readouts[name], small
-        return read[where], self.tokens_of(head) if small is None else self._small_table(small), small
+        readouts = self.readouts if self.native is None else self.native.heads
+        if (name := head if small is None else "chain") in readouts:
+            return read[where], readouts[name], small
+        return read[where], self.tokens_of(head) if small is None else self.small_table(), small
 
     # Accounts.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from caddf.models.backbone import States
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.config import BranchConfig
 from caddf.models.layers import Readout, head_log_probs, head_nll
+
+if TYPE_CHECKING:
+    from caddf.native import Native
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class CausalModel(nn.Module):
         self.block_size = config.block_size
         self.causal = CausalBranch(config.branch, config.rows, config.context)
         self.readouts: dict[str, nn.Module] = {}  # heads in another form than the embeddings' rows (`caddf.quantise`)
+        self.native: Native | None = None  # passes of a few positions, in another form than the modules'
 
     def forward(
         self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Caches | None = None
@@ -92,7 +96,10 @@ class CausalModel(nn.Module):
     ) -> States:
         """States of the slots `positions`, whose keys and values go into `caches`."""
         slots = Slots.of(positions)
-        return States(None, None, self.causal(tokens_before(tokens, slots, self.config.bos_id), slots, caches.causal))
+        inputs = tokens_before(tokens, slots, self.config.bos_id)
+        if self.native is not None and (states := self.native.causal(inputs, slots, caches)) is not None:
+            return States(None, None, states)
+        return States(None, None, self.causal(inputs, slots, caches.causal))
 
     def log_probs(self, states: States, where: Bool[Tensor, "B L"], head: Head = "causal") -> Float[Tensor, "N V"]:
         """Log-probabilities (nats) at the positions in `where`, normalised over V in float32 or better."""
@@ -111,7 +118,8 @@ class CausalModel(nn.Module):
     def _head(self, states: States, where: Bool[Tensor, "B L"], head: Head) -> tuple[Tensor, Readout]:
         if head != "causal" or states.causal is None:
             raise InputError(f"head is {head}; a causal model has the head causal alone")
-        return states.causal[where], self.readouts.get(head, self.tokens_of(head))
+        readouts = self.readouts if self.native is None else self.native.heads
+        return states.causal[where], readouts.get(head, self.tokens_of(head))
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters per part, and in all."""

@@ -6,6 +6,7 @@ the scores; None is everywhere.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sized
 from functools import partial
@@ -53,12 +54,19 @@ def nearness(
     position, or with `sides` from the one next to it, on its right or its left in turn. Slopes of the pairs of heads
     run from 2 to 1/32.
     """
+    slopes, side = nearest(heads, like.device, like.dtype)
+    distance = keys[..., None, None, :] - queries[..., None, :, None]
+    return -slopes[:, None, None] * ((distance - side[:, None, None]) if sides else distance).abs()
+
+
+@functools.cache
+def nearest(heads: int, device: torch.device, dtype: torch.dtype) -> tuple[Float[Tensor, " H"], Float[Tensor, " H"]]:
+    """Each head's slope, and the side to which it looks: 1 is right, -1 is left."""
     pairs = -(-heads // 2)
-    slopes = torch.logspace(1, -5, pairs, base=2.0) if pairs > 1 else torch.tensor([0.25])
-    slopes = slopes.repeat_interleave(2)[:heads].to(like)
-    side = torch.tensor([1, -1], device=like.device).repeat(pairs)[:heads, None, None] * sides
-    distance = (keys[..., None, None, :] - queries[..., None, :, None] - side).abs()
-    return -slopes[:, None, None] * distance
+    with torch.inference_mode(False):
+        slopes = torch.logspace(1, -5, pairs, base=2.0) if pairs > 1 else torch.tensor([0.25])
+        sides = torch.tensor([1.0, -1.0]).repeat(pairs)[:heads]
+        return slopes.repeat_interleave(2)[:heads].to(device, dtype), sides.to(device, dtype)
 
 
 def among(scores: Float[Tensor, "... n m"], visible: Bool[Tensor, "..."] | None) -> Float[Tensor, "... n m"]:

@@ -1,0 +1,35 @@
+"""Decoding on CPUs through kernels in C, compiled for the machine at their first use (a second or two).
+
+What decoding pays for is the reading of weights and, with small models, the steps between operations. `attach` gives a
+model's passes of a few positions over caches to `kernels.c`, which runs a whole stack of layers in one call. All else
+(training, prompts, whole rows, other dtypes) stays with the modules, which are the reference that tests compare with.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from caddf.native.build import BuildError
+from caddf.native.passes import Native
+
+Model = TypeVar("Model", bound=nn.Module)
+
+__all__ = ["BuildError", "Native", "attach", "suits"]
+
+
+def suits(model: nn.Module) -> bool:
+    """Whether `attach` can be asked for: a causal branch in float32 on a CPU, its widths multiples of 8."""
+    return hasattr(model, "native") and not getattr(model, "readouts", {}) and Native.suits(model)
+
+
+def attach(model: Model) -> Model:
+    """`model` itself, whose passes of a few positions go through the kernels, which read weights where they lie.
+
+    Of a model whose matrices were rounded to bfloat16 (`caddf.quantise`) they keep them so, and read half of the bytes.
+    Raises `BuildError` where there is no C compiler. The model must be one that `suits`.
+    """
+    whole = cast(Any, model)
+    whole.native = Native(model, half=bool(getattr(model, "weights_bfloat16", False)))
+    return model

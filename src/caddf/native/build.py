@@ -1,0 +1,84 @@
+"""The C kernels as a library: compiled once for this machine, at their first use, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
+COMPILERS = ("cc", "gcc", "clang")
+
+
+class BuildError(Exception):
+    """There is no library: no C compiler, or one that cannot compile it; says why in one line."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels. Raises `BuildError`, after the first time at once."""
+    try:
+        return _declared(ctypes.CDLL(str(_built())))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(" ".join(str(error).split())) from None
+
+
+def _built() -> Path:
+    compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
+    if compiler is None or shutil.which(compiler) is None:
+        raise BuildError(f"no C compiler ({', '.join(COMPILERS)}) is here" if compiler is None else f"no {compiler}")
+    made_of = "\n".join((SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _processor()))
+    path = _cache() / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / "kernels.so"
+            _compile(compiler, made)
+            os.replace(made, path)
+    return path
+
+
+def _compile(compiler: str, made: Path) -> None:
+    """With OpenMP where the compiler has it: torch has loaded its runtime already, and both share its threads."""
+    said = ""
+    for openmp in (["-fopenmp"], []):
+        command = [compiler, *FLAGS, *openmp, "-o", str(made), str(SOURCE), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode == 0:
+            return
+        said = next((line for line in done.stderr.splitlines() if "error" in line), f"{compiler} failed")
+    raise BuildError(said.strip())
+
+
+def _processor() -> str:
+    """What the machine's instructions depend on: a cache may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(line for line in lines[:60] if line.startswith(("flags", "model name", "Features", "CPU part")))
+
+
+def _cache() -> Path:
+    """The user's cache folder, or where that cannot be written to, one of this user in the temporary folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caddf"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if os.access(home, os.W_OK):
+            return home
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="caddf-"))
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.caddf_stack.argtypes, library.caddf_stack.restype = [pointer, pointer], ctypes.c_int
+    library.caddf_map.argtypes, library.caddf_map.restype = [pointer, number, pointer, pointer, number], None
+    return library

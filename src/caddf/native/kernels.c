@@ -1,0 +1,473 @@
+// Passes of a few positions through a stack of Transformer layers over key-value caches, for CPUs.
+//
+// What a decoder pays per token is the reading of weights. One call runs a whole stack: each weight is read once for all
+// positions of the pass, and nothing is allocated, dispatched or copied between layers.
+//
+// Every sum is taken in one order that depends on neither how many positions a pass has, nor on the threads: a position
+// has the same bits alone, in a batch, and verified together with others.
+//
+// Weights are float32 or bfloat16 (widened on the way); sums and caches are float32. Widths are multiples of 8.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+typedef float v8 __attribute__((vector_size(32)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+typedef uint32_t u8 __attribute__((vector_size(32)));
+typedef uint16_t h8 __attribute__((vector_size(16)));
+
+enum { FLOAT32, BFLOAT16 };
+
+typedef struct {  // y = x W^T + b; W is [out, in], bias NULL where there is none
+  const void *weight;
+  const float *bias;
+  int64_t out, in, type;
+} Map;
+
+typedef struct {  // layer norm; weight NULL: none at all
+  const float *weight, *bias;
+  double epsilon;
+} Norm;
+
+typedef struct {  // keys and values of all layers, [layers, B, heads, slots, size]
+  float *keys, *values;
+  int64_t slots;
+} Cache;
+
+typedef struct {
+  Norm norm;
+  Map query, key_value, out;
+  int64_t heads;
+  const float *slope, *side;  // linear biases per head, NULL: none
+} Attention;
+
+typedef struct {
+  Attention self, cross;  // cross.heads 0: none
+  Norm mlp_norm;
+  Map up, down;
+} Layer;
+
+typedef struct {
+  const Layer *layers;
+  int64_t count, width, hidden;
+  Norm before_norm;  // with join: x + join([x ; norm(before)]) is what the first layer reads
+  Map join;
+  Norm norm;
+  const Attention *exchange;  // key_value maps of the states, for another branch's cross-attention
+  int64_t exchanges, exchange_width;
+  int64_t context;  // how far attention reaches; 0: every position sees every other of the pass
+} Stack;
+
+typedef struct {
+  int64_t rows, n;            // the pass: `n` positions in each row
+  float *x;                   // [rows, n, width], read and overwritten with the normed states
+  const float *before;        // the same shape, for join
+  const int64_t *positions;   // [rows, n], or [n] where `alike`
+  int64_t alike;
+  const float *cos, *sin;     // rotary angles [positions, size], NULL: none
+  Cache own;                  // of the layers; slot = position, or with context 0 the place in the pass
+  Cache source;               // what cross-attention reads
+  const int64_t *until;       // [rows]: the last slot of `source` that a row sees
+  int64_t source_context;     // and how many before it
+  Cache exchange;             // where keys and values for another branch go
+  const float *exchange_cos, *exchange_sin;
+  int64_t threads;
+} Pass;
+
+// Sums.
+
+static inline float total(v8 a) {
+  v8 b = a + __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3);
+  v8 c = b + __builtin_shufflevector(b, b, 2, 3, 0, 1, 6, 7, 4, 5);
+  return c[0] + c[1];
+}
+
+static inline v8 load(const float *p) {
+  v8 a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+
+static inline void store(float *p, v8 a) { memcpy(p, &a, sizeof a); }
+
+static inline v8 wide(const uint16_t *p) {
+  h8 a;
+  memcpy(&a, p, sizeof a);
+#ifdef __AVX2__  // one instruction, which not every compiler finds by itself
+  return (v8)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)a), 16);
+#else
+  return (v8)(__builtin_convertvector(a, u8) << 16);
+#endif
+}
+
+// a b + c, always in one rounding: a compiler may choose otherwise from one loop to the next.
+static inline v8 fused(v8 a, v8 b, v8 c) {
+#ifdef __FMA__
+  return (v8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+static inline v8 all(float a) { return (v8){a, a, a, a, a, a, a, a}; }
+
+static inline v8 choose(i8 which, v8 a, v8 b) { return (v8)((which & (i8)a) | (~which & (i8)b)); }
+
+// e^x to float32's precision: 2^n e^r with |r| <= ln 2 / 2, and e^r by its series.
+static inline v8 exponential(v8 x) {
+  x = choose(x < all(88.0f), x, all(88.0f));
+  x = choose(x > all(-87.0f), x, all(-87.0f));
+  v8 n = x * all(1.44269504f);
+  n = (n + all(12582912.0f)) - all(12582912.0f);  // rounded
+  v8 r = x - n * all(0.693359375f);
+  r = r - n * all(-2.12194440e-4f);
+  v8 p = all(1.0f / 5040);
+  p = p * r + all(1.0f / 720);
+  p = p * r + all(1.0f / 120);
+  p = p * r + all(1.0f / 24);
+  p = p * r + all(1.0f / 6);
+  p = p * r + all(0.5f);
+  p = p * r + all(1.0f);
+  p = p * r + all(1.0f);
+  i8 power = (__builtin_convertvector(n, i8) + 127) << 23;
+  return p * (v8)power;
+}
+
+static inline v8 gelu(v8 x) {  // x sigmoid(2 u), which is the form with tanh(u)
+  v8 u = all(1.5957691216f) * (x + all(0.044715f) * x * x * x);
+  return x / (all(1.0f) + exponential(-u));
+}
+
+// Linear maps: blocks of MR positions and NR outputs, one running sum of 8 lanes for each of their products.
+
+#define TILE(name, type, get, MR, NR)                                                                        \
+  static void name(const type *w, int64_t in, const float *x, int64_t stride, float *sums) {                  \
+    v8 acc[MR][NR];                                                                                           \
+    for (int m = 0; m < MR; m++)                                                                              \
+      for (int o = 0; o < NR; o++) acc[m][o] = all(0.0f);                                                     \
+    for (int64_t k = 0; k < in; k += 8) {                                                                     \
+      v8 a[MR];                                                                                               \
+      for (int m = 0; m < MR; m++) a[m] = load(x + m * stride + k);                                           \
+      for (int o = 0; o < NR; o++) {                                                                          \
+        v8 b = get(w + o * in + k);                                                                           \
+        for (int m = 0; m < MR; m++) acc[m][o] = fused(a[m], b, acc[m][o]);                                                   \
+      }                                                                                                       \
+    }                                                                                                         \
+    for (int m = 0; m < MR; m++)                                                                              \
+      for (int o = 0; o < NR; o++) sums[m * NR + o] = total(acc[m][o]);                                       \
+  }
+
+#define TILES(type, get, suffix)      \
+  TILE(tile18##suffix, type, get, 1, 8) \
+  TILE(tile11##suffix, type, get, 1, 1) \
+  TILE(tile24##suffix, type, get, 2, 4) \
+  TILE(tile21##suffix, type, get, 2, 1) \
+  TILE(tile34##suffix, type, get, 3, 4) \
+  TILE(tile31##suffix, type, get, 3, 1) \
+  TILE(tile43##suffix, type, get, 4, 3) \
+  TILE(tile41##suffix, type, get, 4, 1)
+
+TILES(float, load, f)
+TILES(uint16_t, wide, h)
+
+typedef void (*TileF)(const float *, int64_t, const float *, int64_t, float *);
+typedef void (*TileH)(const uint16_t *, int64_t, const float *, int64_t, float *);
+static const TileF tiles_f[4][2] = {{tile18f, tile11f}, {tile24f, tile21f}, {tile34f, tile31f}, {tile43f, tile41f}};
+static const TileH tiles_h[4][2] = {{tile18h, tile11h}, {tile24h, tile21h}, {tile34h, tile31h}, {tile43h, tile41h}};
+static const int outputs_of[4] = {8, 4, 4, 3};
+
+enum { PLAIN, GELU, ADD };
+
+// Outputs `from` to `to` of `rows` positions; ADD adds to what is there.
+static void map_part(const Map *f, const float *x, int64_t stride, int64_t rows, float *y, int64_t y_stride, int then,
+                     int64_t from, int64_t to) {
+  // As many outputs at a time as stay in the first cache while all positions pass over them.
+  for (int64_t low = from; low < to; low += 24) {
+    int64_t high = low + 24 < to ? low + 24 : to;
+    for (int64_t m = 0; m < rows;) {
+      int64_t mr = rows - m < 4 ? rows - m : 4;
+      for (int64_t o = low; o < high;) {
+        int nr = outputs_of[mr - 1], tail = o + nr > high;
+        if (tail) nr = 1;
+        float sums[12];
+        if (f->type == FLOAT32)
+          tiles_f[mr - 1][tail]((const float *)f->weight + o * f->in, f->in, x + m * stride, stride, sums);
+        else
+          tiles_h[mr - 1][tail]((const uint16_t *)f->weight + o * f->in, f->in, x + m * stride, stride, sums);
+        for (int64_t i = 0; i < mr; i++)
+          for (int j = 0; j < nr; j++) {
+            float *to_ = y + (m + i) * y_stride + o + j, sum = sums[i * nr + j];
+            if (f->bias) sum += f->bias[o + j];
+            *to_ = then == ADD ? *to_ + sum : sum;
+          }
+        o += nr;
+      }
+      if (then == GELU)
+        for (int64_t i = 0; i < mr; i++)
+          for (int64_t o = low; o < high; o += 8) {
+            float *at = y + (m + i) * y_stride + o;
+            store(at, gelu(load(at)));
+          }
+      m += mr;
+    }
+  }
+}
+
+static void share(int64_t count, int64_t thread, int64_t threads, int64_t grain, int64_t *from, int64_t *to) {
+  int64_t blocks = (count + grain - 1) / grain;
+  *from = thread * blocks / threads * grain;
+  *to = (thread + 1) * blocks / threads * grain;
+  if (*to > count) *to = count;
+}
+
+static void map(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t thread, int64_t threads) {
+  int64_t from, to;
+  share(f->out, thread, threads, 24, &from, &to);
+  map_part(f, x, f->in, rows, y, f->out, then, from, to);
+}
+
+static void norm_row(const Norm *f, const float *x, int64_t width, float *y) {
+  if (!f->weight) {
+    memmove(y, x, width * sizeof(float));
+    return;
+  }
+  v8 sum = all(0.0f), squares = all(0.0f);
+  for (int64_t k = 0; k < width; k += 8) sum += load(x + k);
+  float mean = total(sum) / width;
+  for (int64_t k = 0; k < width; k += 8) {
+    v8 d = load(x + k) - all(mean);
+    squares = fused(d, d, squares);
+  }
+  float scale = 1.0f / sqrtf(total(squares) / width + (float)f->epsilon);
+  for (int64_t k = 0; k < width; k += 8) {
+    v8 y_k = (load(x + k) - all(mean)) * all(scale) * load(f->weight + k);
+    store(y + k, f->bias ? y_k + load(f->bias + k) : y_k);
+  }
+}
+
+static void norms(const Norm *f, const float *x, int64_t rows, int64_t width, float *y, int64_t y_stride, int64_t thread,
+                  int64_t threads) {
+  for (int64_t m = thread; m < rows; m += threads) norm_row(f, x + m * width, width, y + m * y_stride);
+}
+
+// Attention.
+
+static void rotate(float *to, const float *x, const float *cos, const float *sin, int64_t size) {
+  int64_t half = size / 2;
+  if (!cos) {
+    memmove(to, x, size * sizeof(float));
+    return;
+  }
+  for (int64_t k = 0; k < half; k++) {  // the sines of the first half are negative
+    float a = x[k], b = x[k + half];
+    to[k] = a * cos[k] + b * sin[k];
+    to[k + half] = b * cos[k + half] + a * sin[k + half];
+  }
+}
+
+static inline __attribute__((always_inline)) void attend_sized(float *out, const float *query, const float *keys, const float *values, int64_t from, int64_t to,
+                   int64_t size, float *scores, const float *slope, const float *side, int64_t head, int64_t distance) {
+  float scale = 1.0f / sqrtf((float)size), largest = -INFINITY;
+  int64_t count = to - from;
+  for (int64_t j = 0; j < count; j++) {
+    const float *key = keys + (from + j) * size;
+    v8 sum = all(0.0f);
+    for (int64_t k = 0; k < size; k += 8) sum = fused(load(query + k), load(key + k), sum);
+    float score = total(sum) * scale;
+    if (slope) score -= slope[head] * fabsf((float)(from + j - distance) - side[head]);
+    scores[j] = score;
+    if (score > largest) largest = score;
+  }
+  int64_t padded = (count + 7) / 8 * 8;
+  for (int64_t j = count; j < padded; j++) scores[j] = -INFINITY;
+  v8 sum = all(0.0f);
+  for (int64_t j = 0; j < padded; j += 8) {
+    v8 p = exponential(load(scores + j) - all(largest));
+    store(scores + j, p);
+    if (j + 8 <= count)
+      sum += p;
+    else
+      for (int64_t i = 0; i < count - j; i++) sum[i] += p[i];
+  }
+  v8 acc[32];
+  int64_t lanes = size / 8;
+  for (int64_t k = 0; k < lanes; k++) acc[k] = all(0.0f);
+  for (int64_t j = 0; j < count; j++) {
+    const float *value = values + (from + j) * size;
+    v8 p = all(scores[j]);
+    for (int64_t k = 0; k < lanes; k++) acc[k] = fused(p, load(value + 8 * k), acc[k]);
+  }
+  v8 inverse = all(1.0f / total(sum));
+  for (int64_t k = 0; k < lanes; k++) store(out + 8 * k, acc[k] * inverse);
+}
+
+// One query over the slots `from` to `to - 1`; `distance` is the query's from slot 0. Usual sizes are known to the compiler.
+static void attend(float *out, const float *query, const float *keys, const float *values, int64_t from, int64_t to,
+                   int64_t size, float *scores, const float *slope, const float *side, int64_t head, int64_t distance) {
+  if (size == 32)
+    attend_sized(out, query, keys, values, from, to, 32, scores, slope, side, head, distance);
+  else if (size == 64)
+    attend_sized(out, query, keys, values, from, to, 64, scores, slope, side, head, distance);
+  else
+    attend_sized(out, query, keys, values, from, to, size, scores, slope, side, head, distance);
+}
+
+static int64_t position(const Pass *p, int64_t row, int64_t i) { return p->positions[p->alike ? i : row * p->n + i]; }
+
+static const float *angle(const float *table, int64_t position, int64_t size) {
+  return table ? table + position * size : NULL;
+}
+
+// Turns and stores what `key_value` made, `[rows, n, 2 width]`, for the heads of one thread.
+static void keep(const Pass *p, const Cache *cache, const float *made, int64_t layer, int64_t heads, int64_t size,
+                 const float *cos, const float *sin, int64_t slot_is_place, int64_t row, int64_t head) {
+  int64_t width = heads * size;
+  int64_t base = ((layer * p->rows + row) * heads + head) * cache->slots;
+  for (int64_t i = 0; i < p->n; i++) {
+    int64_t at = position(p, row, i), slot = base + (slot_is_place ? i : at);
+    const float *both = made + (row * p->n + i) * 2 * width + head * size;
+    rotate(cache->keys + slot * size, both, angle(cos, at, size), angle(sin, at, size), size);
+    memcpy(cache->values + slot * size, both + width, size * sizeof(float));
+  }
+}
+
+static void self_attention(const Stack *s, const Pass *p, int64_t layer, const float *queries, const float *made,
+                           float *out, float *scores, int64_t thread, int64_t threads) {
+  const Attention *f = &s->layers[layer].self;
+  int64_t heads = f->heads, size = s->width / heads, from, to;
+  share(p->rows * heads, thread, threads, 1, &from, &to);
+  for (int64_t each = from; each < to; each++) {
+    int64_t row = each / heads, head = each % heads;
+    keep(p, &p->own, made, layer, heads, size, p->cos, p->sin, s->context == 0, row, head);
+    int64_t base = ((layer * p->rows + row) * heads + head) * p->own.slots * size;
+    for (int64_t i = 0; i < p->n; i++) {
+      int64_t at = position(p, row, i), since = 0, until = p->n, distance = i, index = row * p->n + i;
+      if (s->context) {
+        until = at + 1, since = until > s->context ? until - s->context : 0, distance = at;
+      }
+      float query[256];
+      rotate(query, queries + index * s->width + head * size, angle(p->cos, at, size), angle(p->sin, at, size), size);
+      attend(out + index * s->width + head * size, query, p->own.keys + base, p->own.values + base, since, until, size,
+             scores, f->slope, f->side, head, distance);
+    }
+  }
+}
+
+static void cross_attention(const Stack *s, const Pass *p, int64_t layer, const float *queries, float *out, float *scores,
+                            int64_t thread, int64_t threads) {
+  const Attention *f = &s->layers[layer].cross;
+  int64_t heads = f->heads, size = s->width / heads, from, to;
+  share(p->rows * heads, thread, threads, 1, &from, &to);
+  for (int64_t each = from; each < to; each++) {
+    int64_t row = each / heads, head = each % heads;
+    int64_t base = ((layer * p->rows + row) * heads + head) * p->source.slots * size;
+    int64_t until = p->until[row] + 1, since = until > p->source_context ? until - p->source_context : 0;
+    for (int64_t i = 0; i < p->n; i++) {
+      int64_t at = position(p, row, i), index = row * p->n + i;
+      float query[256];
+      rotate(query, queries + index * s->width + head * size, angle(p->cos, at, size), angle(p->sin, at, size), size);
+      attend(out + index * s->width + head * size, query, p->source.keys + base, p->source.values + base, since, until,
+             size, scores, f->slope, f->side, head, at);
+    }
+  }
+}
+
+// The whole stack, by one thread of several.
+
+#ifdef _OPENMP
+#include <omp.h>
+#define TOGETHER _Pragma("omp barrier")
+#else
+#define TOGETHER
+#endif
+
+static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, float *scores, int64_t thread,
+                int64_t threads) {
+  int64_t rows = p->rows * p->n, d = s->width;
+  float *h = room, *queries = h + rows * 2 * d, *made = queries + rows * d, *mixed = made + rows * room_width;
+  if (s->join.weight) {
+    for (int64_t m = thread; m < rows; m += threads) {
+      memcpy(h + m * 2 * d, p->x + m * d, d * sizeof(float));
+      norm_row(&s->before_norm, p->before + m * d, d, h + m * 2 * d + d);
+    }
+    TOGETHER
+    map(&s->join, h, rows, p->x, ADD, thread, threads);
+    TOGETHER
+  }
+  for (int64_t i = 0; i < s->count; i++) {
+    const Layer *layer = &s->layers[i];
+    norms(&layer->self.norm, p->x, rows, d, h, d, thread, threads);
+    TOGETHER
+    map(&layer->self.query, h, rows, queries, PLAIN, thread, threads);
+    map(&layer->self.key_value, h, rows, made, PLAIN, thread, threads);
+    TOGETHER
+    self_attention(s, p, i, queries, made, mixed, scores, thread, threads);
+    TOGETHER
+    map(&layer->self.out, mixed, rows, p->x, ADD, thread, threads);
+    TOGETHER
+    if (layer->cross.heads) {
+      norms(&layer->cross.norm, p->x, rows, d, h, d, thread, threads);
+      TOGETHER
+      map(&layer->cross.query, h, rows, queries, PLAIN, thread, threads);
+      TOGETHER
+      cross_attention(s, p, i, queries, mixed, scores, thread, threads);
+      TOGETHER
+      map(&layer->cross.out, mixed, rows, p->x, ADD, thread, threads);
+      TOGETHER
+    }
+    norms(&layer->mlp_norm, p->x, rows, d, h, d, thread, threads);
+    TOGETHER
+    map(&layer->up, h, rows, made, GELU, thread, threads);
+    TOGETHER
+    map(&layer->down, made, rows, p->x, ADD, thread, threads);
+    TOGETHER
+  }
+  norms(&s->norm, p->x, rows, d, p->x, d, thread, threads);
+  for (int64_t i = 0; i < s->exchanges; i++) {
+    const Attention *f = &s->exchange[i];
+    int64_t heads = f->heads, size = s->exchange_width / heads, from, to;
+    TOGETHER
+    map(&f->key_value, p->x, rows, made, PLAIN, thread, threads);
+    TOGETHER
+    share(p->rows * heads, thread, threads, 1, &from, &to);
+    for (int64_t each = from; each < to; each++)
+      keep(p, &p->exchange, made, i, heads, size, p->exchange_cos, p->exchange_sin, 0, each / heads, each % heads);
+  }
+}
+
+static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// 0, or -1 where memory is short.
+int caddf_stack(const Stack *s, const Pass *p) {
+  int64_t rows = p->rows * p->n, made = largest(s->hidden, 2 * largest(s->width, s->exchange_width));
+  int64_t seen = largest(p->own.slots, p->source.slots) + 8;
+  int64_t room = rows * (4 * s->width + made);
+  float *memory = aligned_alloc(64, (size_t)((room + p->threads * seen) * sizeof(float) + 63) / 64 * 64);
+  if (!memory) return -1;
+#ifdef _OPENMP
+  if (p->threads > 1) {
+#pragma omp parallel num_threads((int)p->threads)
+    run(s, p, memory, made, memory + room + omp_get_thread_num() * seen, omp_get_thread_num(), omp_get_num_threads());
+  } else
+#endif
+    run(s, p, memory, made, memory + room, 0, 1);
+  free(memory);
+  return 0;
+}
+
+// y = x W^T + b for `rows` positions.
+void caddf_map(const Map *f, int64_t rows, const float *x, float *y, int64_t threads) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads((int)threads)
+    map(f, x, rows, y, PLAIN, omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#endif
+  map(f, x, rows, y, PLAIN, 0, 1);
+}

@@ -1,0 +1,248 @@
+"""The kernels in C give what the modules give, and the same bits alone, in a batch, and verified together."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+from caddf import native
+from caddf.categorical import RowGenerators, Warp
+from caddf.compile import compiled
+from caddf.decoding import Autoregressive, Speculative, Task
+from caddf.errors import InputError
+from caddf.interface import Block
+from caddf.models.backbone import DualBranch
+from caddf.models.causal_model import CausalConfig, CausalModel
+from caddf.models.config import BranchConfig, ModelConfig
+from caddf.models.single import SingleBranch, SingleConfig
+from caddf.native import build
+from caddf.quantise import quantised
+
+V, T = 83, 64
+NEAR = 1e-5
+"""Float32 rounding of states of size one, several times over."""
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the kernels need a C compiler, which is not here")
+
+
+def dual(context: int = T, alibi: bool = True, bias: bool = False, draft_vocab: int | None = None) -> DualBranch:
+    torch.manual_seed(0)
+    diffusion = BranchConfig(2, 32, 4, bias=bias, alibi=alibi)
+    config = ModelConfig(
+        V, context, diffusion, BranchConfig(2, 48, 3, bias=bias), embeddings="tied", draft="chained", block_size=6,
+        draft_vocab=draft_vocab,
+    )  # fmt: skip
+    return loud(DualBranch(config))
+
+
+def gpt2() -> CausalModel:
+    torch.manual_seed(0)
+    return loud(CausalModel(CausalConfig(V, T, BranchConfig(2, 48, 3, positions="learned", bias=True), block_size=6)))
+
+
+def loud(model):
+    """Weights that are large enough for every part to be heard, biases among them."""
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model.eval().requires_grad_(False)
+
+
+def tokens(rows: int) -> torch.Tensor:
+    return torch.randint(V, (rows, T), generator=torch.Generator().manual_seed(rows))
+
+
+PASSES = (
+    torch.arange(20),
+    torch.arange(20, 21),
+    torch.arange(21, 29),
+    torch.tensor([[29, 30, 31], [27, 28, 29], [30, 31, 32]]),
+    torch.arange(33, 48),
+)
+
+
+@pytest.mark.parametrize("make", [dual, lambda: dual(context=24), lambda: dual(bias=True, alibi=False), gpt2])
+@torch.inference_mode()
+def test_a_causal_pass_is_the_modules_wherever_its_rows_stand(make):
+    plain, fast = make(), native.attach(make())
+    x, caches = tokens(3), [model.allocate(3, T) for model in (plain, fast)]
+    where = torch.ones(3, 1, dtype=torch.bool)
+    for positions in PASSES:
+        (one, two), width = (
+            (m.read(x, positions, c) for m, c in zip((plain, fast), caches, strict=True)),
+            positions.shape[-1],
+        )
+        assert one.causal.abs().max() > 1
+        torch.testing.assert_close(two.causal, one.causal, rtol=0, atol=NEAR)
+        read = [model.log_probs(one, where.expand(3, width), "causal") for model in (plain, fast)]
+        torch.testing.assert_close(*read, rtol=0, atol=10 * NEAR)
+    for kind in ("causal", "exchange") if caches[0].exchange is not None else ("causal",):
+        for part in ("keys", "values"):
+            one, two = (getattr(getattr(cache, kind), part) for cache in caches)
+            assert one.abs().max() > 0.5
+            torch.testing.assert_close(two, one, rtol=0, atol=NEAR)
+
+
+@pytest.mark.parametrize("start", [[30, 30], [30, 17], [0, 0]])
+@pytest.mark.parametrize("make", [dual, lambda: dual(context=24), lambda: dual(bias=True, alibi=False)])
+@torch.inference_mode()
+def test_windows_and_chains_are_the_modules(make, start):
+    plain, fast = make(), native.attach(make())
+    x, caches, start = tokens(2), [model.allocate(2, T) for model in (plain, fast)], torch.tensor(start)
+    canvas = torch.full((2, 6), V)
+    canvas[0, 0] = x[0, start[0]]
+    windows, chains = [], []
+    for model, cache in zip((plain, fast), caches, strict=True):
+        model.read(x, torch.arange(40), cache)
+        windows.append(model.encode(canvas, start, torch.tensor([T, T]), Block(6), cache))
+        chains.append(model.allocate_drafts(2, 6))
+    assert windows[0].states.std(1).max() > 0.1  # positions differ
+    torch.testing.assert_close(windows[1].states, windows[0].states, rtol=0, atol=NEAR)
+    for places in (torch.arange(2), torch.arange(2, 3), torch.tensor([[3], [1]]), torch.tensor([[4], [2]])):
+        one, two = (
+            model.draft_step(window, x, places, chain)
+            for model, window, chain in zip((plain, fast), windows, chains, strict=True)
+        )
+        torch.testing.assert_close(two.draft, one.draft, rtol=0, atol=NEAR)
+
+
+@torch.inference_mode()
+def test_bits_depend_neither_on_the_batch_nor_on_the_width_of_a_pass():
+    model, x = native.attach(dual()), tokens(3)
+    together = model.allocate(3, T)
+    wide = model.read(x, torch.arange(24), together)
+    logits = model.native.heads["causal"](wide.causal.flatten(0, 1)).view(3, 24, V)
+    for row in range(3):
+        alone = model.allocate(1, T)
+        for i in range(24):
+            state = model.read(x[row : row + 1], torch.arange(i, i + 1), alone)
+            assert torch.equal(state.causal[0, 0], wide.causal[row, i])
+            assert torch.equal(model.native.heads["causal"](state.causal[0])[0], logits[row, i])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.inference_mode()
+def test_speculation_in_float32_is_greedy_autoregression_to_the_token(threads, monkeypatch):
+    monkeypatch.setattr("caddf.native.passes.ALONE", 0)  # small as it is, by as many threads as there are
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model, x = native.attach(dual()), tokens(3)
+    x[:, 9:] = V
+    written = []
+    for decoder in (Autoregressive(), Speculative(), Speculative(block_size=3)):
+        task = Task(x, torch.tensor([T, T - 5, T]), V, RowGenerators(0, 3), Warp(temperature=0))
+        *_, last = decoder(model, task)
+        written.append(last.tokens)
+    assert (written[0][0] != V).all() and written[0][:, 9:].unique().numel() > 4
+    assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
+
+
+@torch.inference_mode()
+def test_a_small_draft_vocabulary_and_threads_change_no_draft(monkeypatch):
+    drawn = []
+    for threads in (1, 2):
+        monkeypatch.setattr("caddf.native.passes.ALONE", 0)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        model, x = native.attach(dual(draft_vocab=40)), tokens(2)
+        x[:, 9:] = V
+        *_, last = Speculative()(model, Task(x, torch.tensor([T, T]), V, RowGenerators(0, 2)))
+        drawn.append(last.tokens)
+    assert torch.equal(*drawn)
+
+
+@torch.inference_mode()
+def test_bfloat16_weights_are_the_rounded_models():
+    rounded = quantised(dual(), "bf16")
+    assert not torch.equal(rounded.causal.embedding.weight, dual().causal.embedding.weight)
+    assert torch.equal(rounded.causal.norm.weight, dual().causal.norm.weight)
+    plain, fast, x = rounded, native.attach(quantised(dual(), "bf16")), tokens(1)
+    one, two = (model.read(x, torch.arange(20), model.allocate(1, T)) for model in (plain, fast))
+    torch.testing.assert_close(two.causal, one.causal, rtol=0, atol=NEAR)
+    where = torch.ones(1, 20, dtype=torch.bool)
+    read = [model.log_probs(one, where, "causal") for model in (plain, fast)]
+    torch.testing.assert_close(*read, rtol=0, atol=10 * NEAR)
+
+
+@torch.inference_mode()
+def test_weights_are_read_where_they_lie():
+    model, x = native.attach(dual()), tokens(1)
+
+    def read() -> torch.Tensor:
+        states = model.read(x, torch.arange(9), model.allocate(1, T))
+        return model.log_probs(states, torch.ones(1, 9, dtype=torch.bool), "causal")
+
+    before = read()
+    model.causal.layers[0].mlp.up.weight.mul_(2)
+    assert not torch.allclose(read(), before)
+    model.causal.layers[0].mlp.up.weight.mul_(0.5)
+    assert torch.equal(read(), before)
+
+
+def test_a_copy_reads_with_its_own_modules():
+    model = native.attach(dual())
+    copied = copy.deepcopy(model)
+    assert copied.native is None and model.native is not None
+    assert torch.equal(copied.tokens_of("causal"), model.tokens_of("causal"))
+
+
+def test_learning_goes_through_the_modules():
+    model = native.attach(dual())
+    model.requires_grad_(True)
+    x = tokens(1)[:, :9]
+    states, _ = model(x, x, Block(6))
+    model.log_probs(states, torch.ones(1, 9, dtype=torch.bool), "causal").sum().backward()
+    assert model.causal.embedding.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: dual().double(), "double"),
+        (lambda: DualBranch(ModelConfig(V, T, BranchConfig(1, 16, 2), BranchConfig(1, 12, 2))), "width 12"),
+        (lambda: DualBranch(ModelConfig(V, T, BranchConfig(1, 16, 4), BranchConfig(1, 16, 2))), "heads of 4"),
+        (
+            lambda: DualBranch(
+                ModelConfig(V, T, BranchConfig(1, 16, 2), BranchConfig(1, 16, 2), fusion="layers", exchange="one_way")
+            ),
+            "fusion layers",
+        ),
+        (lambda: SingleBranch(SingleConfig(V, T, BranchConfig(1, 16, 2))), "no causal branch"),
+        (lambda: quantised(dual(), "int8"), "other kernels"),
+    ],
+)
+def test_other_models_stay_as_they_are(make, why):
+    model = make()
+    assert not native.suits(model), why
+    assert compiled(model, "auto") is model and getattr(model, "native", None) is None
+    with pytest.raises(InputError, match="compile is always"):
+        compiled(model, "always")
+    assert compiled(model, "never") is model
+
+
+def test_without_a_compiler_decoding_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "/bin/false")
+    build.library.cache_clear()
+    try:
+        assert compiled(dual(), "auto").native is None
+        with pytest.warns(UserWarning, match="compiling failed; going on without: /bin/false failed"):
+            assert compiled(dual(), "always").native is None
+        monkeypatch.setenv("CC", "no-such-compiler")
+        with pytest.raises(native.BuildError, match="no no-such-compiler"):
+            build.library()
+    finally:
+        build.library.cache_clear()
+    assert not list((tmp_path / "caddf").iterdir())
+
+
+def test_the_library_is_built_once_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    build.library.cache_clear()
+    try:
+        build.library()
+        (made,) = (tmp_path / "caddf").iterdir()
+        monkeypatch.setattr(build, "_compile", None)
+        build.library.cache_clear()
+        build.library()
+        assert [made] == list((tmp_path / "caddf").iterdir())
+    finally:
+        build.library.cache_clear()
