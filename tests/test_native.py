@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from caddf import native
-from caddf.categorical import RowGenerators, Warp
+from caddf.categorical import RowGenerators, Warp, inverse_cdf
 from caddf.compile import compiled
 from caddf.decoding import Autoregressive, Speculative, Task
+from caddf.decoding.left_to_right import CachedReader, Plan
+from caddf.decoding.task import Counts
 from caddf.errors import InputError
 from caddf.interface import Block
 from caddf.models.backbone import DualBranch
@@ -246,3 +248,51 @@ def test_the_library_is_built_once_and_kept(monkeypatch, tmp_path):
         assert [made] == list((tmp_path / "caddf").iterdir())
     finally:
         build.library.cache_clear()
+
+
+@pytest.mark.parametrize("draft_vocab", [None, 40])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@torch.inference_mode()
+def test_drafts_at_one_go_are_those_step_by_step(temperature, draft_vocab, monkeypatch):
+    """The same uniforms give the same tokens, and q is the warped draft head's, whatever the rows' places."""
+    x, warp, drawn = tokens(3), Warp(temperature), []
+    n, u = torch.tensor([20, 22, 0]), torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for at_once in (True, False):
+        model = native.attach(dual(draft_vocab=draft_vocab))
+        task = Task(x, torch.full((3,), T), V, RowGenerators(0, 3), warp)
+        reader = CachedReader(model, Plan.of(model, task, "causal", 6), Counts.zeros(3))
+        rows, text = torch.ones(3, dtype=torch.bool), x.clone()
+        for row in range(3):
+            text[row, n[row] :] = V
+        look, _ = reader.look(reader.start(), text, n, 6, rows)
+        if at_once:
+            drawn.append(reader.chain(look, text, n, u, warp, 0.0)[:2])
+            continue
+        parts = []
+        for j in range(5):
+            q = warp(reader.drafts(look, text, n + j, n + j + 1, rows))
+            text[torch.arange(3), n + j] = inverse_cdf(q[:, 0], u[:, j])
+            parts.append(q)
+        drawn.append((torch.stack([text[row, n[row] : n[row] + 5] for row in range(3)]), torch.cat(parts, 1)))
+    assert drawn[0][0].unique().numel() > 2
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    torch.testing.assert_close(drawn[0][1], drawn[1][1], rtol=0, atol=NEAR)
+    torch.testing.assert_close(drawn[0][1].sum(-1), torch.ones(3, 5, dtype=torch.float64))
+
+
+@torch.inference_mode()
+def test_drafting_ends_where_drafts_are_unsure():
+    model, x, n = native.attach(dual()), tokens(2), torch.tensor([20, 30])
+    task = Task(x, torch.full((2,), T), V, RowGenerators(0, 2))
+    reader = CachedReader(model, Plan.of(model, task, "causal", 6), Counts.zeros(2))
+    look, _ = reader.look(reader.start(), x, n, 6, torch.ones(2, dtype=torch.bool))
+    u = torch.rand(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    *_, q, whole = reader.chain(look, x, n, u, Warp(), 0.0)
+    assert whole.tolist() == [5, 5]
+    sure = q.amax(-1).cumprod(1)
+    for least in (0.9, float(sure[0, 1]) * 0.999, float(sure[1, 2]) * 0.999):
+        *_, some, drafts = reader.chain(look, x, n, u, Warp(), least)
+        expected = (sure >= least).long().cumprod(1).sum(1).clamp(min=1)
+        assert drafts.tolist() == expected.tolist()
+        inside = torch.arange(5) < drafts[:, None]
+        assert torch.equal(some[inside], q[inside]) and not some[~inside].any()

@@ -40,6 +40,11 @@ class Warp:
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p is {self.min_p}; it must lie in [0, 1]")
 
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but a temperature."""
+        return not self.banned and self.top_k == 0 and self.top_p == 1 and self.min_p == 0
+
     def __call__(self, log_probs: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
         """Probabilities (not logs) in float64 after the warp; they sum to one."""
         log_probs = log_probs.double()

@@ -8,15 +8,19 @@ The target is a distribution over the next token that stays the same whatever is
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from caddf.categorical import Warp
 from caddf.decoding.task import Counts, Task
 from caddf.errors import InputError
 from caddf.interface import Block, Head, Incremental, Infill, LanguageModel
+
+if TYPE_CHECKING:
+    from caddf.native import Native
 
 Target = Literal["causal", "fused"]
 
@@ -106,6 +110,11 @@ class Reader(Protocol):
     ) -> Float[Tensor, "B m V"]:
         """log q at positions `at` to `end - 1` of the window (0 behind a row's end)."""
 
+    def chain(
+        self, look: Any, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], u: Float[Tensor, "B m"], warp: Warp, least: float
+    ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
+        """Up to m chained drafts from n on at one go, where the model can: tokens, q, how many are to be verified."""
+
     def keep(self, state: Any, below: Int[Tensor, " B"]) -> Any:
         """Only slots below `below` still hold: the tokens that later ones read have changed."""
 
@@ -159,6 +168,11 @@ class FullReader:
             out = part if out is None else out + part
         assert out is not None
         return out
+
+    def chain(
+        self, look: Any, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], u: Float[Tensor, "B m"], warp: Warp, least: float
+    ) -> None:
+        """The reference drafts step by step."""
 
     def keep(self, state: None, below: Int[Tensor, " B"]) -> None:
         """Nothing is kept."""
@@ -293,6 +307,23 @@ class CachedReader:
                 places = (first[:, None] + wide).clamp(max=look.width - 1)
             states = self.model.draft_step(look.seen, x, places, look.chain)
         return self._log_probs(states, look.start[:, None] + places, at, end, rows, "draft")
+
+    def chain(
+        self,
+        look: Window,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        u: Float[Tensor, "B m"],
+        warp: Warp,
+        least: float,
+    ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
+        """Through the model's kernels, where it has any and the warp is but a temperature."""
+        native = getattr(self.model, "native", None)
+        if native is None or look.chain is None or not warp.plain:
+            return None
+        return cast("Native", native).drafts(
+            look.seen.states, x, look.start, n, u, look.chain, temperature=warp.temperature, least=least
+        )
 
     def keep(self, state: Progress, below: Int[Tensor, " B"]) -> Progress:
         """Going back is a smaller number."""

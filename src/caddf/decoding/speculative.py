@@ -67,7 +67,15 @@ class Speculative:
             place = n[:, None] + torch.arange(count, device=x.device)
             drafting = (place < end[:, None]) & _at(wanted, place)
             u = task.generators.uniform(drafting).to(x.device)
-            q = torch.zeros(len(x), count, model.vocab_size, dtype=torch.float64, device=x.device)
+            if plan.chained and (drawn := reader.chain(look, x, n, u, task.warp, self.least)) is not None:
+                tokens, q, sure = drawn
+                end, j = torch.minimum(end, n + sure), count
+                drafting &= place < end[:, None]
+                count = int((end - n).max())
+                x = _put(x, place, drafting, tokens)
+                q *= drafting[..., None]
+            else:
+                q = torch.zeros(len(x), count, model.vocab_size, dtype=torch.float64, device=x.device)
             chance = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
             step = 1 if plan.chained else max(count, 1)
             while j < count:

@@ -440,14 +440,20 @@ static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, 
   }
 }
 
-static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t floats_of(const Stack *s, const Pass *p, int64_t *made, int64_t *seen) {
+  *made = most(s->hidden, 2 * most(s->width, s->exchange_width));
+  *seen = most(p->own.slots, p->source.slots) + 8;
+  return p->rows * p->n * (4 * s->width + *made);
+}
+
+static float *memory_of(int64_t floats) { return aligned_alloc(64, ((size_t)floats * sizeof(float) + 63) / 64 * 64); }
 
 // 0, or -1 where memory is short.
 int caddf_stack(const Stack *s, const Pass *p) {
-  int64_t rows = p->rows * p->n, made = largest(s->hidden, 2 * largest(s->width, s->exchange_width));
-  int64_t seen = largest(p->own.slots, p->source.slots) + 8;
-  int64_t room = rows * (4 * s->width + made);
-  float *memory = aligned_alloc(64, (size_t)((room + p->threads * seen) * sizeof(float) + 63) / 64 * 64);
+  int64_t made, seen, room = floats_of(s, p, &made, &seen);
+  float *memory = memory_of(room + p->threads * seen);
   if (!memory) return -1;
 #ifdef _OPENMP
   if (p->threads > 1) {
@@ -470,4 +476,146 @@ void caddf_map(const Map *f, int64_t rows, const float *x, float *y, int64_t thr
   }
 #endif
   map(f, x, rows, y, PLAIN, 0, 1);
+}
+
+// Drafts: a chain's steps, each with its head, its draw by inverse CDF, and the embedding of what was drawn.
+
+typedef struct {
+  int64_t rows, width, count;  // places of a window, and most drafts of a row
+  const float *states;         // [rows, width, D]: what the chain reads besides tokens
+  const int64_t *before;       // [rows, width]: the token before each place, known up to a row's first draft
+  const int64_t *first;        // [rows]: the place of that draft
+  const double *u;             // [rows, count]: uniforms
+  const float *embedding;      // [tokens, D]
+  Map head;                    // its logits are those of `ids`, or of all tokens where that is NULL
+  const int64_t *ids;
+  int64_t vocabulary;
+  double temperature, least;   // drafting ends when the product of the largest probabilities falls below `least`
+  Cache cache;
+  const float *cos, *sin;
+  int64_t *tokens;             // [rows, count], drawn
+  double *q;                   // [rows, count, vocabulary], zeroed: what they were drawn from
+  int64_t *drafts;             // [rows]: how many are to be verified, at least one
+  int64_t threads;
+} Draft;
+
+// One draw; returns the largest probability at temperature 1.
+static double draw(const Draft *d, float *logits, double u, double *q, int64_t *token) {
+  int64_t n = d->head.out, whole = n / 8 * 8, chosen = 0;
+  v8 tops = all(-INFINITY);
+  for (int64_t i = 0; i < whole; i += 8) tops = choose(load(logits + i) > tops, load(logits + i), tops);
+  float top = tops[0];
+  for (int i = 1; i < 8; i++) top = tops[i] > top ? tops[i] : top;
+  for (int64_t i = whole; i < n; i++) top = logits[i] > top ? logits[i] : top;
+  double sure = 1;
+  if (d->least > 0) {
+    double total = 0;
+    for (int64_t i = 0; i < n; i++) total += expf(logits[i] - top);
+    sure = 1 / total;
+  }
+  if (d->temperature == 0) {
+    while (logits[chosen] != top) chosen++;
+    q[d->ids ? d->ids[chosen] : chosen] = 1;
+  } else {
+    v8 scale = all((float)(1 / d->temperature));
+    for (int64_t i = 0; i < whole; i += 8) store(logits + i, exponential((load(logits + i) - all(top)) * scale));
+    for (int64_t i = whole; i < n; i++) logits[i] = expf((logits[i] - top) * scale[0]);
+    double total = 0, sum = 0;
+    for (int64_t i = 0; i < n; i++) total += logits[i];
+    double below = u * total;
+    for (chosen = 0; chosen < n - 1; chosen++) {
+      sum += logits[chosen];
+      if (sum > below) break;
+    }
+    while (logits[chosen] == 0) chosen--;  // u total may round up
+    double share = 1 / total;
+    for (int64_t i = 0; i < n; i++) q[d->ids ? d->ids[i] : i] = logits[i] * share;
+  }
+  *token = d->ids ? d->ids[chosen] : chosen;
+  return sure;
+}
+
+typedef struct {
+  float *x, *before, *logits, *room, *scores;
+  int64_t *positions;
+  double *chance;
+  int64_t going, made, seen;
+} Drafting;
+
+static void draft(const Stack *s, const Draft *d, Drafting *w, Pass *p, int64_t thread, int64_t threads) {
+  int64_t D = s->width, opening = 1;
+  for (int64_t row = 0; row < d->rows; row++) opening = most(opening, d->first[row] + 1);
+  for (int64_t j = 0; j < d->count; j++) {
+    int64_t n = j ? 1 : opening;  // the first step reads what stands before the first draft, too
+    for (int64_t row = thread; row < d->rows; row += threads)
+      for (int64_t i = 0; i < n; i++) {
+        int64_t place = j ? d->first[row] + j : i < d->first[row] ? i : d->first[row], at = row * n + i;
+        if (place > d->width - 1) place = d->width - 1;  // a row that has nothing more to draft
+        int64_t token = j ? d->tokens[row * d->count + j - 1] : d->before[row * d->width + place];
+        w->positions[at] = place;
+        memcpy(w->x + at * D, d->states + (row * d->width + place) * D, D * sizeof(float));
+        memcpy(w->before + at * D, d->embedding + token * D, D * sizeof(float));
+      }
+    TOGETHER
+    if (thread == 0) p->n = n;
+    TOGETHER
+    run(s, p, w->room, w->made, w->scores + thread * w->seen, thread, threads);
+    TOGETHER
+    if (n > 1) {  // the head reads the last place of each row alone
+      if (thread == 0)
+        for (int64_t row = 0; row < d->rows; row++)
+          memmove(w->x + row * D, w->x + (row * n + d->first[row]) * D, D * sizeof(float));
+      TOGETHER
+    }
+    map(&d->head, w->x, d->rows, w->logits, PLAIN, thread, threads);
+    if (thread == 0) w->going = 0;
+    TOGETHER
+    for (int64_t row = thread; row < d->rows; row += threads) {
+      int64_t at = row * d->count + j;
+      if (d->drafts[row] < j) {  // this row has ended
+        d->tokens[at] = 0;
+        continue;
+      }
+      double *q = d->q + at * d->vocabulary;
+      w->chance[row] *= draw(d, w->logits + row * d->head.out, d->u[at], q, d->tokens + at);
+      if (j && w->chance[row] < d->least)
+        memset(q, 0, d->vocabulary * sizeof(double));
+      else
+        d->drafts[row] = j + 1;
+#ifdef _OPENMP
+#pragma omp atomic
+#endif
+      w->going += d->drafts[row] == j + 1;
+    }
+    TOGETHER
+    if (!w->going) break;
+  }
+}
+
+// 0, or -1 where memory is short.
+int caddf_draft(const Stack *s, const Draft *d) {
+  Pass p = {.rows = d->rows, .n = d->width, .cos = d->cos, .sin = d->sin, .own = d->cache, .threads = d->threads};
+  Drafting w = {0};
+  int64_t states = d->rows * d->width * s->width, room = floats_of(s, &p, &w.made, &w.seen);
+  int64_t logits = d->rows * d->head.out;
+  float *memory = memory_of(2 * states + logits + room + d->threads * w.seen);
+  w.positions = malloc(d->rows * d->width * sizeof(int64_t) + d->rows * sizeof(double));
+  if (!memory || !w.positions) {
+    free(memory), free(w.positions);
+    return -1;
+  }
+  w.chance = (double *)(w.positions + d->rows * d->width);
+  w.x = memory, w.before = w.x + states, w.room = w.before + states, w.scores = w.room + room;
+  w.logits = w.scores + d->threads * w.seen;
+  p.x = w.x, p.before = w.before, p.positions = w.positions;
+  for (int64_t row = 0; row < d->rows; row++) w.chance[row] = 1, d->drafts[row] = 0;
+#ifdef _OPENMP
+  if (d->threads > 1) {
+#pragma omp parallel num_threads((int)d->threads)
+    draft(s, d, &w, &p, omp_get_thread_num(), omp_get_num_threads());
+  } else
+#endif
+    draft(s, d, &w, &p, 0, 1);
+  free(memory), free(w.positions);
+  return 0;
 }

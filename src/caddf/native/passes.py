@@ -74,6 +74,16 @@ class _Pass(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Draft(ctypes.Structure):
+    _fields_ = (
+        ("rows", _number), ("width", _number), ("count", _number), ("states", _pointer), ("before", _pointer),
+        ("first", _pointer), ("u", _pointer), ("embedding", _pointer), ("head", _Map), ("ids", _pointer),
+        ("vocabulary", _number), ("temperature", ctypes.c_double), ("least", ctypes.c_double), ("cache", _Cache),
+        ("cos", _pointer), ("sin", _pointer), ("tokens", _pointer), ("q", _pointer), ("drafts", _pointer),
+        ("threads", _number),
+    )  # fmt: skip
+
+
 class Weights:
     """Structures of C that point to weights, and what must live as long as they do.
 
@@ -170,12 +180,11 @@ class StackPass:
         cos, sin = (angles or own.turns or (None, None)) if turns else (None, None)
         before = before if before is None else before.contiguous()
         exchange_cos, exchange_sin = (exchange.turns if exchange is not None else None) or (None, None)
-        work = self.weights.bytes * -(-x.shape[0] * x.shape[1] // 4)
         given = _Pass(
             x.shape[0], x.shape[1], x.data_ptr(), _address(before), positions.data_ptr(), positions.ndim == 1,
             _address(cos), _address(sin), _cache(own), _cache(source), _address(until), source_context,
             _cache(exchange), _address(exchange_cos), _address(exchange_sin),
-            1 if work < ALONE else torch.get_num_threads(),
+            threads_for(self.weights.bytes, x.shape[0] * x.shape[1]),
         )  # fmt: skip
         if self.run(ctypes.addressof(self.stack), ctypes.addressof(given)):
             raise MemoryError("the kernels' working memory could not be had")
@@ -222,7 +231,7 @@ class Native:
             chain, weights = cast(DraftChain, chain), Weights(half)
             join = (chain.before_norm, chain.join)
             self._chain = StackPass(weights, [weights.layer(chain.layer, False)], chain.norm, self.context, join)
-        whole = cast(Any, model)
+        self.model = whole = cast(Any, model)
         self.heads: dict[str, nn.Module] = {
             head: NativeHead(partial(whole.tokens_of, head), half) for head in whole.heads
         }
@@ -272,6 +281,43 @@ class Native:
             return None
         return self._chain(h_cad.clone(), slots.positions, cache, turns=True, before=before)
 
+    def drafts(
+        self,
+        h_cad: Float[Tensor, "B k d"],
+        x: Int[Tensor, "B T"],
+        start: Int[Tensor, " B"],
+        n: Int[Tensor, " B"],
+        u: Float[Tensor, "B m"],
+        cache: KVCache,
+        *,
+        temperature: float,
+        least: float,
+    ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
+        """m drafts of each row from position n on, one after the other: tokens, q, and how many are to be verified.
+
+        `h_cad` is of the window from `start` on, before n stand the tokens `x`, and `u` has a uniform for each draft.
+        Drafting ends when the product of the largest draft probabilities falls below `least`, never without a draft.
+        """
+        if self._chain is None or self.diffusion is None or not _few(h_cad[..., 0]):
+            return None
+        (rows, count), width, small = u.shape, h_cad.shape[1], self.model.draft_tokens
+        before = self.model.before(x, (start[:, None] + torch.arange(width)).expand(rows, -1))
+        first = (n - start).clamp(0, width - 1)
+        head = cast(NativeHead, self.heads["draft" if small is None else "chain"])
+        table = self.diffusion.embedding.weight
+        tokens, q = before.new_empty(rows, count), u.new_zeros(rows, count, self.model.vocab_size)
+        h_cad, before, first, u = (given.contiguous() for given in (h_cad, before, first, u))
+        drafted, (cos, sin) = torch.empty_like(first), cache.turns or (None, None)
+        given = _Draft(
+            rows, width, count, h_cad.data_ptr(), before.data_ptr(), first.data_ptr(), u.data_ptr(),
+            table.data_ptr(), head.tokens(), _address(small), self.model.vocab_size, temperature, least, _cache(cache),
+            _address(cos), _address(sin), tokens.data_ptr(), q.data_ptr(), drafted.data_ptr(),
+            threads_for(self._chain.weights.bytes + 4 * head.tokens().out * table.shape[1], rows),
+        )  # fmt: skip
+        if library().caddf_draft(ctypes.addressof(self._chain.stack), ctypes.addressof(given)):
+            raise MemoryError("the kernels' working memory could not be had")
+        return tokens, q, drafted
+
 
 def _window_pass(weights: Weights, diffusion: DiffusionBranch) -> StackPass:
     config = diffusion.config
@@ -281,6 +327,11 @@ def _window_pass(weights: Weights, diffusion: DiffusionBranch) -> StackPass:
         biases = (slopes, sides), (slopes, torch.zeros_like(sides))
     layers = [weights.layer(layer, True, biases) for layer in diffusion.layers]
     return StackPass(weights, layers, diffusion.norm, 0)
+
+
+def threads_for(weights: int, positions: int) -> int:
+    """How many threads a pass of so many positions over so many bytes of weights is worth."""
+    return 1 if weights * -(-positions // 4) < ALONE else torch.get_num_threads()
 
 
 def _few(positions: Tensor) -> bool:
@@ -295,6 +346,14 @@ class NativeHead(nn.Module):
         self.table, self.halved = table, halved
         self.held: tuple[int, Weights, _Map] | None = None
 
+    def tokens(self) -> _Map:
+        """The map of states to logits, of the weights as they are now."""
+        table = self.table()
+        if self.held is None or self.held[0] != table.data_ptr():
+            weights = Weights(self.halved)
+            self.held = (table.data_ptr(), weights, weights.map(table))
+        return self.held[2]
+
     def __len__(self) -> int:
         """V."""
         return len(self.table())
@@ -304,12 +363,9 @@ class NativeHead(nn.Module):
         table = self.table()
         if len(states) > WIDEST or torch.is_grad_enabled() or not len(states):
             return F.linear(states, table)
-        if self.held is None or self.held[0] != table.data_ptr():
-            weights = Weights(self.halved)
-            self.held = (table.data_ptr(), weights, weights.map(table))
-        _, weights, tokens = self.held
+        tokens = self.tokens()
         states, logits = states.contiguous(), states.new_empty(len(states), len(table))
-        threads = 1 if weights.bytes * -(-len(states) // 4) < ALONE else torch.get_num_threads()
+        threads = threads_for(table.numel() * 4, len(states))
         library().caddf_map(
             ctypes.addressof(tokens), len(states), states.data_ptr(), logits.data_ptr(), threads
         )  # fmt: skip
