@@ -163,19 +163,20 @@ def test_bfloat16_weights_are_the_rounded_models():
     torch.testing.assert_close(*read, rtol=0, atol=10 * NEAR)
 
 
-@torch.inference_mode()
-def test_weights_are_read_where_they_lie():
+def test_weights_that_change_are_laid_out_anew():
     model, x = native.attach(dual()), tokens(1)
 
+    @torch.inference_mode()
     def read() -> torch.Tensor:
         states = model.read(x, torch.arange(9), model.allocate(1, T))
         return model.log_probs(states, torch.ones(1, 9, dtype=torch.bool), "causal")
 
     before = read()
-    model.causal.layers[0].mlp.up.weight.mul_(2)
-    assert not torch.allclose(read(), before)
-    model.causal.layers[0].mlp.up.weight.mul_(0.5)
-    assert torch.equal(read(), before)
+    for weight in (model.causal.layers[0].mlp.up.weight, model.causal.embedding.weight):
+        weight.mul_(2)
+        assert not torch.allclose(read(), before)
+        weight.mul_(0.5)
+        assert torch.equal(read(), before)
 
 
 def test_a_copy_reads_with_its_own_modules():

@@ -67,6 +67,14 @@ class Warp:
             p = p / p.sum(-1, keepdim=True)
         return p
 
+    def of(self, log_probs: Float[Tensor, "*N V"], tokens: Int[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+        """The probability of one token of each distribution after the warp, in float64."""
+        if not self.plain or self.temperature == 0:
+            return self(log_probs).gather(-1, tokens[..., None])[..., 0]
+        if self.temperature != 1:
+            log_probs = torch.log_softmax(log_probs / self.temperature, -1)
+        return log_probs.gather(-1, tokens[..., None])[..., 0].double().exp()
+
     def draw(self, log_probs: Float[Tensor, "*N V"], u: Float[Tensor, "*N"]) -> Int[Tensor, "*N"]:
         """A token of each distribution after the warp, by inverse CDF; the arg max, and no float64, where greedy."""
         if self.temperature == 0 and not self.banned:
@@ -96,7 +104,9 @@ class RowGenerators:
 
         Row r draws as many as it has marks, in order: what other rows mark, or how wide the tensor is, changes nothing.
         """
-        where = where.cpu()
-        counts = where.reshape(len(where), math.prod(where.shape[1:])).sum(1).tolist()
+        where, most = where.cpu(), math.prod(where.shape[1:])
+        counts = where.reshape(len(where), most).sum(1).tolist()
         drawn = [torch.rand(n, dtype=torch.float64, generator=g) for n, g in zip(counts, self.generators, strict=True)]
+        if all(n == most for n in counts):
+            return torch.stack(drawn).view(where.shape)
         return torch.zeros(where.shape, dtype=torch.float64).masked_scatter_(where, torch.cat(drawn))

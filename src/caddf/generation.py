@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 import time
@@ -293,5 +292,5 @@ def _stream(
         seconds += time.perf_counter() - begun
         if frame is None:
             return
-        frame = dataclasses.replace(frame, counts=copy.deepcopy(frame.counts))  # the decoder goes on counting
+        frame = dataclasses.replace(frame, counts=frame.counts.copy())  # the decoder goes on counting
         yield Snapshot(frame, rows, task, model.tokenizer, stop, seed, seconds, cost)

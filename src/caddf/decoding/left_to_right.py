@@ -204,13 +204,15 @@ class FullReader:
 class Progress:
     """What a cached reader has read: caches whose slots below `read` hold, and the canvas that the target sees.
 
-    `seen_start` is the first position of the block that `seen` is of, -1 where there is none yet.
+    `seen_start` is the first position of the block that `seen` is of, -1 where there is none yet. `chain` is the cache
+    of the drafts of one window, of which the next makes use again.
     """
 
     caches: Any
     read: Int[Tensor, " B"]
     seen: Any
     seen_start: Int[Tensor, " B"]
+    chain: Any = None
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,9 @@ class CachedReader:
             self.counts.add(rows, diffusion=1, computed=self.plan.task.lengths)
             seen = self.model.encode(x, start, self.plan.task.lengths, Infill(), state.caches)
             return Window(seen, start, x.shape[1], n), state
-        chain = self.model.allocate_drafts(len(x), size)
+        if state.chain is None:
+            state = replace(state, chain=self.model.allocate_drafts(len(x), size))
+        chain = state.chain
         if not self.plan.sliding and bool((n == start)[rows].all()):
             return Window(state.seen, start, size, n, chain), state
         state = self._catch_up(state, x, start, rows)

@@ -16,12 +16,12 @@ from caddf.errors import InputError
 from caddf.interface import LanguageModel
 
 
-def verify(
-    p: Float[Tensor, "B n V"], q: Float[Tensor, "B n V"], drafts: Int[Tensor, "B n"], u: Float[Tensor, "B n"]
-) -> Bool[Tensor, "B n"]:
-    """Accepts a draft with probability min(1, p/q); with `residual` for the rest, what stands is distributed as p."""
-    p_d, q_d = (probs.gather(-1, drafts[..., None])[..., 0] for probs in (p, q))
-    return u * q_d < p_d
+def verify(p: Float[Tensor, "B n"], q: Float[Tensor, "B n"], u: Float[Tensor, "B n"]) -> Bool[Tensor, "B n"]:
+    """Accepts drafts of probabilities p and q with probability min(1, p/q).
+
+    With `residual` for the rest, what stands is distributed as p.
+    """
+    return u * q < p
 
 
 def residual(p: Float[Tensor, "B V"], q: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
@@ -96,15 +96,15 @@ class Speculative:
             # drafts it is read there too, for one token more.
             shown = torch.where(rows, torch.minimum(end + 1, task.lengths if plan.sliding else whole), n)
             log_p, state = reader.target(state, x, n, shown, rows)
-            p = task.warp(log_p)
             u = task.generators.uniform(drafting).to(x.device)
-            accepted = ~drafting | verify(p[:, :count], q, _at(x, place).clamp(max=model.vocab_size - 1), u)
-            accepted &= place < end[:, None]
+            drafted = _at(x, place).clamp(max=model.vocab_size - 1)
+            p_d, q_d = task.warp.of(log_p[:, :count], drafted), q.gather(-1, drafted[..., None])[..., 0]
+            accepted = (~drafting | verify(p_d, q_d, u)) & (place < end[:, None])
             stop = n + accepted.long().cumprod(1).sum(1)
 
             # Correct the first rejected draft, or add the bonus token; drafts behind it are forgotten.
             more = (stop < shown) & _at(wanted, stop[:, None])[:, 0]
-            p_stop, q_stop = (_row(part, stop - n) for part in (p, q))
+            p_stop, q_stop = task.warp(_row(log_p, stop - n)), _row(q, stop - n) * (stop < n + count)[:, None]
             u = task.generators.uniform(more).to(x.device)
             token = inverse_cdf(residual(p_stop, q_stop), u)
             drafts = torch.where((at >= n[:, None]) & (at < end[:, None]) & wanted, x, task.mask_id)
@@ -131,6 +131,5 @@ def _put(
 
 
 def _row(probs: Float[Tensor, "B n V"], index: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-    """The probabilities at one index of each row, 0 beyond the last."""
-    padded = torch.cat([probs, probs.new_zeros(len(probs), 1, probs.shape[2])], 1)
-    return padded[torch.arange(len(probs)), index.clamp(max=probs.shape[1])]
+    """What stands at one index of each row, or beyond the last at the last."""
+    return probs[torch.arange(len(probs)), index.clamp(max=probs.shape[1] - 1)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -31,6 +32,10 @@ class Counts:
     def zeros(cls, rows: int) -> Counts:
         """No work yet."""
         return cls(*(torch.zeros(rows, dtype=torch.long) for _ in range(5)))
+
+    def copy(self) -> Counts:
+        """As they are now."""
+        return Counts(*(getattr(self, each.name).clone() for each in fields(self)))
 
     def add(
         self,
@@ -89,7 +94,7 @@ class Task:
     finished: Callable[[Int[Tensor, "B L"]], Bool[Tensor, " B"]] = _never
     template: bool = False
 
-    @property
+    @cached_property
     def wanted(self) -> Bool[Tensor, "B L"]:
         """The positions to fill."""
         inside = torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]

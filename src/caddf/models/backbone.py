@@ -18,7 +18,7 @@ from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.fusion import CrossFusion, Mixer
-from caddf.models.layers import Readout, Rotation, among, head_log_probs, head_nll, nearness, state_of
+from caddf.models.layers import Readout, Rotation, among, head_log_probs, head_nll, nearness, state_of, states_at
 
 if TYPE_CHECKING:
     from caddf.native import Native
@@ -208,6 +208,8 @@ class DualBranch(nn.Module):
     def allocate(self, rows: int, length: int) -> Caches:
         """Empty caches for `rows` rows and the slots 0 to `length - 1`."""
         assert self.causal is not None
+        if self.native is not None:
+            self.native.refresh()
         own = self.causal.allocate(rows, length)
         if not self.diffusion.mutual:
             return Caches(own, None)
@@ -407,8 +409,8 @@ class DualBranch(nn.Module):
         small = self.draft_tokens if head == "draft" and states.chained else None
         readouts = self.readouts if self.native is None else self.native.heads
         if (name := head if small is None else "chain") in readouts:
-            return read[where], readouts[name], small
-        return read[where], self.tokens_of(head) if small is None else self.small_table(), small
+            return states_at(read, where), readouts[name], small
+        return states_at(read, where), self.tokens_of(head) if small is None else self.small_table(), small
 
     # Accounts.
 

@@ -17,7 +17,7 @@ from caddf.interface import Block, Head, Infill, Pattern
 from caddf.models.backbone import States
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.config import BranchConfig
-from caddf.models.layers import Readout, head_log_probs, head_nll
+from caddf.models.layers import Readout, head_log_probs, head_nll, states_at
 
 if TYPE_CHECKING:
     from caddf.native import Native
@@ -85,6 +85,8 @@ class CausalModel(nn.Module):
 
     def allocate(self, rows: int, length: int) -> Caches:
         """Empty caches for `rows` rows and the slots 0 to `length - 1`."""
+        if self.native is not None:
+            self.native.refresh()
         return Caches(self.causal.allocate(rows, length))
 
     def read(
@@ -119,7 +121,7 @@ class CausalModel(nn.Module):
         if head != "causal" or states.causal is None:
             raise InputError(f"head is {head}; a causal model has the head causal alone")
         readouts = self.readouts if self.native is None else self.native.heads
-        return states.causal[where], readouts.get(head, self.tokens_of(head))
+        return states_at(states.causal, where), readouts.get(head, self.tokens_of(head))
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters per part, and in all."""

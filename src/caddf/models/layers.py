@@ -245,6 +245,11 @@ def initialise(module: nn.Module, layers: int) -> None:
         nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if into_stream else 0.02)
 
 
+def states_at(states: Float[Tensor, "B n D"], where: Bool[Tensor, "B n"]) -> Float[Tensor, "N D"]:
+    """The marked states, row-major; all of them without a copy."""
+    return states.flatten(0, 1) if bool(where.all()) else states[where]
+
+
 def logits_of(states: Float[Tensor, "N D"], tokens: Readout, bias: Float[Tensor, " V"] | None) -> Float[Tensor, "N V"]:
     """Logits of the states, in float32 or better."""
     if not isinstance(tokens, Tensor):

@@ -25,9 +25,9 @@ def suits(model: nn.Module) -> bool:
 
 
 def attach(model: Model) -> Model:
-    """`model` itself, whose passes of a few positions go through the kernels, which read weights where they lie.
+    """`model` itself, whose passes of a few positions go through the kernels, which lay matrices out for themselves.
 
-    Of a model whose matrices were rounded to bfloat16 (`caddf.quantise`) they keep them so, and read half of the bytes.
+    Those of a model whose matrices were rounded to bfloat16 (`caddf.quantise`) are held so, and half of the bytes read.
     Raises `BuildError` where there is no C compiler. The model must be one that `suits`.
     """
     whole = cast(Any, model)

@@ -6,7 +6,8 @@
 // Every sum is taken in one order that depends on neither how many positions a pass has, nor on the threads: a position
 // has the same bits alone, in a batch, and verified together with others.
 //
-// Weights are float32 or bfloat16 (widened on the way); sums and caches are float32. Widths are multiples of 8.
+// Weights are float32 or bfloat16 (widened on the way), sums and caches float32. Widths are multiples of 8. Matrices lie in
+// panels of 16 outputs, `[out / 16, in, 16]`, so that weights are read from front to back and no sum crosses lanes.
 
 #include <math.h>
 #include <stdint.h>
@@ -23,8 +24,8 @@ typedef uint16_t h8 __attribute__((vector_size(16)));
 
 enum { FLOAT32, BFLOAT16 };
 
-typedef struct {  // y = x W^T + b; W is [out, in], bias NULL where there is none
-  const void *weight;
+typedef struct {  // y = x W^T + b; W is in panels, filled up with zeros to whole blocks of 64; bias NULL where there is none
+  const void *panels;
   const float *bias;
   int64_t out, in, type;
 } Map;
@@ -81,10 +82,16 @@ typedef struct {
 
 // Sums.
 
-static inline float total(v8 a) {
-  v8 b = a + __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3);
-  v8 c = b + __builtin_shufflevector(b, b, 2, 3, 0, 1, 6, 7, 4, 5);
-  return c[0] + c[1];
+static inline float total(v8 a) { return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7])); }
+
+// The totals of four, each as by `total`.
+static inline void totals(const v8 *a, float *to) {
+#ifdef __AVX__
+  __m256 b = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a[0], (__m256)a[1]), _mm256_hadd_ps((__m256)a[2], (__m256)a[3]));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1)));
+#else
+  for (int i = 0; i < 4; i++) to[i] = total(a[i]);
+#endif
 }
 
 static inline v8 load(const float *p) {
@@ -143,77 +150,85 @@ static inline v8 gelu(v8 x) {  // x sigmoid(2 u), which is the form with tanh(u)
   return x / (all(1.0f) + exponential(-u));
 }
 
-// Linear maps: blocks of MR positions and NR outputs, one running sum of 8 lanes for each of their products.
+// Linear maps over panels of 16 outputs: MR positions and NP panels, one running sum for each of their outputs. A step
+// holds either its inputs or its weights in registers, whichever are fewer.
 
-#define TILE(name, type, get, MR, NR)                                                                        \
-  static void name(const type *w, int64_t in, const float *x, int64_t stride, float *sums) {                  \
-    v8 acc[MR][NR];                                                                                           \
-    for (int m = 0; m < MR; m++)                                                                              \
-      for (int o = 0; o < NR; o++) acc[m][o] = all(0.0f);                                                     \
-    for (int64_t k = 0; k < in; k += 8) {                                                                     \
-      v8 a[MR];                                                                                               \
-      for (int m = 0; m < MR; m++) a[m] = load(x + m * stride + k);                                           \
-      for (int o = 0; o < NR; o++) {                                                                          \
-        v8 b = get(w + o * in + k);                                                                           \
-        for (int m = 0; m < MR; m++) acc[m][o] = fused(a[m], b, acc[m][o]);                                                   \
-      }                                                                                                       \
-    }                                                                                                         \
-    for (int m = 0; m < MR; m++)                                                                              \
-      for (int o = 0; o < NR; o++) sums[m * NR + o] = total(acc[m][o]);                                       \
+#define HOLD_INPUTS(MR, NP, get)                                           \
+  v8 a[MR];                                                                \
+  for (int m = 0; m < MR; m++) a[m] = all(x[m * stride + k]);              \
+  for (int o = 0; o < 2 * NP; o++) {                                       \
+    v8 b = get(w + (o / 2 * in + k) * 16 + o % 2 * 8);                     \
+    for (int m = 0; m < MR; m++) acc[m][o] = fused(a[m], b, acc[m][o]);    \
+  }
+#define HOLD_WEIGHTS(MR, NP, get)                                          \
+  v8 b[2 * NP];                                                            \
+  for (int o = 0; o < 2 * NP; o++) b[o] = get(w + (o / 2 * in + k) * 16 + o % 2 * 8); \
+  for (int m = 0; m < MR; m++) {                                           \
+    v8 a = all(x[m * stride + k]);                                         \
+    for (int o = 0; o < 2 * NP; o++) acc[m][o] = fused(a, b[o], acc[m][o]); \
+  }
+#define TILE(MR, NP, HOLD, type, get)                                                                  \
+  static void tile_##type##_##MR(const type *w, int64_t in, const float *x, int64_t stride, float *sums) { \
+    v8 acc[MR][2 * NP];                                                                                \
+    for (int m = 0; m < MR; m++)                                                                       \
+      for (int o = 0; o < 2 * NP; o++) acc[m][o] = all(0.0f);                                          \
+    for (int64_t k = 0; k < in; k++) {                                                                 \
+      HOLD(MR, NP, get)                                                                                \
+    }                                                                                                  \
+    for (int m = 0; m < MR; m++)                                                                       \
+      for (int o = 0; o < 2 * NP; o++) store(sums + (m * 2 * NP + o) * 8, acc[m][o]);                  \
   }
 
-#define TILES(type, get, suffix)      \
-  TILE(tile18##suffix, type, get, 1, 8) \
-  TILE(tile11##suffix, type, get, 1, 1) \
-  TILE(tile24##suffix, type, get, 2, 4) \
-  TILE(tile21##suffix, type, get, 2, 1) \
-  TILE(tile34##suffix, type, get, 3, 4) \
-  TILE(tile31##suffix, type, get, 3, 1) \
-  TILE(tile43##suffix, type, get, 4, 3) \
-  TILE(tile41##suffix, type, get, 4, 1)
+typedef uint16_t half;
+#define TILES(MR, NP, HOLD)         \
+  TILE(MR, NP, HOLD, float, load) \
+  TILE(MR, NP, HOLD, half, wide)
+TILES(1, 4, HOLD_INPUTS)
+TILES(2, 2, HOLD_INPUTS)
+TILES(3, 2, HOLD_INPUTS)
+TILES(4, 1, HOLD_WEIGHTS)
+TILES(5, 1, HOLD_WEIGHTS)
+TILES(6, 1, HOLD_WEIGHTS)
 
-TILES(float, load, f)
-TILES(uint16_t, wide, h)
-
-typedef void (*TileF)(const float *, int64_t, const float *, int64_t, float *);
-typedef void (*TileH)(const uint16_t *, int64_t, const float *, int64_t, float *);
-static const TileF tiles_f[4][2] = {{tile18f, tile11f}, {tile24f, tile21f}, {tile34f, tile31f}, {tile43f, tile41f}};
-static const TileH tiles_h[4][2] = {{tile18h, tile11h}, {tile24h, tile21h}, {tile34h, tile31h}, {tile43h, tile41h}};
-static const int outputs_of[4] = {8, 4, 4, 3};
+enum { TALLEST = 6 };
+typedef void (*TileFloat)(const float *, int64_t, const float *, int64_t, float *);
+typedef void (*TileHalf)(const half *, int64_t, const float *, int64_t, float *);
+static const TileFloat tiles_float[] = {tile_float_1, tile_float_2, tile_float_3, tile_float_4, tile_float_5, tile_float_6};
+static const TileHalf tiles_half[] = {tile_half_1, tile_half_2, tile_half_3, tile_half_4, tile_half_5, tile_half_6};
+static const int panels_of[] = {4, 2, 2, 1, 1, 1};
 
 enum { PLAIN, GELU, ADD };
 
-// Outputs `from` to `to` of `rows` positions; ADD adds to what is there.
-static void map_part(const Map *f, const float *x, int64_t stride, int64_t rows, float *y, int64_t y_stride, int then,
-                     int64_t from, int64_t to) {
-  // As many outputs at a time as stay in the first cache while all positions pass over them.
-  for (int64_t low = from; low < to; low += 24) {
-    int64_t high = low + 24 < to ? low + 24 : to;
-    for (int64_t m = 0; m < rows;) {
-      int64_t mr = rows - m < 4 ? rows - m : 4;
-      for (int64_t o = low; o < high;) {
-        int nr = outputs_of[mr - 1], tail = o + nr > high;
-        if (tail) nr = 1;
-        float sums[12];
+static inline v8 finished(v8 sum, const float *bias, const float *y, int then) {
+  if (bias) sum += load(bias);
+  return then == GELU ? gelu(sum) : then == ADD ? load(y) + sum : sum;
+}
+
+// Outputs `from` to `to`, of which `from` begins a panel, of `rows` positions; ADD adds to what is there.
+static void map_part(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t from, int64_t to) {
+  for (int64_t low = from; low < to; low += 64) {  // a few panels stay in a near cache while all positions pass over them
+    int64_t high = low + 64 < to ? low + 64 : to;
+    for (int64_t m = 0, mr; m < rows; m += mr) {
+      mr = rows - m < TALLEST ? rows - m : TALLEST;
+      for (int64_t o = low; o < high; o += 16 * panels_of[mr - 1]) {
+        float sums[TALLEST * 16];
+        int panels = panels_of[mr - 1];
+        const char *panel = (const char *)f->panels + o * f->in * (f->type == FLOAT32 ? 4 : 2);
         if (f->type == FLOAT32)
-          tiles_f[mr - 1][tail]((const float *)f->weight + o * f->in, f->in, x + m * stride, stride, sums);
+          tiles_float[mr - 1]((const float *)panel, f->in, x + m * f->in, f->in, sums);
         else
-          tiles_h[mr - 1][tail]((const uint16_t *)f->weight + o * f->in, f->in, x + m * stride, stride, sums);
-        for (int64_t i = 0; i < mr; i++)
-          for (int j = 0; j < nr; j++) {
-            float *to_ = y + (m + i) * y_stride + o + j, sum = sums[i * nr + j];
-            if (f->bias) sum += f->bias[o + j];
-            *to_ = then == ADD ? *to_ + sum : sum;
+          tiles_half[mr - 1]((const half *)panel, f->in, x + m * f->in, f->in, sums);
+        for (int64_t i = 0; i < mr; i++) {
+          float *row = y + (m + i) * f->out, *sum = sums + i * 16 * panels;
+          int64_t count = high - o < 16 * panels ? high - o : 16 * panels, j = 0;
+          for (; j + 8 <= count; j += 8)
+            store(row + o + j, finished(load(sum + j), f->bias ? f->bias + o + j : NULL, row + o + j, then));
+          for (; j < count; j++) {
+            float one = sum[j] + (f->bias ? f->bias[o + j] : 0);
+            row[o + j] = then == ADD ? row[o + j] + one : one;
           }
-        o += nr;
+        }
       }
-      if (then == GELU)
-        for (int64_t i = 0; i < mr; i++)
-          for (int64_t o = low; o < high; o += 8) {
-            float *at = y + (m + i) * y_stride + o;
-            store(at, gelu(load(at)));
-          }
-      m += mr;
     }
   }
 }
@@ -227,8 +242,8 @@ static void share(int64_t count, int64_t thread, int64_t threads, int64_t grain,
 
 static void map(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t thread, int64_t threads) {
   int64_t from, to;
-  share(f->out, thread, threads, 24, &from, &to);
-  map_part(f, x, f->in, rows, y, f->out, then, from, to);
+  share(f->out, thread, threads, 64, &from, &to);
+  map_part(f, x, rows, y, then, from, to);
 }
 
 static void norm_row(const Norm *f, const float *x, int64_t width, float *y) {
@@ -274,14 +289,17 @@ static inline __attribute__((always_inline)) void attend_sized(float *out, const
                    int64_t size, float *scores, const float *slope, const float *side, int64_t head, int64_t distance) {
   float scale = 1.0f / sqrtf((float)size), largest = -INFINITY;
   int64_t count = to - from;
+  for (int64_t j = 0; j < count; j += 4) {
+    v8 sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+    for (int64_t k = 0; k < size; k += 8)
+      for (int i = 0; i < 4; i++)
+        if (j + i < count) sums[i] = fused(load(query + k), load(keys + (from + j + i) * size + k), sums[i]);
+    totals(sums, scores + j);
+  }
   for (int64_t j = 0; j < count; j++) {
-    const float *key = keys + (from + j) * size;
-    v8 sum = all(0.0f);
-    for (int64_t k = 0; k < size; k += 8) sum = fused(load(query + k), load(key + k), sum);
-    float score = total(sum) * scale;
-    if (slope) score -= slope[head] * fabsf((float)(from + j - distance) - side[head]);
-    scores[j] = score;
-    if (score > largest) largest = score;
+    scores[j] *= scale;
+    if (slope) scores[j] -= slope[head] * fabsf((float)(from + j - distance) - side[head]);
+    if (scores[j] > largest) largest = scores[j];
   }
   int64_t padded = (count + 7) / 8 * 8;
   for (int64_t j = count; j < padded; j++) scores[j] = -INFINITY;
@@ -390,7 +408,7 @@ static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, 
                 int64_t threads) {
   int64_t rows = p->rows * p->n, d = s->width;
   float *h = room, *queries = h + rows * 2 * d, *made = queries + rows * d, *mixed = made + rows * room_width;
-  if (s->join.weight) {
+  if (s->join.panels) {
     for (int64_t m = thread; m < rows; m += threads) {
       memcpy(h + m * 2 * d, p->x + m * d, d * sizeof(float));
       norm_row(&s->before_norm, p->before + m * d, d, h + m * 2 * d + d);

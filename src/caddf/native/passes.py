@@ -1,7 +1,7 @@
 """Passes of a few positions over caches through the C kernels: the causal branch, a window of drafts, a chain's step.
 
-What is asked of them is what the modules do, in float32; the modules stay the reference. Weights are read where they
-lie, so that nothing is held twice (but for weights in bfloat16).
+What is asked of them is what the modules do, in float32; the modules stay the reference. Matrices are held a second
+time, in the order in which the kernels read them; where weights have changed that is done anew with the next cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from caddf.caches import Caches, KVCache, Slots
 from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
 from caddf.models.diffusion import DiffusionBranch
-from caddf.models.layers import Attention, Layer, nearest
+from caddf.models.layers import Attention, Layer, nearest, state_of
 from caddf.native.build import library
 
 WIDEST = 96
@@ -35,7 +35,7 @@ _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Map(ctypes.Structure):
-    _fields_ = (("weight", _pointer), ("bias", _pointer), ("out", _number), ("in", _number), ("type", _number))
+    _fields_ = (("panels", _pointer), ("bias", _pointer), ("out", _number), ("in", _number), ("type", _number))
 
 
 class _Norm(ctypes.Structure):
@@ -87,7 +87,7 @@ class _Draft(ctypes.Structure):
 class Weights:
     """Structures of C that point to weights, and what must live as long as they do.
 
-    `half` keeps a copy of each matrix in bfloat16 and points to that: what is read of memory is halved.
+    Matrices are copied into panels, with `half` in bfloat16: what is read of memory is halved.
     """
 
     def __init__(self, half: bool = False) -> None:
@@ -95,11 +95,13 @@ class Weights:
         self.kept: list[Any] = []
 
     def map(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None) -> _Map:
-        """A linear map."""
-        held = weight.detach().bfloat16() if self.half else weight.detach().contiguous()
-        self.kept += [held, bias]
-        self.bytes += held.numel() * held.element_size()
-        return _Map(held.data_ptr(), _address(bias), *held.shape, int(self.half))
+        """A linear map, its matrix in panels of 16 outputs."""
+        out, width = weight.shape
+        whole = F.pad(weight.detach(), (0, 0, 0, -out % 64)).view(-1, 16, width).transpose(1, 2)
+        panels = whole.to(torch.bfloat16 if self.half else torch.float32).contiguous()
+        self.kept += [panels, bias]
+        self.bytes += panels.numel() * panels.element_size()
+        return _Map(panels.data_ptr(), _address(bias), out, width, int(self.half))
 
     def linear(self, module: nn.Linear) -> _Map:
         """That of a module."""
@@ -215,9 +217,23 @@ class Native:
     """A model's passes through the kernels: each gives None where a pass is not theirs, for the modules to do it."""
 
     def __init__(self, model: nn.Module, half: bool = False) -> None:
+        self.model, self.half = cast(Any, model), half
         self.context = cast(int, model.config.context)  # type: ignore[union-attr]
-        branch, diffusion = cast(CausalBranch, model.causal), getattr(model, "diffusion", None)
-        self.branch = branch
+        self.branch = cast(CausalBranch, model.causal)
+        self._laid_out: tuple[tuple[int, int], ...] | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Lays the weights out for the kernels, where they have changed since that was done."""
+        which = state_of(*self.model.parameters())
+        if which == self._laid_out:
+            return
+        self._laid_out, half = which, self.half
+        branch, diffusion, chain = (
+            self.branch,
+            getattr(self.model, "diffusion", None),
+            getattr(self.model, "chain", None),
+        )
         exchange = [layer.cross for layer in diffusion.layers] if diffusion is not None and diffusion.mutual else []
         weights = Weights(half)
         layers = [weights.layer(layer, False) for layer in branch.layers]
@@ -227,16 +243,14 @@ class Native:
         if self.diffusion is not None:
             self._window = _window_pass(Weights(half), self.diffusion)
         self._chain: StackPass | None = None
-        if (chain := getattr(model, "chain", None)) is not None:
-            chain, weights = cast(DraftChain, chain), Weights(half)
+        if isinstance(chain, DraftChain):
+            weights = Weights(half)
             join = (chain.before_norm, chain.join)
             self._chain = StackPass(weights, [weights.layer(chain.layer, False)], chain.norm, self.context, join)
-        self.model = whole = cast(Any, model)
-        self.heads: dict[str, nn.Module] = {
-            head: NativeHead(partial(whole.tokens_of, head), half) for head in whole.heads
-        }
-        if getattr(model, "draft_tokens", None) is not None:
-            self.heads["chain"] = NativeHead(whole.small_table, half)
+        of = self.model.tokens_of
+        self.heads: dict[str, nn.Module] = {head: NativeHead(partial(of, head), half) for head in self.model.heads}
+        if getattr(self.model, "draft_tokens", None) is not None:
+            self.heads["chain"] = NativeHead(self.model.small_table, half)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model has weights of its own, which these passes do not read."""
@@ -344,14 +358,15 @@ class NativeHead(nn.Module):
     def __init__(self, table: Callable[[], Float[Tensor, "V D"]], halved: bool = False) -> None:
         super().__init__()
         self.table, self.halved = table, halved
-        self.held: tuple[int, Weights, _Map] | None = None
+        self.held: tuple[tuple[tuple[int, int], ...], Weights, _Map] | None = None
 
     def tokens(self) -> _Map:
         """The map of states to logits, of the weights as they are now."""
         table = self.table()
-        if self.held is None or self.held[0] != table.data_ptr():
+        which = state_of(table)
+        if self.held is None or self.held[0] != which:
             weights = Weights(self.halved)
-            self.held = (table.data_ptr(), weights, weights.map(table))
+            self.held = (which, weights, weights.map(table))
         return self.held[2]
 
     def __len__(self) -> int:
