@@ -114,11 +114,13 @@ def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
     `fused`: the causal branch's states are fused, `drafts`: the diffusion branch's own head is read. Embedding tables
     are read in a few rows alone, which count for nothing; a chain reads its head for every draft.
     """
-    each = next(network.parameters()).element_size()
+    native = getattr(network, "native", None)
+    each = 2 if native is not None and native.half else next(network.parameters()).element_size()
     of_head = 1 if getattr(network, "readouts", {}) else each  # quantised
 
     def size(*modules: nn.Module | None) -> int:
-        return sum(p.nbytes for module in modules if module is not None for p in module.parameters())
+        whole = [p for module in modules if module is not None for p in module.parameters()]
+        return sum(min(p.nbytes, p.numel() * each) if p.ndim > 1 else p.nbytes for p in whole)
 
     if isinstance(network, DualBranch):
         branch, config, causal = network.diffusion, network.config, 0
@@ -138,9 +140,11 @@ def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
 
 
 def weights_held(network: Network) -> int:
-    """Bytes of all weights, those of quantised heads beside the embeddings that they are of."""
+    """Bytes of all weights, those of quantised heads beside the embeddings that they are of, and kernels' copies."""
     heads = {id(head): head for head in getattr(network, "readouts", {}).values()}
-    return sum(p.nbytes for module in [network, *heads.values()] for p in module.parameters())
+    native = getattr(network, "native", None)
+    copies: int = native.bytes if native is not None else 0
+    return copies + sum(p.nbytes for module in [network, *heads.values()] for p in module.parameters())
 
 
 def bandwidth_share(read: dict[str, int], figures: dict[str, float], bandwidth: float) -> float:

@@ -104,7 +104,8 @@ class Speculative:
 
             # Correct the first rejected draft, or add the bonus token; drafts behind it are forgotten.
             more = (stop < shown) & _at(wanted, stop[:, None])[:, 0]
-            p_stop, q_stop = task.warp(_row(log_p, stop - n)), _row(q, stop - n) * (stop < n + count)[:, None]
+            p_stop = task.warp(_row(log_p, stop - n))
+            q_stop = _row(q, stop - n) * (stop < n + count)[:, None] if count else torch.zeros_like(p_stop)
             u = task.generators.uniform(more).to(x.device)
             token = inverse_cdf(residual(p_stop, q_stop), u)
             drafts = torch.where((at >= n[:, None]) & (at < end[:, None]) & wanted, x, task.mask_id)

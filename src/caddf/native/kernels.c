@@ -517,6 +517,20 @@ typedef struct {
   int64_t threads;
 } Draft;
 
+enum { BLOCK = 64 };
+typedef double d8 __attribute__((vector_size(64)));
+
+// The sum of at most BLOCK numbers.
+static double mass(const float *p, int64_t count) {
+  d8 sums = {0};
+  int64_t i = 0;
+  if (count > BLOCK) count = BLOCK;
+  for (; i + 8 <= count; i += 8) sums += __builtin_convertvector(load(p + i), d8);
+  double sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  for (; i < count; i++) sum += p[i];
+  return sum;
+}
+
 // One draw; returns the largest probability at temperature 1.
 static double draw(const Draft *d, float *logits, double u, double *q, int64_t *token) {
   int64_t n = d->head.out, whole = n / 8 * 8, chosen = 0;
@@ -538,16 +552,18 @@ static double draw(const Draft *d, float *logits, double u, double *q, int64_t *
     v8 scale = all((float)(1 / d->temperature));
     for (int64_t i = 0; i < whole; i += 8) store(logits + i, exponential((load(logits + i) - all(top)) * scale));
     for (int64_t i = whole; i < n; i++) logits[i] = expf((logits[i] - top) * scale[0]);
-    double total = 0, sum = 0;
-    for (int64_t i = 0; i < n; i++) total += logits[i];
-    double below = u * total;
-    for (chosen = 0; chosen < n - 1; chosen++) {
-      sum += logits[chosen];
-      if (sum > below) break;
-    }
+    double total = 0, sum = 0, next = 0;
+    for (int64_t i = 0; i < n; i += BLOCK) total += mass(logits + i, n - i);
+    double below = u * total, share = 1 / total;
+    for (; chosen < n - BLOCK; chosen += BLOCK, sum = next)
+      if ((next = sum + mass(logits + chosen, BLOCK)) > below) break;
+    for (int64_t end = chosen + BLOCK < n ? chosen + BLOCK - 1 : n - 1; chosen < end; chosen++)
+      if ((sum += logits[chosen]) > below) break;
     while (logits[chosen] == 0) chosen--;  // u total may round up
-    double share = 1 / total;
-    for (int64_t i = 0; i < n; i++) q[d->ids ? d->ids[i] : i] = logits[i] * share;
+    if (d->ids)
+      for (int64_t i = 0; i < n; i++) q[d->ids[i]] = logits[i] * share;
+    else
+      for (int64_t i = 0; i < n; i++) q[i] = logits[i] * share;
   }
   *token = d->ids ? d->ids[chosen] : chosen;
   return sure;

@@ -252,6 +252,12 @@ class Native:
         if getattr(self.model, "draft_tokens", None) is not None:
             self.heads["chain"] = NativeHead(self.model.small_table, half)
 
+    @property
+    def bytes(self) -> int:
+        """Of the matrices of all passes; those of a head are laid out when it is first read."""
+        passes = [each for each in (self._causal, self._window, self._chain) if each is not None]
+        return sum(each.weights.bytes for each in passes)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model has weights of its own, which these passes do not read."""
         return None
