@@ -489,7 +489,7 @@ def test_text_shorter_than_one_window_is_refused(say, refused, tmp_path):
         (["--anchors", "0.5,2"], "anchors holds 2.0; each must lie in [0, 1]"),
         (["--anchors", "0.5 1"], "anchors is 0.5 1; it must be numbers, as in 0.5,1"),
         (["--nfe", "0.5"], "nfe is 0.5; it must be whole numbers, as in 1,8"),
-        (["--quantize", "int4"], "quantize is int4; it must be int8 or bf16"),
+        (["--quantize", "int4"], "quantize is int4; it must be one of int8, bf16"),
         (["--samples", "0"], "samples is 0; it must be at least 1"),
         (["--samples", "few"], "samples is few; it must be a whole number"),
         (["--block-size", "33"], "block_size is 33; it must lie between 1 and the window, 32"),
