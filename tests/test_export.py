@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -130,7 +131,10 @@ def test_an_exported_model_is_the_run_but_for_rounding(place, tmp_path, weights)
         "model.safetensors",
         "tokenizer.json",
     ]
-    assert shipped.about == run.about and shipped.tokenizer.fingerprint == run.tokenizer.fingerprint
+    assert {**shipped.about, "stages": None} == {
+        **run.about,
+        "stages": None,
+    } and shipped.tokenizer.fingerprint == run.tokenizer.fingerprint
     expected = restored(Path("x"), rounded(run.model.state_dict(), weights))
     for name, tensor in shipped.model.state_dict().items():
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
@@ -215,6 +219,15 @@ def test_the_card_names_the_run_that_a_run_started_from(place, tmp_path):
     assert "--config gpt2" in commands[0] and "--init_from RUN1" in commands[1]
     assert "that has read 1,984 tokens" in card and "RUN1: 7 steps, 448 tokens" in card
     assert "12 steps, 1,536 tokens" in card and str(tmp_path) not in card
+
+    # An exported model knows it still, when its run is gone.
+    shutil.rmtree(tmp_path / "first")
+    shutil.rmtree(tmp_path / "second")
+    settings = dataclasses.replace(settings, init_from=str(tmp_path / "model"))
+    start(settings, tmp_path / "third", Console(quiet=True))
+    card = (export(str(tmp_path / "third"), ExportSettings(str(tmp_path / "last"))) / "README.md").read_text()
+    assert [line.strip() for line in card.splitlines() if line.strip().startswith("caddf train")][:2] == commands
+    assert "--init_from RUN2" in card and "that has read 3,520 tokens" in card and "RUN2: 12 steps" in card
 
 
 def test_a_folder_that_is_no_run_is_exported_without_its_training(place, tmp_path):

@@ -69,7 +69,7 @@ def export(source: str, settings: ExportSettings) -> Path:
     model = load(folder)
     before = None if data is None else _measured(model, data, settings.windows)
     with atomic_folder(out, replace=settings.overwrite) as partial:
-        about = {**model.about, "model": model.model.config.to_dict()}
+        about = {**model.about, "model": model.model.config.to_dict(), "stages": _stages(folder)}
         save_model(partial, rounded(model.model.state_dict(), settings.dtype), about)
         model.tokenizer.save(partial)
         changes = []
@@ -134,17 +134,23 @@ def _progress_of(folder: Path) -> Values | None:
 
 
 def _stages(folder: Path) -> list[Values]:
-    """How a checkpoint was trained: the run that it is of, after the runs that this one took its weights from."""
-    trained = _settings_of(folder)
+    """How a checkpoint was trained: the run that it is of, after the runs that this one took its weights from.
+
+    An exported model says it itself.
+    """
+    trained, file = _settings_of(folder), folder / "config.json"
     if trained is None:
-        return []
+        stages: list[Values] = read_json(file).get("stages", []) if file.is_file() else []
+        return stages
     before = [] if trained.init_from is None or not Path(trained.init_from).exists() else (
         _stages(model_folder(trained.init_from))
     )  # fmt: skip
     # Paths say where a run was, not what it is: each is called by its place.
     number, source = len(before) + 1, None if trained.init_from is None else f"RUN{len(before)}"
     named_so = dataclasses.replace(trained, init_from=source if before else trained.init_from)
-    return [*before, {"command": training_command(named_so, f"RUN{number}"), "progress": _progress_of(folder)}]
+    whole = _progress_of(folder)
+    progress = None if whole is None else {name: whole[name] for name in ("step", "tokens", "elapsed")}
+    return [*before, {"command": training_command(named_so, f"RUN{number}"), "progress": progress}]
 
 
 def _training_data(folder: Path) -> Values | None:
