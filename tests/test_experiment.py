@@ -56,3 +56,12 @@ def test_networks_that_read_both_ways_have_rotary_positions(method):
 def test_a_context_of_zero_is_not_the_presets():
     with pytest.raises(InputError, match="context is 0"):
         ModelSettings(size="debug", context=0).dual(257, 0)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "given", "drafted"),
+    [(8192, {}, None), (16_384, {}, None), (50_257, {}, 8192), (50_257, {"draft_vocab": 50_257}, 50_257),
+     (50_257, {"draft": "factorised"}, None), (50_257, {"causal": "off"}, None)],
+)  # fmt: skip
+def test_chains_draft_from_a_part_of_a_large_vocabulary(vocab_size, given, drafted):
+    assert ModelSettings("debug", **given).dual(vocab_size, 0).draft_vocab == drafted

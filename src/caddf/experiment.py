@@ -37,6 +37,9 @@ Size = Literal["debug", "demo", "tiny", "small", "medium"]
 GPT2_ROWS = 50_265
 """Rows of the embedding tables over GPT-2's vocabulary (Table 5's vocabulary size)."""
 
+DRAFTED = 8192
+"""Tokens that chained drafts are of where the vocabulary is large: each step reads a head, and is verified anyway."""
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -53,7 +56,8 @@ class ModelSettings:
     causal_layers: of the causal branch; not set, the preset's.
     diffusion_layers: of the diffusion branch; not set, the preset's.
     draft: factorised, or chained (a draft knows the drafts before it); not set, chained where there is a causal branch.
-    draft_vocab: how many tokens, the most frequent of the training data, chained drafts are of; not set, all.
+    draft_vocab: how many tokens, the most frequent of the training data, chained drafts are of; not set, all,
+        or 8,192 of more than 16,384.
     block_size: k of block training, the block likelihood and block decoding.
     context: length of a training window in tokens; not set, the preset's.
     positions: of the causal branch: rotary, or learned as GPT-2's (with bias true, GPT-2's weights can start it).
@@ -100,6 +104,8 @@ class ModelSettings:
         causal = dataclasses.replace(self.preset.causal, layers=layers, positions=self.positions, bias=self.bias)
         layers = self.diffusion_layers or self.preset.diffusion.layers
         diffusion = dataclasses.replace(self.preset.diffusion, layers=layers, alibi=self.alibi is not False)
+        draft = self.draft or ("chained" if self.causal == "on" else "factorised")
+        large = vocab_size > 2 * DRAFTED and draft == "chained" and self.causal == "on"
         whole = ModelConfig(
             vocab_size=vocab_size,
             context=self.length,
@@ -110,8 +116,8 @@ class ModelSettings:
             fusion=self.fusion,
             exchange=exchange,
             embeddings=self.embeddings or ("tied" if self.causal == "on" else "separate"),
-            draft=self.draft or ("chained" if self.causal == "on" else "factorised"),
-            draft_vocab=self.draft_vocab,
+            draft=draft,
+            draft_vocab=DRAFTED if self.draft_vocab is None and large else self.draft_vocab,
             block_size=self.block_size,
         )
         if self.match is None:
