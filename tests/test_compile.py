@@ -14,7 +14,6 @@ from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.models.single import SingleBranch, SingleConfig
-from caddf.quantise import quantised
 
 V, T = 61, 40
 NEAR = 2e-5
@@ -100,5 +99,3 @@ def test_what_is_long_or_slides_is_not_compiled(monkeypatch):
 def test_what_cannot_be_compiled_is_said():
     with pytest.raises(InputError, match="compile is always with a SingleBranch that has no causal branch"):
         compiled(SingleBranch(SingleConfig(V, T, BranchConfig(1, 16, 2))))
-    with pytest.raises(InputError, match="compile is always with quantize int8"):
-        compiled(quantised(dual(), "int8"))

@@ -19,7 +19,7 @@ from caddf.cli import main
 from caddf.errors import InputError
 from caddf.experiment import METHODS, ModelSettings
 from caddf.export import ExportSettings, export, training_command
-from caddf.quantise import WEIGHT_LEVELS, QuantisedLinear, quantised
+from caddf.quantise import WEIGHT_LEVELS, integers
 from caddf.running import RunSettings, start
 from caddf.training import TrainConfig
 
@@ -88,8 +88,7 @@ def test_rounding_what_was_rounded_changes_nothing():
 
 def test_int8_inference_has_the_integers_that_are_shipped():
     read = restored(Path("x"), kept := rounded(some_state(), "int8"))
-    weight = torch.ops.quantized.linear_unpack(QuantisedLinear(read["matrix"]).packed)[0]
-    assert torch.equal(weight.int_repr(), kept["matrix"])
+    assert torch.equal(integers(read["matrix"])[0], kept["matrix"])
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float64"])
@@ -142,7 +141,7 @@ def test_an_exported_model_is_the_run_but_for_rounding(place, tmp_path, weights)
         caddf.evaluate(model, place / "data", split="test")["likelihoods"]["block"]["ppl"] for model in (run, shipped)
     )
     # Perplexity moves by no more than a weight may: half a unit in the last place.
-    assert abs(near / ppl - 1) < {"float32": 1e-12, "bfloat16": 2**-8, "int8": 1 / 126}[weights]
+    assert abs(near / ppl - 1) < {"float32": 1e-12, "bfloat16": 2**-8, "int8": 1 / 254}[weights]
     sizes = {"float32": 4, "bfloat16": 2, "int8": 1.2}
     parameters = run.model.parameter_counts()["total"]
     overhead = 64 * 1024  # names, shapes, and in int8 all that is no matrix
@@ -155,11 +154,10 @@ def test_an_exported_model_is_the_run_but_for_rounding(place, tmp_path, weights)
 
 def test_int8_can_be_read_for_int8_inference(place, tmp_path):
     out = export(str(place / "run"), ExportSettings(str(tmp_path / "model"), "int8"))
-    whole, small = caddf.load(out), caddf.load(out, quantize="int8")
-    kept = load_file(out / "model.safetensors")
-    weight = torch.ops.quantized.linear_unpack(small.model.fusion.cross.query.packed)[0]
-    assert torch.equal(weight.int_repr(), kept["fusion.cross.query.weight"])
-    assert type(small.model) is type(quantised(whole.model, "int8"))
+    whole, small = caddf.load(out).model.state_dict(), caddf.load(out, quantize="int8").model.state_dict()
+    assert any(tensor.ndim == 2 for tensor in whole.values())
+    for name, tensor in whole.items():
+        torch.testing.assert_close(small[name], tensor, rtol=1e-6, atol=0)
 
 
 def test_the_card_says_what_is_known(place, tmp_path):

@@ -150,12 +150,13 @@ def test_a_small_draft_vocabulary_and_threads_change_no_draft(monkeypatch):
     assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
 @torch.inference_mode()
-def test_bfloat16_weights_are_the_rounded_models():
-    rounded = quantised(dual(), "bf16")
+def test_kernels_of_rounded_weights_are_the_rounded_model(kind):
+    rounded = quantised(dual(), kind)
     assert not torch.equal(rounded.causal.embedding.weight, dual().causal.embedding.weight)
     assert torch.equal(rounded.causal.norm.weight, dual().causal.norm.weight)
-    plain, fast, x = rounded, native.attach(quantised(dual(), "bf16")), tokens(1)
+    plain, fast, x = rounded, native.attach(quantised(dual(), kind)), tokens(1)
     one, two = (model.read(x, torch.arange(20), model.allocate(1, T)) for model in (plain, fast))
     torch.testing.assert_close(two.causal, one.causal, rtol=0, atol=NEAR)
     where = torch.ones(1, 20, dtype=torch.bool)
@@ -208,7 +209,6 @@ def test_learning_goes_through_the_modules():
             "fusion layers",
         ),
         (lambda: SingleBranch(SingleConfig(V, T, BranchConfig(1, 16, 2))), "no causal branch"),
-        (lambda: quantised(dual(), "int8"), "other kernels"),
     ],
 )
 def test_other_models_stay_as_they_are(make, why):

@@ -1,19 +1,18 @@
-"""Int8 weights: what is computed, how near it is to the model, and that decoders stay exact for it."""
+"""Rounded weights: how near they are to the model, and that decoders stay exact for it."""
 
 import copy
-import dataclasses
 import json
 
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 
 from caddf import TextModel, generate, load
 from caddf.benchmarks import DecodeSettings, decode
 from caddf.benchmarks.trial import weights_held, weights_read
 from caddf.categorical import RowGenerators, Warp
 from caddf.cli import main
+from caddf.compile import compiled
 from caddf.data import prepare
 from caddf.decoding import Autoregressive, Speculative, Task
 from caddf.errors import InputError
@@ -22,8 +21,7 @@ from caddf.interface import AnyOrder, Block
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
-from caddf.models.single import SingleBranch, SingleConfig
-from caddf.quantise import INPUT_LEVELS, WEIGHT_LEVELS, QuantisedLinear, quantised
+from caddf.quantise import WEIGHT_LEVELS, integers, quantised
 from caddf.tokenizer import Tokenizer
 
 V = 61
@@ -39,28 +37,16 @@ def dual(**settings) -> DualBranch:
     return model
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_map_is_that_of_the_rounded_numbers(bias):
+def test_integers_are_the_nearest_and_those_of_their_product_are_the_same():
     torch.manual_seed(0)
-    weight, x, b = torch.randn(50, 300), torch.randn(4, 5, 300) * torch.rand(4, 5, 1) * 30, torch.randn(50)
-    weight[3], x[1, 2] = 0.0, 0.0
-    scale, largest = weight.abs().amax(1).clamp(min=1e-12) / WEIGHT_LEVELS, x.abs().amax(-1, keepdim=True)
-    whole, inputs = (weight / scale[:, None]).round(), (x / largest.clamp(min=1e-30) * INPUT_LEVELS).round()
-    expected = (inputs.double() @ whole.double().T) * scale * largest / INPUT_LEVELS + (b if bias else 0)
-    given = QuantisedLinear(weight, b if bias else None)(x)
-    torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=1e-4)
-
-
-def test_the_largest_numbers_do_not_overflow():
-    weight, x = torch.ones(8, 512), torch.ones(1, 512)
-    torch.testing.assert_close(QuantisedLinear(weight)(x), torch.full((1, 8), 512.0))
-    torch.testing.assert_close(QuantisedLinear(weight)(-x), torch.full((1, 8), -512.0))
-
-
-def test_a_position_gets_the_same_whatever_is_beside_it():
-    torch.manual_seed(0)
-    linear, x = QuantisedLinear(torch.randn(70, 130)), torch.randn(9, 130) * torch.arange(1, 10)[:, None]
-    assert torch.equal(linear(x), torch.cat([linear(row[None]) for row in x]))
+    matrix = torch.randn(50, 300) * torch.rand(50, 1) * 30
+    matrix[3] = 0.0
+    whole, scales = integers(matrix)
+    assert whole.dtype == torch.int8 and whole.abs().amax(1).unique().tolist() == [0, WEIGHT_LEVELS]
+    assert ((whole * scales[:, None] - matrix).abs() <= 0.5001 * scales[:, None]).all()
+    again, same = integers(whole * scales[:, None])
+    assert torch.equal(again, whole)
+    torch.testing.assert_close(same, scales, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +58,6 @@ def test_a_quantised_model_is_near_and_leaves_the_model_as_it_was(settings):
     before, x = copy.deepcopy(model.state_dict()), torch.randint(V, (8, 32), generator=torch.Generator().manual_seed(1))
     small, where = quantised(model, "int8"), torch.ones_like(x, dtype=torch.bool)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert not any(isinstance(module, nn.Linear) for module in small.modules()) and not model.readouts
     assert small.parameter_counts() == model.parameter_counts()
     states, rounded = (m(x, torch.full_like(x, V), Block(4))[0] for m in (model, small))
     for head in model.heads:
@@ -109,22 +94,20 @@ def test_a_causal_model_is_quantised_too():
 
 def test_what_cannot_be_done_is_said():
     model = dual()
-    with pytest.raises(InputError, match="a quantised model is not saved"):
-        quantised(model, "int8").state_dict()
     with pytest.raises(InputError, match="quantize is int4"):
         quantised(model, "int4")
     with pytest.raises(InputError, match="it needs cpu and float32"):
         quantised(model.double(), "int8")
 
 
-def test_quantised_weights_are_read_and_held_at_their_own_size():
-    model = dual(draft="chained")
-    small, floats = quantised(model, "int8"), sum(p.numel() for p in model.parameters() if p.ndim < 2)
+@pytest.mark.parametrize(("kind", "each"), [("bf16", 2), ("int8", 1)])
+def test_kernels_read_rounded_weights_at_their_own_size(kind, each):
+    model, small = (compiled(m) for m in (dual(draft="chained"), quantised(dual(draft="chained"), kind)))
     read, whole = weights_read(small, True, True), weights_read(model, True, True)
-    assert 4 * sum(read.values()) - sum(whole.values()) == 3 * 4 * floats  # norms stay as they are
-    maps = sum(p.numel() for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters())
-    heads = V * (32 + 48)  # beside the embeddings, one map for each branch's
-    assert weights_held(model) - weights_held(small) == 3 * maps - heads
+    floats = sum(p.numel() for p in model.parameters() if p.ndim < 2)  # norms stay as they are
+    assert sum(read.values()) - 4 * floats == (sum(whole.values()) - 4 * floats) * each / 4
+    parameters = sum(p.nbytes for p in model.parameters())
+    assert weights_held(small) - parameters == (weights_held(model) - parameters) * each / 4
 
 
 @pytest.fixture(scope="module")
@@ -144,12 +127,6 @@ def test_loaded_quantised_is_quantised_loaded(saved):
     assert torch.equal(log_p, log_q)
     with pytest.raises(InputError, match=r"quantize is int8 with device cpu, dtype torch.float64; it needs cpu"):
         load(saved, quantize="int8", dtype="float64")
-
-
-def test_methods_without_quantised_weights_say_so():
-    single = SingleBranch(SingleConfig(V, 32, BranchConfig(1, 32, 2)))
-    with pytest.raises(InputError, match="quantize is int8 with a SingleBranch; it is there for the dual branch"):
-        quantised(single, "int8")
 
 
 def test_the_command_line_quantises(saved, tmp_path, capsys):
@@ -178,6 +155,4 @@ def test_benchmarks_decode_quantised(tmp_path):
         quantize="int8", out=str(tmp_path),
     )  # fmt: skip
     rows = decode(settings, Console(quiet=True)).values["rows"]
-    assert [row["decoder"] for row in rows] == ["autoregressive"]  # transformers has no such weights
-    with pytest.raises(InputError, match="quantize is int8 with a ScoreNetwork"):
-        decode(dataclasses.replace(settings, methods="sedd-scaled", out=str(tmp_path / "other")), Console(quiet=True))
+    assert [row["decoder"] for row in rows] == ["autoregressive", "transformers"]

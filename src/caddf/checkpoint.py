@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from caddf.errors import InputError
-from caddf.quantise import WEIGHT_LEVELS
+from caddf.quantise import integers
 
 FORMAT = 1
 """Version of the model folder's layout; another one is refused."""
@@ -176,18 +176,15 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 def rounded(state: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
     """A model's tensors as they are shipped; those that are no floating-point numbers stay as they are.
 
-    `bfloat16`: the nearest ones. `int8`: a matrix M [out, in] becomes integers of at most `WEIGHT_LEVELS` either way
-    and float32 scales [out], M ~ integers * scales, one for each output, as in `caddf.quantise`, which finds the same
-    integers again; all else is float32.
+    `bfloat16`: the nearest ones. `int8`: a matrix M [out, in] becomes integers and float32 scales [out],
+    M ~ integers * scales, as in `caddf.quantise`, which finds the same again; all else is float32.
     """
     kept: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             kept[name] = tensor
         elif weights == "int8" and tensor.ndim == 2:
-            scales = tensor.float().abs().amax(1).clamp(min=1e-12) / WEIGHT_LEVELS
-            kept[name] = (tensor.float() / scales[:, None]).round().to(torch.int8)
-            kept[name + SCALES] = scales
+            kept[name], kept[name + SCALES] = integers(tensor)
         else:
             kept[name] = tensor.to(torch.bfloat16 if weights == "bfloat16" else torch.float32)
     return kept

@@ -72,8 +72,6 @@ def compiled(model: Model, when: Compile = "always") -> Model:
         return model
     if not isinstance(branch, CausalBranch):
         raise InputError(f"compile is {when} with a {type(model).__name__} that has no causal branch; leave it out")
-    if getattr(model, "readouts", {}):
-        raise InputError(f"compile is {when} with quantize int8, which has kernels of its own; give one of them")
     if not on_cpu:
         branch.forward = CachedPass(branch, 2 * cast(int, model.block_size))  # type: ignore[method-assign]
         return model

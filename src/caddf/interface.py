@@ -147,6 +147,25 @@ class Incremental(LanguageModel, Protocol):
         They are each row's, or consecutive ones that are the same for all rows.
         """
 
+    def draw_drafts(
+        self,
+        seen: Any,
+        tokens: Int[Tensor, "B T"],
+        start: Int[Tensor, " B"],
+        n: Int[Tensor, " B"],
+        u: Float[Tensor, "B m"],
+        cache: Any,
+        *,
+        temperature: float,
+        least: float,
+    ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
+        """m drafts of each row from position n on, in a window from `start` on: all steps of a chain at one go.
+
+        Gives the tokens, by inverse CDF of the uniforms `u`, q (float64), and how many are to be verified: drafting
+        ends when the product of the largest draft probabilities falls below `least`, never without a draft. None where
+        the model draws nothing itself.
+        """
+
 
 Denoiser = Callable[[Int[Tensor, "B L"], Bool[Tensor, "B L"]], Float[Tensor, "N V"]]
 """`(x_t, where) -> log q(. | x_t)` at the positions in `where`, row-major: all that an any-order decoder needs."""

@@ -104,7 +104,7 @@ class TextModel:
     ) -> TextModel:
         """A model from a run (its latest checkpoint), a model folder, or a repository of the hub, ready to be read.
 
-        `quantize` makes it one of int8 or bf16 weights, for decoding on CPUs (`caddf.quantise`), not to be saved again;
+        `quantize` rounds its matrices to int8 or bf16, for decoding on CPUs (`caddf.quantise`);
         `compile` says whether passes of a few positions over caches are those of compiled kernels (`caddf.compile`).
         GPT-2, SEDD, RADD and MDLM are read as their authors published them (`caddf.models.published`).
         Raises `InputError` where there is none, or it is truncated, foreign, or of another version.

@@ -62,7 +62,7 @@ class DecodeSettings(Conditions):
     windows: of the exact perplexities of targets.
     memory: measure peak memory too (on a CPU, each row decodes once more in a process of its own).
     dtype: of weights and arithmetic.
-    quantize: int8 or bf16 weights instead, on a CPU: of all models, which must be dual branches and GPT-2s.
+    quantize: int8 or bf16 weights instead, on a CPU: of all models.
     compile: passes over caches through compiled kernels, off the clock: auto is of those that can, on a CPU.
     device: auto (a GPU where there is one), cpu, cuda or mps.
     seed: of weights, prompts and draws.

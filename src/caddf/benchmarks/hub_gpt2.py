@@ -39,8 +39,8 @@ def state_of(model: CausalModel) -> dict[str, Tensor]:
 
 
 def copyable(model: Any) -> bool:
-    """Whether `model` is built as GPT-2 is: causal alone, learned positions, biases, weights as they were trained."""
-    if not isinstance(model, CausalModel) or model.readouts:
+    """Whether `model` is built as GPT-2 is: causal alone, learned positions, biases."""
+    if not isinstance(model, CausalModel):
         return False
     return model.config.branch.positions == "learned" and model.config.branch.bias
 

@@ -115,8 +115,8 @@ def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
     are read in a few rows alone, which count for nothing; a chain reads its head for every draft.
     """
     native = getattr(network, "native", None)
-    each = 2 if native is not None and native.half else next(network.parameters()).element_size()
-    of_head = 1 if getattr(network, "readouts", {}) else each  # quantised
+    rounded = None if native is None else {"bf16": 2, "int8": 1}.get(native.kind)
+    each = rounded or next(network.parameters()).element_size()
 
     def size(*modules: nn.Module | None) -> int:
         whole = [p for module in modules if module is not None for p in module.parameters()]
@@ -124,27 +124,26 @@ def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
 
     if isinstance(network, DualBranch):
         branch, config, causal = network.diffusion, network.config, 0
-        head = of_head * (config.draft_vocab or network.vocab_size) * config.diffusion.width
+        head = each * (config.draft_vocab or network.vocab_size) * config.diffusion.width
         if network.causal is not None:
             causal = size(network.causal.layers, network.causal.norm, network.fusion if fused else None)
-            causal += of_head * network.vocab_size * network.causal.config.width
+            causal += each * network.vocab_size * network.causal.config.width
         diffusion = size(branch.layers, branch.norm, network.chain)
         return {
             "causal": causal,
             "diffusion": diffusion + head * drafts * (network.block_size if network.chained else 1),
         }
-    head = of_head * network.vocab_size * network.config.branch.width
+    head = each * network.vocab_size * network.config.branch.width
     if isinstance(network, CausalModel):
         return {"causal": size(network.causal.layers, network.causal.norm) + head}
     return {"diffusion": each * network.parameter_counts()["diffusion"] + head}
 
 
 def weights_held(network: Network) -> int:
-    """Bytes of all weights, those of quantised heads beside the embeddings that they are of, and kernels' copies."""
-    heads = {id(head): head for head in getattr(network, "readouts", {}).values()}
+    """Bytes of all weights, and of the kernels' copies."""
     native = getattr(network, "native", None)
     copies: int = native.bytes if native is not None else 0
-    return copies + sum(p.nbytes for module in [network, *heads.values()] for p in module.parameters())
+    return copies + sum(p.nbytes for p in network.parameters())
 
 
 def bandwidth_share(read: dict[str, int], figures: dict[str, float], bandwidth: float) -> float:

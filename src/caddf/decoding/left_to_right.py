@@ -8,7 +8,7 @@ The target is a distribution over the next token that stays the same whatever is
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,9 +18,6 @@ from caddf.categorical import Warp
 from caddf.decoding.task import Counts, Task
 from caddf.errors import InputError
 from caddf.interface import Block, Head, Incremental, Infill, LanguageModel
-
-if TYPE_CHECKING:
-    from caddf.native import Native
 
 Target = Literal["causal", "fused"]
 
@@ -321,12 +318,11 @@ class CachedReader:
         warp: Warp,
         least: float,
     ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
-        """Through the model's kernels, where it has any and the warp is but a temperature."""
-        native = getattr(self.model, "native", None)
-        if native is None or look.chain is None or not warp.plain:
+        """By the model itself, where it can and the warp is but a temperature."""
+        if look.chain is None or not warp.plain:
             return None
-        return cast("Native", native).drafts(
-            look.seen.states, x, look.start, n, u, look.chain, temperature=warp.temperature, least=least
+        return self.model.draw_drafts(
+            look.seen, x, look.start, n, u, look.chain, temperature=warp.temperature, least=least
         )
 
     def keep(self, state: Progress, below: Int[Tensor, " B"]) -> Progress:

@@ -86,7 +86,6 @@ class DualBranch(nn.Module):
         self.heads: frozenset[Head] = frozenset({"draft"} if self.causal is None else {"draft", "causal", "fused"})
         self.denoiser: Head = "draft" if self.causal is None else "fused"
         self.chained, self.block_size = self.chain is not None, config.block_size
-        self.readouts: dict[str, nn.Module] = {}  # heads in another form than the embeddings' rows (`caddf.quantise`)
         self.native: Native | None = None  # passes of a few positions, in another form than the modules'
 
     def forward(
@@ -302,6 +301,23 @@ class DualBranch(nn.Module):
             return States(None, drafts, None, chained=True)
         return States(None, self.chain.step(h_cad, before, slots, cache), None, chained=True)
 
+    def draw_drafts(
+        self,
+        seen: Canvas,
+        tokens: Int[Tensor, "B T"],
+        start: Int[Tensor, " B"],
+        n: Int[Tensor, " B"],
+        u: Float[Tensor, "B m"],
+        cache: KVCache,
+        *,
+        temperature: float,
+        least: float,
+    ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
+        """All steps of the chain at one go, where there are kernels for it."""
+        if self.native is None:
+            return None
+        return self.native.drafts(seen.states, tokens, start, n, u, cache, temperature=temperature, least=least)
+
     def before(
         self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"]
     ) -> Int[Tensor, "B n"]:
@@ -407,7 +423,7 @@ class DualBranch(nn.Module):
         if read is None:
             raise InputError(f"head is {head}; a model with causal off has the heads {sorted(self.heads)} alone")
         small = self.draft_tokens if head == "draft" and states.chained else None
-        readouts = self.readouts if self.native is None else self.native.heads
+        readouts = {} if self.native is None else self.native.heads
         if (name := head if small is None else "chain") in readouts:
             return states_at(read, where), readouts[name], small
         return states_at(read, where), self.tokens_of(head) if small is None else self.small_table(), small

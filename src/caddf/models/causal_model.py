@@ -64,7 +64,6 @@ class CausalModel(nn.Module):
         self.vocab_size = self.mask_id = config.vocab_size
         self.block_size = config.block_size
         self.causal = CausalBranch(config.branch, config.rows, config.context)
-        self.readouts: dict[str, nn.Module] = {}  # heads in another form than the embeddings' rows (`caddf.quantise`)
         self.native: Native | None = None  # passes of a few positions, in another form than the modules'
 
     def forward(
@@ -120,7 +119,7 @@ class CausalModel(nn.Module):
     def _head(self, states: States, where: Bool[Tensor, "B L"], head: Head) -> tuple[Tensor, Readout]:
         if head != "causal" or states.causal is None:
             raise InputError(f"head is {head}; a causal model has the head causal alone")
-        readouts = self.readouts if self.native is None else self.native.heads
+        readouts = {} if self.native is None else self.native.heads
         return states_at(states.causal, where), readouts.get(head, self.tokens_of(head))
 
     def parameter_counts(self) -> dict[str, int]:

@@ -21,15 +21,15 @@ __all__ = ["BuildError", "Native", "attach", "suits"]
 
 def suits(model: nn.Module) -> bool:
     """Whether `attach` can be asked for: a causal branch in float32 on a CPU, its widths multiples of 8."""
-    return hasattr(model, "native") and not getattr(model, "readouts", {}) and Native.suits(model)
+    return hasattr(model, "native") and Native.suits(model)
 
 
 def attach(model: Model) -> Model:
     """`model` itself, whose passes of a few positions go through the kernels, which lay matrices out for themselves.
 
-    Those of a model whose matrices were rounded to bfloat16 (`caddf.quantise`) are held so, and half of the bytes read.
+    Those of a model whose matrices were rounded (`caddf.quantise`) are held so, and fewer bytes read.
     Raises `BuildError` where there is no C compiler. The model must be one that `suits`.
     """
     whole = cast(Any, model)
-    whole.native = Native(model, half=bool(getattr(model, "weights_bfloat16", False)))
+    whole.native = Native(model)
     return model

@@ -6,7 +6,7 @@
 // Every sum is taken in one order that depends on neither how many positions a pass has, nor on the threads: a position
 // has the same bits alone, in a batch, and verified together with others.
 //
-// Weights are float32 or bfloat16 (widened on the way), sums and caches float32. Widths are multiples of 8. Matrices lie in
+// Weights are float32, bfloat16 or int8 (widened on the way), sums and caches float32. Widths are multiples of 8. Matrices lie in
 // panels of 16 outputs, `[out / 16, in, 16]`, so that weights are read from front to back and no sum crosses lanes.
 
 #include <math.h>
@@ -22,10 +22,11 @@ typedef int32_t i8 __attribute__((vector_size(32)));
 typedef uint32_t u8 __attribute__((vector_size(32)));
 typedef uint16_t h8 __attribute__((vector_size(16)));
 
-enum { FLOAT32, BFLOAT16 };
+enum { FLOAT32, BFLOAT16, INT8 };
 
 typedef struct {  // y = x W^T + b; W is in panels, filled up with zeros to whole blocks of 64; bias NULL where there is none
   const void *panels;
+  const float *scales;  // of each output, filled up as W is; with INT8 alone
   const float *bias;
   int64_t out, in, type;
 } Map;
@@ -121,6 +122,16 @@ static inline v8 fused(v8 a, v8 b, v8 c) {
 #endif
 }
 
+static inline v8 counted(const int8_t *p) {
+#ifdef __AVX2__
+  return (v8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+  v8 a;
+  for (int i = 0; i < 8; i++) a[i] = p[i];
+  return a;
+#endif
+}
+
 static inline v8 all(float a) { return (v8){a, a, a, a, a, a, a, a}; }
 
 static inline v8 choose(i8 which, v8 a, v8 b) { return (v8)((which & (i8)a) | (~which & (i8)b)); }
@@ -180,9 +191,11 @@ static inline v8 gelu(v8 x) {  // x sigmoid(2 u), which is the form with tanh(u)
   }
 
 typedef uint16_t half;
+typedef int8_t byte;
 #define TILES(MR, NP, HOLD)         \
   TILE(MR, NP, HOLD, float, load) \
-  TILE(MR, NP, HOLD, half, wide)
+  TILE(MR, NP, HOLD, half, wide)  \
+  TILE(MR, NP, HOLD, byte, counted)
 TILES(1, 4, HOLD_INPUTS)
 TILES(2, 2, HOLD_INPUTS)
 TILES(3, 2, HOLD_INPUTS)
@@ -193,13 +206,17 @@ TILES(6, 1, HOLD_WEIGHTS)
 enum { TALLEST = 6 };
 typedef void (*TileFloat)(const float *, int64_t, const float *, int64_t, float *);
 typedef void (*TileHalf)(const half *, int64_t, const float *, int64_t, float *);
+typedef void (*TileByte)(const byte *, int64_t, const float *, int64_t, float *);
 static const TileFloat tiles_float[] = {tile_float_1, tile_float_2, tile_float_3, tile_float_4, tile_float_5, tile_float_6};
 static const TileHalf tiles_half[] = {tile_half_1, tile_half_2, tile_half_3, tile_half_4, tile_half_5, tile_half_6};
+static const TileByte tiles_byte[] = {tile_byte_1, tile_byte_2, tile_byte_3, tile_byte_4, tile_byte_5, tile_byte_6};
+static const int64_t bytes_of[] = {4, 2, 1};
 static const int panels_of[] = {4, 2, 2, 1, 1, 1};
 
 enum { PLAIN, GELU, ADD };
 
-static inline v8 finished(v8 sum, const float *bias, const float *y, int then) {
+static inline v8 finished(v8 sum, const float *scales, const float *bias, const float *y, int then) {
+  if (scales) sum *= load(scales);
   if (bias) sum += load(bias);
   return then == GELU ? gelu(sum) : then == ADD ? load(y) + sum : sum;
 }
@@ -213,18 +230,21 @@ static void map_part(const Map *f, const float *x, int64_t rows, float *y, int t
       for (int64_t o = low; o < high; o += 16 * panels_of[mr - 1]) {
         float sums[TALLEST * 16];
         int panels = panels_of[mr - 1];
-        const char *panel = (const char *)f->panels + o * f->in * (f->type == FLOAT32 ? 4 : 2);
+        const char *panel = (const char *)f->panels + o * f->in * bytes_of[f->type];
         if (f->type == FLOAT32)
           tiles_float[mr - 1]((const float *)panel, f->in, x + m * f->in, f->in, sums);
-        else
+        else if (f->type == BFLOAT16)
           tiles_half[mr - 1]((const half *)panel, f->in, x + m * f->in, f->in, sums);
+        else
+          tiles_byte[mr - 1]((const byte *)panel, f->in, x + m * f->in, f->in, sums);
         for (int64_t i = 0; i < mr; i++) {
           float *row = y + (m + i) * f->out, *sum = sums + i * 16 * panels;
           int64_t count = high - o < 16 * panels ? high - o : 16 * panels, j = 0;
           for (; j + 8 <= count; j += 8)
-            store(row + o + j, finished(load(sum + j), f->bias ? f->bias + o + j : NULL, row + o + j, then));
+            store(row + o + j, finished(load(sum + j), f->scales ? f->scales + o + j : NULL,
+                                        f->bias ? f->bias + o + j : NULL, row + o + j, then));
           for (; j < count; j++) {
-            float one = sum[j] + (f->bias ? f->bias[o + j] : 0);
+            float one = sum[j] * (f->scales ? f->scales[o + j] : 1) + (f->bias ? f->bias[o + j] : 0);
             row[o + j] = then == ADD ? row[o + j] + one : one;
           }
         }

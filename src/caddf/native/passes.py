@@ -22,6 +22,7 @@ from caddf.models.chain import DraftChain
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.layers import Attention, Layer, nearest, state_of
 from caddf.native.build import library
+from caddf.quantise import Quantisation, integers
 
 WIDEST = 96
 """Most positions of a pass; beyond, matrix products of many rows are the faster ones."""
@@ -35,7 +36,10 @@ _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Map(ctypes.Structure):
-    _fields_ = (("panels", _pointer), ("bias", _pointer), ("out", _number), ("in", _number), ("type", _number))
+    _fields_ = (
+        ("panels", _pointer), ("scales", _pointer), ("bias", _pointer), ("out", _number), ("in", _number),
+        ("type", _number),
+    )  # fmt: skip
 
 
 class _Norm(ctypes.Structure):
@@ -87,21 +91,26 @@ class _Draft(ctypes.Structure):
 class Weights:
     """Structures of C that point to weights, and what must live as long as they do.
 
-    Matrices are copied into panels, with `half` in bfloat16: what is read of memory is halved.
+    Matrices are copied into panels, of the `kind` that they were rounded to (None: float32).
     """
 
-    def __init__(self, half: bool = False) -> None:
-        self.half, self.bytes = half, 0
+    def __init__(self, kind: Quantisation | None = None) -> None:
+        self.kind, self.bytes = kind, 0
         self.kept: list[Any] = []
 
     def map(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None) -> _Map:
         """A linear map, its matrix in panels of 16 outputs."""
-        out, width = weight.shape
-        whole = F.pad(weight.detach(), (0, 0, 0, -out % 64)).view(-1, 16, width).transpose(1, 2)
-        panels = whole.to(torch.bfloat16 if self.half else torch.float32).contiguous()
-        self.kept += [panels, bias]
+        (out, width), scales, weight = weight.shape, None, weight.detach()
+        if self.kind == "int8":
+            weight, scales = integers(weight)
+            scales = F.pad(scales, (0, -out % 64))
+        elif self.kind == "bf16":
+            weight = weight.bfloat16()
+        panels = F.pad(weight, (0, 0, 0, -out % 64)).view(-1, 16, width).transpose(1, 2).contiguous()
+        self.kept += [panels, scales, bias]
         self.bytes += panels.numel() * panels.element_size()
-        return _Map(panels.data_ptr(), _address(bias), out, width, int(self.half))
+        which = (None, "bf16", "int8").index(self.kind)
+        return _Map(panels.data_ptr(), _address(scales), _address(bias), out, width, which)
 
     def linear(self, module: nn.Linear) -> _Map:
         """That of a module."""
@@ -216,8 +225,8 @@ def _readable(*modules: nn.Module | None) -> bool:
 class Native:
     """A model's passes through the kernels: each gives None where a pass is not theirs, for the modules to do it."""
 
-    def __init__(self, model: nn.Module, half: bool = False) -> None:
-        self.model, self.half = cast(Any, model), half
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.kind = cast(Any, model), cast("Quantisation | None", getattr(model, "weights_kind", None))
         self.context = cast(int, model.config.context)  # type: ignore[union-attr]
         self.branch = cast(CausalBranch, model.causal)
         self._laid_out: tuple[tuple[int, int], ...] | None = None
@@ -228,29 +237,29 @@ class Native:
         which = state_of(*self.model.parameters())
         if which == self._laid_out:
             return
-        self._laid_out, half = which, self.half
+        self._laid_out, kind = which, self.kind
         branch, diffusion, chain = (
             self.branch,
             getattr(self.model, "diffusion", None),
             getattr(self.model, "chain", None),
         )
         exchange = [layer.cross for layer in diffusion.layers] if diffusion is not None and diffusion.mutual else []
-        weights = Weights(half)
+        weights = Weights(kind)
         layers = [weights.layer(layer, False) for layer in branch.layers]
         self._causal = StackPass(weights, layers, branch.norm, self.context, exchange=exchange)
         self._window: StackPass | None = None
         self.diffusion: DiffusionBranch | None = diffusion if exchange else None
         if self.diffusion is not None:
-            self._window = _window_pass(Weights(half), self.diffusion)
+            self._window = _window_pass(Weights(kind), self.diffusion)
         self._chain: StackPass | None = None
         if isinstance(chain, DraftChain):
-            weights = Weights(half)
+            weights = Weights(kind)
             join = (chain.before_norm, chain.join)
             self._chain = StackPass(weights, [weights.layer(chain.layer, False)], chain.norm, self.context, join)
         of = self.model.tokens_of
-        self.heads: dict[str, nn.Module] = {head: NativeHead(partial(of, head), half) for head in self.model.heads}
+        self.heads: dict[str, nn.Module] = {head: NativeHead(partial(of, head), kind) for head in self.model.heads}
         if getattr(self.model, "draft_tokens", None) is not None:
-            self.heads["chain"] = NativeHead(self.model.small_table, half)
+            self.heads["chain"] = NativeHead(self.model.small_table, kind)
 
     @property
     def bytes(self) -> int:
@@ -361,9 +370,9 @@ def _few(positions: Tensor) -> bool:
 class NativeHead(nn.Module):
     """A head's logits: through the kernels for a few states, whose bits do not depend on how many are read together."""
 
-    def __init__(self, table: Callable[[], Float[Tensor, "V D"]], halved: bool = False) -> None:
+    def __init__(self, table: Callable[[], Float[Tensor, "V D"]], kind: Quantisation | None = None) -> None:
         super().__init__()
-        self.table, self.halved = table, halved
+        self.table, self.kind = table, kind
         self.held: tuple[tuple[tuple[int, int], ...], Weights, _Map] | None = None
 
     def tokens(self) -> _Map:
@@ -371,7 +380,7 @@ class NativeHead(nn.Module):
         table = self.table()
         which = state_of(table)
         if self.held is None or self.held[0] != which:
-            weights = Weights(self.halved)
+            weights = Weights(self.kind)
             self.held = (which, weights, weights.map(table))
         return self.held[2]
 
