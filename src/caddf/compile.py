@@ -77,7 +77,7 @@ def compiled(model: Model, when: Compile = "always") -> Model:
         return model
     if not native.suits(model):
         raise InputError(
-            f"compile is {when}; on a CPU it needs float32 weights, widths and head sizes in steps of 8, "
+            f"compile is {when}; on a CPU it needs float32 weights, heads of at most 256 channels, "
             "and fusion late: leave it out"
         )
     try:

@@ -20,7 +20,7 @@ __all__ = ["BuildError", "Native", "attach", "suits"]
 
 
 def suits(model: nn.Module) -> bool:
-    """Whether `attach` can be asked for: a causal branch in float32 on a CPU, its widths multiples of 8."""
+    """Whether `attach` can be asked for: a causal branch in float32 on a CPU, fusion late or none of it."""
     return hasattr(model, "native") and Native.suits(model)
 
 

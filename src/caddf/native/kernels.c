@@ -6,7 +6,7 @@
 // Every sum is taken in one order that depends on neither how many positions a pass has, nor on the threads: a position
 // has the same bits alone, in a batch, and verified together with others.
 //
-// Weights are float32, bfloat16 or int8 (widened on the way), sums and caches float32. Widths are multiples of 8. Matrices lie in
+// Weights are float32, bfloat16 or int8 (widened on the way), sums and caches float32. Matrices lie in
 // panels of 16 outputs, `[out / 16, in, 16]`, so that weights are read from front to back and no sum crosses lanes.
 
 #include <math.h>
@@ -245,7 +245,7 @@ static void map_part(const Map *f, const float *x, int64_t rows, float *y, int t
                                         f->bias ? f->bias + o + j : NULL, row + o + j, then));
           for (; j < count; j++) {
             float one = sum[j] * (f->scales ? f->scales[o + j] : 1) + (f->bias ? f->bias[o + j] : 0);
-            row[o + j] = then == ADD ? row[o + j] + one : one;
+            row[o + j] = then == ADD ? row[o + j] + one : then == GELU ? gelu(all(one))[0] : one;
           }
         }
       }
@@ -271,18 +271,24 @@ static void norm_row(const Norm *f, const float *x, int64_t width, float *y) {
     memmove(y, x, width * sizeof(float));
     return;
   }
-  v8 sum = all(0.0f), squares = all(0.0f);
-  for (int64_t k = 0; k < width; k += 8) sum += load(x + k);
-  float mean = total(sum) / width;
-  for (int64_t k = 0; k < width; k += 8) {
+  v8 sums = all(0.0f), squares = all(0.0f);
+  int64_t whole = width / 8 * 8;
+  for (int64_t k = 0; k < whole; k += 8) sums += load(x + k);
+  float sum = total(sums);
+  for (int64_t k = whole; k < width; k++) sum += x[k];
+  float mean = sum / width;
+  for (int64_t k = 0; k < whole; k += 8) {
     v8 d = load(x + k) - all(mean);
     squares = fused(d, d, squares);
   }
-  float scale = 1.0f / sqrtf(total(squares) / width + (float)f->epsilon);
-  for (int64_t k = 0; k < width; k += 8) {
+  float square = total(squares);
+  for (int64_t k = whole; k < width; k++) square += (x[k] - mean) * (x[k] - mean);
+  float scale = 1.0f / sqrtf(square / width + (float)f->epsilon);
+  for (int64_t k = 0; k < whole; k += 8) {
     v8 y_k = (load(x + k) - all(mean)) * all(scale) * load(f->weight + k);
     store(y + k, f->bias ? y_k + load(f->bias + k) : y_k);
   }
+  for (int64_t k = whole; k < width; k++) y[k] = (x[k] - mean) * scale * f->weight[k] + (f->bias ? f->bias[k] : 0);
 }
 
 static void norms(const Norm *f, const float *x, int64_t rows, int64_t width, float *y, int64_t y_stride, int64_t thread,
@@ -308,13 +314,16 @@ static void rotate(float *to, const float *x, const float *cos, const float *sin
 static inline __attribute__((always_inline)) void attend_sized(float *out, const float *query, const float *keys, const float *values, int64_t from, int64_t to,
                    int64_t size, float *scores, const float *slope, const float *side, int64_t head, int64_t distance) {
   float scale = 1.0f / sqrtf((float)size), largest = -INFINITY;
-  int64_t count = to - from;
+  int64_t count = to - from, whole = size / 8 * 8;
   for (int64_t j = 0; j < count; j += 4) {
     v8 sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
-    for (int64_t k = 0; k < size; k += 8)
+    for (int64_t k = 0; k < whole; k += 8)
       for (int i = 0; i < 4; i++)
         if (j + i < count) sums[i] = fused(load(query + k), load(keys + (from + j + i) * size + k), sums[i]);
     totals(sums, scores + j);
+    for (int64_t k = whole; k < size; k++)
+      for (int i = 0; i < 4; i++)
+        if (j + i < count) scores[j + i] += query[k] * keys[(from + j + i) * size + k];
   }
   for (int64_t j = 0; j < count; j++) {
     scores[j] *= scale;
@@ -333,15 +342,18 @@ static inline __attribute__((always_inline)) void attend_sized(float *out, const
       for (int64_t i = 0; i < count - j; i++) sum[i] += p[i];
   }
   v8 acc[32];
+  float rest[8] = {0};
   int64_t lanes = size / 8;
   for (int64_t k = 0; k < lanes; k++) acc[k] = all(0.0f);
   for (int64_t j = 0; j < count; j++) {
     const float *value = values + (from + j) * size;
     v8 p = all(scores[j]);
     for (int64_t k = 0; k < lanes; k++) acc[k] = fused(p, load(value + 8 * k), acc[k]);
+    for (int64_t k = whole; k < size; k++) rest[k - whole] += scores[j] * value[k];
   }
-  v8 inverse = all(1.0f / total(sum));
-  for (int64_t k = 0; k < lanes; k++) store(out + 8 * k, acc[k] * inverse);
+  float inverse = 1.0f / total(sum);
+  for (int64_t k = 0; k < lanes; k++) store(out + 8 * k, acc[k] * all(inverse));
+  for (int64_t k = whole; k < size; k++) out[k] = rest[k - whole] * inverse;
 }
 
 // One query over the slots `from` to `to - 1`; `distance` is the query's from slot 0. Usual sizes are known to the compiler.

@@ -211,13 +211,12 @@ def _cache(cache: KVCache | None) -> _Cache:
 
 
 def _readable(*modules: nn.Module | None) -> bool:
-    """Whether the kernels can read the modules' weights: float32 on a CPU, in plain maps, widths in steps of 8."""
+    """Whether the kernels can read the modules' weights: float32 on a CPU, in plain maps, heads that fit."""
     parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
     heads = [part for module in modules if module is not None for part in module.modules()]
     return (
         all(p.dtype == torch.float32 and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
-        and all(p.shape[-1] % 8 == 0 for p in parameters)
-        and all(part.size % 8 == 0 and part.size <= 256 for part in heads if isinstance(part, Attention))
+        and all(part.size <= 256 for part in heads if isinstance(part, Attention))
         and all(isinstance(part.query, nn.Linear) for part in heads if isinstance(part, Attention))
     )
 
