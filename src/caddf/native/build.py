@@ -23,7 +23,7 @@ class BuildError(Exception):
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels. Raises `BuildError`, after the first time at once."""
+    """The compiled kernels. Raises `BuildError`."""
     try:
         return _declared(ctypes.CDLL(str(_built())))
     except (OSError, subprocess.SubprocessError) as error:
