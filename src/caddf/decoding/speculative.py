@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.categorical import inverse_cdf
-from caddf.decoding.left_to_right import Plan, Target, first_open, reader_for
+from caddf.decoding.left_to_right import Plan, Reader, Target, first_open, reader_for
 from caddf.decoding.task import Counts, Frame, Task
 from caddf.errors import InputError
 from caddf.interface import LanguageModel
@@ -62,35 +63,9 @@ class Speculative:
 
             # Draft: q at the masked positions of the window, all at once, or one after the other where drafts chain.
             look, state = reader.look(state, x, n, size, rows)
-            end = whole = torch.where(rows, plan.window(n, size)[1], n)
-            count, j = int((end - n).max()), 0
-            place = n[:, None] + torch.arange(count, device=x.device)
-            drafting = (place < end[:, None]) & _at(wanted, place)
-            u = task.generators.uniform(drafting).to(x.device)
-            if plan.chained and (drawn := reader.chain(look, x, n, u, task.warp, self.least)) is not None:
-                tokens, q, sure = drawn
-                end, j = torch.minimum(end, n + sure), count
-                drafting &= place < end[:, None]
-                count = int((end - n).max())
-                x = _put(x, place, drafting, tokens)
-                q *= drafting[..., None]
-            else:
-                q = torch.zeros(len(x), count, model.vocab_size, dtype=torch.float64, device=x.device)
-            chance = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
-            step = 1 if plan.chained else max(count, 1)
-            while j < count:
-                log_q = reader.drafts(look, x, n + j, torch.minimum(n + j + step, end).clamp(min=n + j), rows)
-                if self.least:  # it is from q that a window's end follows, never from what is drawn there or behind
-                    sure = chance[:, -1:] + (log_q.amax(-1).double() * drafting[:, j : j + step]).cumsum(1)
-                    chance = torch.cat([chance, sure], 1)
-                    good = (chance[:, 1:].exp() >= self.least).cumprod(1).sum(1)
-                    end = torch.where(good < j + step, torch.minimum(end, n + good.clamp(min=1)), end)
-                    drafting, count = drafting & (place < end[:, None]), int((end - n).max())
-                now = drafting[:, j : j + step]
-                q[:, j : j + step] = task.warp(log_q) * now[..., None]
-                x = _put(x, place[:, j : j + step], now, inverse_cdf(q[:, j : j + step], u[:, j : j + step]))
-                j += step
-            q, place, drafting = q[:, :count], place[:, :count], drafting[:, :count]
+            whole = torch.where(rows, plan.window(n, size)[1], n)
+            x, q, place, drafting, end = self._draft(model, plan, reader, look, x, n, whole, rows)
+            count = q.shape[1]
 
             # Verify in one pass of the target; what is given counts as accepted. Where the target is known behind the
             # drafts it is read there too, for one token more.
@@ -115,6 +90,48 @@ class Speculative:
             state = reader.keep(state, stop + 1)
             counts.add(rows, rounds=1)
             yield Frame(x, (x != before) & rows[:, None], counts, drafts, here & (stop < end)[:, None])
+
+    def _draft(
+        self,
+        model: LanguageModel,
+        plan: Plan,
+        reader: Reader,
+        look: Any,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        end: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+    ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B m V"], Int[Tensor, "B m"], Bool[Tensor, "B m"], Int[Tensor, " B"]]:
+        """`x` with drafts from n to `end - 1`, q (0 where nothing is drafted), their places, which are drafts, the end.
+
+        The end comes sooner where drafts are less sure than `least`.
+        """
+        task, count, j = plan.task, int((end - n).max()), 0
+        place = n[:, None] + torch.arange(count, device=x.device)
+        drafting = (place < end[:, None]) & _at(task.wanted, place)
+        u = task.generators.uniform(drafting).to(x.device)
+        if plan.chained and (drawn := reader.chain(look, x, n, u, task.warp, self.least)) is not None:
+            tokens, q, sure = drawn
+            end = torch.minimum(end, n + sure)
+            drafting, count = drafting & (place < end[:, None]), int((end - n).max())
+            x = _put(x, place, drafting, tokens)
+            return x, (q * drafting[..., None])[:, :count], place[:, :count], drafting[:, :count], end
+        q = torch.zeros(len(x), count, model.vocab_size, dtype=torch.float64, device=x.device)
+        chance = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
+        step = 1 if plan.chained else max(count, 1)
+        while j < count:
+            log_q = reader.drafts(look, x, n + j, torch.minimum(n + j + step, end).clamp(min=n + j), rows)
+            if self.least:  # it is from q that a window's end follows, never from what is drawn there or behind
+                sure = chance[:, -1:] + (log_q.amax(-1).double() * drafting[:, j : j + step]).cumsum(1)
+                chance = torch.cat([chance, sure], 1)
+                good = (chance[:, 1:].exp() >= self.least).cumprod(1).sum(1)
+                end = torch.where(good < j + step, torch.minimum(end, n + good.clamp(min=1)), end)
+                drafting, count = drafting & (place < end[:, None]), int((end - n).max())
+            now = drafting[:, j : j + step]
+            q[:, j : j + step] = task.warp(log_q) * now[..., None]
+            x = _put(x, place[:, j : j + step], now, inverse_cdf(q[:, j : j + step], u[:, j : j + step]))
+            j += step
+        return x, q[:, :count], place[:, :count], drafting[:, :count], end
 
 
 def _at(values: Tensor, place: Int[Tensor, "B n"]) -> Tensor:
