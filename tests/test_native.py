@@ -306,3 +306,36 @@ def test_drafting_ends_where_drafts_are_unsure():
         assert drafts.tolist() == expected.tolist()
         inside = torch.arange(5) < drafts[:, None]
         assert torch.equal(some[inside], q[inside]) and not some[~inside].any()
+
+
+@torch.inference_mode()
+def test_matrices_are_laid_out_for_caches_alone():
+    model, x = native.attach(dual()), tokens(1)
+    states, _ = model(x, x, Block(6))
+    model.log_probs(states, torch.ones(1, T, dtype=torch.bool), "causal")
+    assert model.native.bytes == 0
+    model.allocate(1, T)
+    assert model.native.bytes > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@torch.inference_mode()
+def test_drafts_of_a_broken_model_are_tokens_still(temperature):
+    model = native.attach(dual())
+    model.chain.norm.weight.fill_(torch.nan)
+    cache, states = model.allocate_drafts(1, 6), torch.zeros(1, 6, 32)
+    model.allocate(1, T)
+    n, u = torch.tensor([20]), torch.full((1, 5), 0.5, dtype=torch.float64)
+    drawn, _, _ = model.native.drafts(states, tokens(1), n - 1, n, u, cache, temperature=temperature, least=0.0)
+    assert ((drawn >= 0) & (drawn < V)).all()
+
+
+def test_a_compiler_may_have_arguments(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "cc -DNOTHING=1")
+    build.library.cache_clear()
+    try:
+        build.library()
+        assert len(list((tmp_path / "caddf").iterdir())) == 1
+    finally:
+        build.library.cache_clear()

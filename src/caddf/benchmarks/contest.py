@@ -254,7 +254,6 @@ def _peak(given: Conditions, entrant: Entrant, size: int, rounds: list[dict[str,
 
 def resident_peak(given: Conditions, entrant: Entrant, size: int) -> int:
     """Weights, and what one decoding adds to the resident memory of this process; run it in a `fresh` one."""
-    given = dataclasses.replace(given, compile="auto")  # or the memory of torch.compile would count
     contestant, prompts = given.roster()[entrant.model], given.beginnings
     weights = weights_held(contestant.network)
     decoder, task = entrant.build(contestant.network), _task(given, prompts, contestant, size, 0)

@@ -120,7 +120,7 @@ def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
 
     def size(*modules: nn.Module | None) -> int:
         whole = [p for module in modules if module is not None for p in module.parameters()]
-        return sum(min(p.nbytes, p.numel() * each) if p.ndim > 1 else p.nbytes for p in whole)
+        return sum(p.numel() * each if p.ndim > 1 else p.nbytes for p in whole)
 
     if isinstance(network, DualBranch):
         branch, config, causal = network.diffusion, network.config, 0

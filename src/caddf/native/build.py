@@ -6,9 +6,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -31,10 +33,10 @@ def library() -> ctypes.CDLL:
 
 
 def _built() -> Path:
-    compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None or shutil.which(compiler) is None:
-        raise BuildError(f"no C compiler ({', '.join(COMPILERS)}) is here" if compiler is None else f"no {compiler}")
-    made_of = "\n".join((SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _processor()))
+    compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, COMPILERS))[:1]
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise BuildError(f"no {compiler[0]}" if compiler else f"no C compiler ({', '.join(COMPILERS)}) is here")
+    made_of = "\n".join((SOURCE.read_text(), *compiler, *FLAGS, platform.machine(), _processor()))
     path = _cache() / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -44,15 +46,15 @@ def _built() -> Path:
     return path
 
 
-def _compile(compiler: str, made: Path) -> None:
+def _compile(compiler: list[str], made: Path) -> None:
     """With OpenMP where the compiler has it: torch has loaded its runtime already, and both share its threads."""
     said = ""
     for openmp in (["-fopenmp"], []):
-        command = [compiler, *FLAGS, *openmp, "-o", str(made), str(SOURCE), "-lm"]
+        command = [*compiler, *FLAGS, *openmp, "-o", str(made), str(SOURCE), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode == 0:
             return
-        said = next((line for line in done.stderr.splitlines() if "error" in line), f"{compiler} failed")
+        said = next((line for line in done.stderr.splitlines() if "error" in line), f"{compiler[0]} failed")
     raise BuildError(said.strip())
 
 
@@ -66,14 +68,12 @@ def _processor() -> str:
 
 
 def _cache() -> Path:
-    """The user's cache folder, or where that cannot be written to, one of this user in the temporary folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caddf"
-    try:
+    """The user's cache folder, or where that cannot be written to, a new one for this process alone."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "caddf"
+    with suppress(OSError):
         home.mkdir(parents=True, exist_ok=True)
         if os.access(home, os.W_OK):
             return home
-    except OSError:
-        pass
     return Path(tempfile.mkdtemp(prefix="caddf-"))
 
 

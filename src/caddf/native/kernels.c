@@ -578,7 +578,7 @@ static double draw(const Draft *d, float *logits, double u, double *q, int64_t *
     sure = 1 / total;
   }
   if (d->temperature == 0) {
-    while (logits[chosen] != top) chosen++;
+    while (chosen < n - 1 && logits[chosen] != top) chosen++;  // no number is the top of those that are none
     q[d->ids ? d->ids[chosen] : chosen] = 1;
   } else {
     v8 scale = all((float)(1 / d->temperature));
@@ -591,7 +591,7 @@ static double draw(const Draft *d, float *logits, double u, double *q, int64_t *
       if ((next = sum + mass(logits + chosen, BLOCK)) > below) break;
     for (int64_t end = chosen + BLOCK < n ? chosen + BLOCK - 1 : n - 1; chosen < end; chosen++)
       if ((sum += logits[chosen]) > below) break;
-    while (logits[chosen] == 0) chosen--;  // u total may round up
+    while (chosen > 0 && logits[chosen] == 0) chosen--;  // u total may round up
     if (d->ids)
       for (int64_t i = 0; i < n; i++) q[d->ids[i]] = logits[i] * share;
     else

@@ -228,41 +228,37 @@ class Native:
         self.model, self.kind = cast(Any, model), cast("Quantisation | None", getattr(model, "weights_kind", None))
         self.context = cast(int, model.config.context)  # type: ignore[union-attr]
         self.branch = cast(CausalBranch, model.causal)
+        diffusion, of = getattr(model, "diffusion", None), self.model.tokens_of
+        self.diffusion: DiffusionBranch | None = diffusion if diffusion is not None and diffusion.mutual else None
+        self.heads: dict[str, nn.Module] = {head: NativeHead(partial(of, head), self.kind) for head in self.model.heads}
+        if getattr(model, "draft_tokens", None) is not None:
+            self.heads["chain"] = NativeHead(self.model.small_table, self.kind)
         self._laid_out: tuple[tuple[int, int], ...] | None = None
-        self.refresh()
+        self._causal: StackPass | None = None
+        self._window: StackPass | None = None
+        self._chain: StackPass | None = None
+        library()  # raises
 
     def refresh(self) -> None:
-        """Lays the weights out for the kernels, where they have changed since that was done."""
+        """Lays the weights out for the kernels, if they have changed since that was done: with each new cache."""
         which = state_of(*self.model.parameters())
         if which == self._laid_out:
             return
-        self._laid_out, kind = which, self.kind
-        branch, diffusion, chain = (
-            self.branch,
-            getattr(self.model, "diffusion", None),
-            getattr(self.model, "chain", None),
-        )
-        exchange = [layer.cross for layer in diffusion.layers] if diffusion is not None and diffusion.mutual else []
-        weights = Weights(kind)
+        self._laid_out, branch, chain = which, self.branch, getattr(self.model, "chain", None)
+        exchange = [layer.cross for layer in self.diffusion.layers] if self.diffusion is not None else []
+        weights = Weights(self.kind)
         layers = [weights.layer(layer, False) for layer in branch.layers]
         self._causal = StackPass(weights, layers, branch.norm, self.context, exchange=exchange)
-        self._window: StackPass | None = None
-        self.diffusion: DiffusionBranch | None = diffusion if exchange else None
         if self.diffusion is not None:
-            self._window = _window_pass(Weights(kind), self.diffusion)
-        self._chain: StackPass | None = None
+            self._window = _window_pass(Weights(self.kind), self.diffusion)
         if isinstance(chain, DraftChain):
-            weights = Weights(kind)
+            weights = Weights(self.kind)
             join = (chain.before_norm, chain.join)
             self._chain = StackPass(weights, [weights.layer(chain.layer, False)], chain.norm, self.context, join)
-        of = self.model.tokens_of
-        self.heads: dict[str, nn.Module] = {head: NativeHead(partial(of, head), kind) for head in self.model.heads}
-        if getattr(self.model, "draft_tokens", None) is not None:
-            self.heads["chain"] = NativeHead(self.model.small_table, kind)
 
     @property
     def bytes(self) -> int:
-        """Of the matrices of all passes; those of a head are laid out when it is first read."""
+        """Of the matrices of all passes, once they are laid out; those of a head are when it is first read."""
         passes = [each for each in (self._causal, self._window, self._chain) if each is not None]
         return sum(each.weights.bytes for each in passes)
 
@@ -279,7 +275,7 @@ class Native:
 
     def causal(self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches) -> Float[Tensor, "B n D"] | None:
         """h_trans of `slots` over the causal branch's cache, and what the diffusion branch reads of it."""
-        if not _few(inputs) or (self.branch.table is not None and slots.upto > self.context):
+        if self._causal is None or not _few(inputs) or (self.branch.table is not None and slots.upto > self.context):
             return None
         x = F.embedding(inputs, self.branch.embedding.weight)
         if self.branch.table is not None:
@@ -331,16 +327,16 @@ class Native:
         (rows, count), width, small = u.shape, h_cad.shape[1], self.model.draft_tokens
         before = self.model.before(x, (start[:, None] + torch.arange(width)).expand(rows, -1))
         first = (n - start).clamp(0, width - 1)
-        head = cast(NativeHead, self.heads["draft" if small is None else "chain"])
+        head = cast(NativeHead, self.heads["draft" if small is None else "chain"]).tokens()
         table = self.diffusion.embedding.weight
         tokens, q = before.new_empty(rows, count), u.new_zeros(rows, count, self.model.vocab_size)
         h_cad, before, first, u = (given.contiguous() for given in (h_cad, before, first, u))
         drafted, (cos, sin) = torch.empty_like(first), cache.turns or (None, None)
         given = _Draft(
             rows, width, count, h_cad.data_ptr(), before.data_ptr(), first.data_ptr(), u.data_ptr(),
-            table.data_ptr(), head.tokens(), _address(small), self.model.vocab_size, temperature, least, _cache(cache),
+            table.data_ptr(), head, _address(small), self.model.vocab_size, temperature, least, _cache(cache),
             _address(cos), _address(sin), tokens.data_ptr(), q.data_ptr(), drafted.data_ptr(),
-            threads_for(self._chain.weights.bytes + 4 * head.tokens().out * table.shape[1], rows),
+            threads_for(self._chain.weights.bytes + 4 * head.out * table.shape[1], rows),
         )  # fmt: skip
         if library().caddf_draft(ctypes.addressof(self._chain.stack), ctypes.addressof(given)):
             raise MemoryError("the kernels' working memory could not be had")
