@@ -28,7 +28,7 @@ typedef struct {  // y = x W^T + b; W is in panels, filled up with zeros to whol
   const void *panels;
   const float *scales;  // of each output, filled up as W is; with INT8 alone
   const float *bias;
-  int64_t out, in, type;
+  int64_t out, in, type, far;  // far: the model is larger than caches are, and its weights come from memory
 } Map;
 
 typedef struct {  // layer norm; weight NULL: none at all
@@ -161,6 +161,12 @@ static inline v8 gelu(v8 x) {  // x sigmoid(2 u), which is the form with tanh(u)
   return x / (all(1.0f) + exponential(-u));
 }
 
+typedef struct {  // weights that are read next: from `at` on, so many lines of 64 bytes are asked for every STRIDE steps
+  const char *at;
+  int64_t lines;
+} Ahead;
+enum { STRIDE = 16 };
+
 // Linear maps over panels of 16 outputs: MR positions and NP panels, one running sum for each of their outputs. A step
 // holds either its inputs or its weights in registers, whichever are fewer.
 
@@ -178,13 +184,19 @@ static inline v8 gelu(v8 x) {  // x sigmoid(2 u), which is the form with tanh(u)
     v8 a = all(x[m * stride + k]);                                         \
     for (int o = 0; o < 2 * NP; o++) acc[m][o] = fused(a, b[o], acc[m][o]); \
   }
-#define TILE(MR, NP, HOLD, type, get)                                                                  \
-  static void tile_##type##_##MR(const type *w, int64_t in, const float *x, int64_t stride, float *sums) { \
+#define TILE(MR, NP, HOLD, type, get)                                                                     \
+  static void tile_##type##_##MR##_##NP(const void *panels, int64_t in, const float *x, int64_t stride, float *sums, Ahead *ahead) { \
+    const type *w = panels;                                                                            \
     v8 acc[MR][2 * NP];                                                                                \
     for (int m = 0; m < MR; m++)                                                                       \
       for (int o = 0; o < 2 * NP; o++) acc[m][o] = all(0.0f);                                          \
-    for (int64_t k = 0; k < in; k++) {                                                                 \
-      HOLD(MR, NP, get)                                                                                \
+    for (int64_t k = 0; k < in;) {                                                                     \
+      const char *soon = ahead->at;                                                                    \
+      ahead->at += ahead->lines * 64;                                                                  \
+      for (; soon < ahead->at; soon += 64) __builtin_prefetch(soon, 0, 2);                             \
+      for (int64_t end = k + STRIDE < in ? k + STRIDE : in; k < end; k++) {                            \
+        HOLD(MR, NP, get)                                                                              \
+      }                                                                                                \
     }                                                                                                  \
     for (int m = 0; m < MR; m++)                                                                       \
       for (int o = 0; o < 2 * NP; o++) store(sums + (m * 2 * NP + o) * 8, acc[m][o]);                  \
@@ -199,19 +211,21 @@ typedef int8_t byte;
 TILES(1, 4, HOLD_INPUTS)
 TILES(2, 2, HOLD_INPUTS)
 TILES(3, 2, HOLD_INPUTS)
+TILES(1, 1, HOLD_WEIGHTS)
+TILES(2, 1, HOLD_WEIGHTS)
+TILES(3, 1, HOLD_WEIGHTS)
 TILES(4, 1, HOLD_WEIGHTS)
 TILES(5, 1, HOLD_WEIGHTS)
 TILES(6, 1, HOLD_WEIGHTS)
 
-enum { TALLEST = 6 };
-typedef void (*TileFloat)(const float *, int64_t, const float *, int64_t, float *);
-typedef void (*TileHalf)(const half *, int64_t, const float *, int64_t, float *);
-typedef void (*TileByte)(const byte *, int64_t, const float *, int64_t, float *);
-static const TileFloat tiles_float[] = {tile_float_1, tile_float_2, tile_float_3, tile_float_4, tile_float_5, tile_float_6};
-static const TileHalf tiles_half[] = {tile_half_1, tile_half_2, tile_half_3, tile_half_4, tile_half_5, tile_half_6};
-static const TileByte tiles_byte[] = {tile_byte_1, tile_byte_2, tile_byte_3, tile_byte_4, tile_byte_5, tile_byte_6};
+enum { TALLEST = 6, NEAR = 64 << 10 };
+typedef void (*Tile)(const void *, int64_t, const float *, int64_t, float *, Ahead *);
+#define THESE(type)                                                                                                \
+  {{tile_##type##_1_4, tile_##type##_2_2, tile_##type##_3_2, tile_##type##_4_1, tile_##type##_5_1, tile_##type##_6_1}, \
+   {tile_##type##_1_1, tile_##type##_2_1, tile_##type##_3_1, tile_##type##_4_1, tile_##type##_5_1, tile_##type##_6_1}}
+static const Tile tiles[3][2][TALLEST] = {THESE(float), THESE(half), THESE(byte)};  // by type, whether narrow, positions
+static const int64_t panels_of[2][TALLEST] = {{4, 2, 2, 1, 1, 1}, {1, 1, 1, 1, 1, 1}};
 static const int64_t bytes_of[] = {4, 2, 1};
-static const int panels_of[] = {4, 2, 2, 1, 1, 1};
 
 enum { PLAIN, GELU, ADD };
 
@@ -223,23 +237,25 @@ static inline v8 finished(v8 sum, const float *scales, const float *bias, const 
 
 // Outputs `from` to `to`, of which `from` begins a panel, of `rows` positions; ADD adds to what is there.
 static void map_part(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t from, int64_t to) {
-  for (int64_t low = from; low < to; low += 64) {  // a few panels stay in a near cache while all positions pass over them
-    int64_t high = low + 64 < to ? low + 64 : to;
+  // A few panels stay in a near cache while all positions pass over them, and those behind are fetched meanwhile.
+  int64_t wide = f->in * bytes_of[f->type], last = (rows - 1) % TALLEST, steps = 0;
+  int narrow = rows > TALLEST && panels_of[0][last] * 16 * wide > 2 * NEAR;
+  const int64_t *panels = panels_of[narrow];
+  int64_t block = 64;
+  while (block > 16 * panels[last] && block * wide > NEAR) block /= 2;
+  for (int64_t m = 0; m < rows; m += TALLEST) steps += block / 16 / panels[rows - m > TALLEST ? TALLEST - 1 : rows - m - 1];
+  int64_t lines = rows < 4 || !f->far ? 0 : (block * wide / 64 * STRIDE + steps * f->in - 1) / (steps * f->in);
+  for (int64_t low = from; low < to; low += block) {
+    int64_t high = low + block < to ? low + block : to;
+    Ahead ahead = {(const char *)f->panels + high * wide, high < to ? lines : 0};
     for (int64_t m = 0, mr; m < rows; m += mr) {
       mr = rows - m < TALLEST ? rows - m : TALLEST;
-      for (int64_t o = low; o < high; o += 16 * panels_of[mr - 1]) {
+      for (int64_t o = low, each = 16 * panels[mr - 1]; o < high; o += each) {
         float sums[TALLEST * 16];
-        int panels = panels_of[mr - 1];
-        const char *panel = (const char *)f->panels + o * f->in * bytes_of[f->type];
-        if (f->type == FLOAT32)
-          tiles_float[mr - 1]((const float *)panel, f->in, x + m * f->in, f->in, sums);
-        else if (f->type == BFLOAT16)
-          tiles_half[mr - 1]((const half *)panel, f->in, x + m * f->in, f->in, sums);
-        else
-          tiles_byte[mr - 1]((const byte *)panel, f->in, x + m * f->in, f->in, sums);
+        tiles[f->type][narrow][mr - 1]((const char *)f->panels + o * wide, f->in, x + m * f->in, f->in, sums, &ahead);
         for (int64_t i = 0; i < mr; i++) {
-          float *row = y + (m + i) * f->out, *sum = sums + i * 16 * panels;
-          int64_t count = high - o < 16 * panels ? high - o : 16 * panels, j = 0;
+          float *row = y + (m + i) * f->out, *sum = sums + i * each;
+          int64_t count = high - o < each ? high - o : each, j = 0;
           for (; j + 8 <= count; j += 8)
             store(row + o + j, finished(load(sum + j), f->scales ? f->scales + o + j : NULL,
                                         f->bias ? f->bias + o + j : NULL, row + o + j, then));

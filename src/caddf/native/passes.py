@@ -28,6 +28,10 @@ WIDEST = 96
 """Most positions of a pass; beyond, matrix products of many rows are the faster ones."""
 ALONE = 1 << 20
 """Bytes of weights below which a pass is one thread's: others would wait longer than they work."""
+NEAR = 24 << 20
+"""Bytes of a model up to which its weights stay in a processor's caches; beyond, they are fetched ahead."""
+KINDS: tuple[Quantisation | None, ...] = (None, "bf16", "int8")
+"""Of weights, each of half the bytes of the one before."""
 
 Biases = tuple[Tensor, Tensor] | None
 """Slopes and sides of an attention's heads (`layers.nearest`)."""
@@ -38,7 +42,7 @@ _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 class _Map(ctypes.Structure):
     _fields_ = (
         ("panels", _pointer), ("scales", _pointer), ("bias", _pointer), ("out", _number), ("in", _number),
-        ("type", _number),
+        ("type", _number), ("far", _number),
     )  # fmt: skip
 
 
@@ -91,11 +95,12 @@ class _Draft(ctypes.Structure):
 class Weights:
     """Structures of C that point to weights, and what must live as long as they do.
 
-    Matrices are copied into panels, of the `kind` that they were rounded to (None: float32).
+    Matrices are copied into panels, of the `kind` that they were rounded to (None: float32). `far` says that the model
+    they are of is larger than caches are.
     """
 
-    def __init__(self, kind: Quantisation | None = None) -> None:
-        self.kind, self.bytes = kind, 0
+    def __init__(self, kind: Quantisation | None = None, far: bool = False) -> None:
+        self.kind, self.far, self.bytes = kind, far, 0
         self.kept: list[Any] = []
 
     def map(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None) -> _Map:
@@ -109,8 +114,8 @@ class Weights:
         panels = F.pad(weight, (0, 0, 0, -out % 64)).view(-1, 16, width).transpose(1, 2).contiguous()
         self.kept += [panels, scales, bias]
         self.bytes += panels.numel() * panels.element_size()
-        which = (None, "bf16", "int8").index(self.kind)
-        return _Map(panels.data_ptr(), _address(scales), _address(bias), out, width, which)
+        which = KINDS.index(self.kind)
+        return _Map(panels.data_ptr(), _address(scales), _address(bias), out, width, which, self.far)
 
     def linear(self, module: nn.Linear) -> _Map:
         """That of a module."""
@@ -226,13 +231,17 @@ class Native:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.kind = cast(Any, model), cast("Quantisation | None", getattr(model, "weights_kind", None))
+        size = sum(p.numel() for p in model.parameters()) * (4 >> KINDS.index(self.kind))
+        self.weights = partial(Weights, self.kind, size > NEAR)
         self.context = cast(int, model.config.context)  # type: ignore[union-attr]
         self.branch = cast(CausalBranch, model.causal)
         diffusion, of = getattr(model, "diffusion", None), self.model.tokens_of
         self.diffusion: DiffusionBranch | None = diffusion if diffusion is not None and diffusion.mutual else None
-        self.heads: dict[str, nn.Module] = {head: NativeHead(partial(of, head), self.kind) for head in self.model.heads}
+        self.heads: dict[str, nn.Module] = {
+            head: NativeHead(partial(of, head), self.weights) for head in self.model.heads
+        }
         if getattr(model, "draft_tokens", None) is not None:
-            self.heads["chain"] = NativeHead(self.model.small_table, self.kind)
+            self.heads["chain"] = NativeHead(self.model.small_table, self.weights)
         self._laid_out: tuple[tuple[int, int], ...] | None = None
         self._causal: StackPass | None = None
         self._window: StackPass | None = None
@@ -246,13 +255,13 @@ class Native:
             return
         self._laid_out, branch, chain = which, self.branch, getattr(self.model, "chain", None)
         exchange = [layer.cross for layer in self.diffusion.layers] if self.diffusion is not None else []
-        weights = Weights(self.kind)
+        weights = self.weights()
         layers = [weights.layer(layer, False) for layer in branch.layers]
         self._causal = StackPass(weights, layers, branch.norm, self.context, exchange=exchange)
         if self.diffusion is not None:
-            self._window = _window_pass(Weights(self.kind), self.diffusion)
+            self._window = _window_pass(self.weights(), self.diffusion)
         if isinstance(chain, DraftChain):
-            weights = Weights(self.kind)
+            weights = self.weights()
             join = (chain.before_norm, chain.join)
             self._chain = StackPass(weights, [weights.layer(chain.layer, False)], chain.norm, self.context, join)
 
@@ -365,9 +374,9 @@ def _few(positions: Tensor) -> bool:
 class NativeHead(nn.Module):
     """A head's logits: through the kernels for a few states, whose bits do not depend on how many are read together."""
 
-    def __init__(self, table: Callable[[], Float[Tensor, "V D"]], kind: Quantisation | None = None) -> None:
+    def __init__(self, table: Callable[[], Float[Tensor, "V D"]], weights: Callable[[], Weights] = Weights) -> None:
         super().__init__()
-        self.table, self.kind = table, kind
+        self.table, self.weights = table, weights
         self.held: tuple[tuple[tuple[int, int], ...], Weights, _Map] | None = None
 
     def tokens(self) -> _Map:
@@ -375,7 +384,7 @@ class NativeHead(nn.Module):
         table = self.table()
         which = state_of(table)
         if self.held is None or self.held[0] != which:
-            weights = Weights(self.kind)
+            weights = self.weights()
             self.held = (which, weights, weights.map(table))
         return self.held[2]
 
