@@ -55,8 +55,14 @@ def by_enumeration(model: DualBranch, x0: Tensor, block: int, target: str) -> Te
         model.log_probs(states, where, head).exp().view(len(paths), n, V).gather(-1, paths[..., None])[..., 0]
         for head in (target, "draft")  # type: ignore[arg-type]
     )
-    # Of all paths: those of the first j tokens are there V**(n-j) times over.
-    return torch.stack([torch.minimum(p, q)[:, :j].prod(-1).sum() / V ** (n - j) for j in range(1, n + 1)])
+    # What can stand of a path is no more than is drafted of it, and than the target makes of what stands before.
+    kept, reached = torch.ones(len(paths), dtype=p.dtype), []
+    for j in range(n):
+        kept = torch.minimum(q[:, : j + 1].prod(-1), kept * p[:, j])
+        reached.append(
+            kept.sum() / V ** (n - 1 - j)
+        )  # of all paths: those of j + 1 tokens are there so many times over
+    return torch.stack(reached)
 
 
 @pytest.mark.parametrize("target", TARGETS)

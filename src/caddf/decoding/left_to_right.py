@@ -62,6 +62,11 @@ class Plan:
             end = start + size
         return start, torch.minimum(end, self.task.lengths)
 
+    def needed(self, end: Int[Tensor, " B"], branches: int = 2) -> Int[Tensor, " B"]:
+        """Token-positions of an evaluation up to `end` without caches; of a template the second branch reads all."""
+        beyond = self.task.lengths if isinstance(self.pattern, Infill) else end
+        return end if branches == 1 else end + beyond
+
 
 def first_open(task: Task, x: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
     """Each row's first position that is still to be filled, T where there is none."""
@@ -135,7 +140,8 @@ class FullReader:
             self.plan.task.tokens if isinstance(self.plan.pattern, Infill) else torch.full_like(x, self.model.mask_id)
         )
         branches = 1 if self.plan.head == "causal" else 2
-        self.counts.add(rows, causal=1, diffusion=branches - 1, computed=branches * end, needed=branches * end)
+        needed = self.plan.needed(end, branches)
+        self.counts.add(rows, causal=1, diffusion=branches - 1, computed=needed, needed=needed)
         return self._read(x, canvas, self.plan.pattern, self.plan.head, n, end, rows), None
 
     def look(
@@ -143,7 +149,8 @@ class FullReader:
     ) -> tuple[tuple[Tensor, Tensor, int], None]:
         """Only remembers the canvas and the windows."""
         start, end = self.plan.window(n, size)
-        self.counts.add(rows, causal=1, diffusion=1, computed=2 * end, needed=2 * end)
+        needed = self.plan.needed(end)
+        self.counts.add(rows, causal=1, diffusion=1, computed=needed, needed=needed)
         return (x, start, size), None
 
     def drafts(
@@ -259,7 +266,7 @@ class CachedReader:
         if fused:
             state = self._see(state, x, n, rows)
             states = self.model.fuse(states, positions.clamp(max=x.shape[1] - 1), state.caches, state.seen)
-        self.counts.add(rows, needed=(2 if fused else 1) * end)
+        self.counts.add(rows, needed=self.plan.needed(end, 2 if fused else 1))
         return self._log_probs(states, positions, n, end, rows, self.plan.head), state
 
     def look(
@@ -267,7 +274,7 @@ class CachedReader:
     ) -> tuple[Window, Progress]:
         """Encodes the window; a block of which nothing stands yet has been seen by the target already."""
         start, end = self.plan.window(n, size)
-        self.counts.add(rows, needed=2 * end)
+        self.counts.add(rows, needed=self.plan.needed(end))
         if self.plan.head == "fused":
             state = self._see(state, x, n, rows)
         if isinstance(self.plan.pattern, Infill):

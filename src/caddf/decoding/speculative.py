@@ -1,4 +1,4 @@
-"""Lossless block speculation: the diffusion branch drafts, the target verifies (Leviathan et al. 2023)."""
+"""Lossless block speculation: the diffusion branch drafts, the target verifies (`verification`)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,9 @@ from torch import Tensor
 from caddf.categorical import inverse_cdf
 from caddf.decoding.left_to_right import Plan, Reader, Target, first_open, reader_for
 from caddf.decoding.task import Counts, Frame, Task
+from caddf.decoding.verification import residual, verify
 from caddf.errors import InputError
 from caddf.interface import LanguageModel
-
-
-def verify(p: Float[Tensor, "B n"], q: Float[Tensor, "B n"], u: Float[Tensor, "B n"]) -> Bool[Tensor, "B n"]:
-    """Accepts drafts of probabilities p and q with probability min(1, p/q).
-
-    With `residual` for the rest, what stands is distributed as p.
-    """
-    return u * q < p
-
-
-def residual(p: Float[Tensor, "B V"], q: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-    """(p - q)+, unnormalised: what a rejected draft is replaced from; p itself where nothing was drafted (q = 0)."""
-    rest = (p - q).clamp(min=0)
-    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p = q up to rounding: nothing is left of it
 
 
 @dataclass(frozen=True)
@@ -71,18 +58,16 @@ class Speculative:
             # drafts it is read there too, for one token more.
             shown = torch.where(rows, torch.minimum(end + 1, task.lengths if plan.sliding else whole), n)
             log_p, state = reader.target(state, x, n, shown, rows)
-            u = task.generators.uniform(drafting).to(x.device)
+            p, u = task.warp(log_p), task.generators.uniform(drafting).to(x.device)
             drafted = _at(x, place).clamp(max=model.vocab_size - 1)
-            p_d, q_d = task.warp.of(log_p[:, :count], drafted), q.gather(-1, drafted[..., None])[..., 0]
-            accepted = (~drafting | verify(p_d, q_d, u)) & (place < end[:, None])
-            stop = n + accepted.long().cumprod(1).sum(1)
+            stands, share = verify(p, q, drafted, drafting, end - n, u)
+            stop = n + stands
 
             # Correct the first rejected draft, or add the bonus token; drafts behind it are forgotten.
             more = (stop < shown) & _at(wanted, stop[:, None])[:, 0]
-            p_stop = task.warp(_row(log_p, stop - n))
-            q_stop = _row(q, stop - n) * (stop < n + count)[:, None] if count else torch.zeros_like(p_stop)
+            q_stop = _row(q, stands) * (stop < end)[:, None] if count else torch.zeros_like(p[:, 0])
             u = task.generators.uniform(more).to(x.device)
-            token = inverse_cdf(residual(p_stop, q_stop), u)
+            token = inverse_cdf(residual(share[:, None] * _row(p, stands), q_stop), u)
             drafts = torch.where((at >= n[:, None]) & (at < end[:, None]) & wanted, x, task.mask_id)
             x = torch.where(wanted & (at >= stop[:, None]) & rows[:, None], task.mask_id, x)
             here = (at == stop[:, None]) & more[:, None]

@@ -1,11 +1,10 @@
 """How many drafts stand: what a round of speculation is worth, without a decoder.
 
-A round drafts d_1 .. d_n and accepts d_j with probability min(1, p/q), as long as all before it were (Leviathan et al.
-2023). So the first j stand with probability
+Of drafts d_1 .. d_n at least the first j stand with probability s_j (`decoding.verification`), so that of all rounds
 
-    E_q [ prod_{i<j} min(1, p(d_i) / q(d_i)) * sum_v min(p(v), q(v)) ]
+    E_q [ sum_v min(s_{j-1} p(v), q(v)) ]
 
-along drafts drawn from q, p and q being read behind d_1 .. d_{j-1}: the last acceptance is integrated out.
+keep j or more, along drafts drawn from q, p and q being read behind d_1 .. d_{j-1}: the last draft is integrated out.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from caddf.categorical import Warp, inverse_cdf
+from caddf.decoding.verification import shares
 from caddf.errors import InputError
 from caddf.evaluation.likelihood import Model, Noise, at_least_one, checked, uniform
 from caddf.interface import Block, Head, Incremental, LanguageModel
@@ -115,8 +115,7 @@ def _reached(
     drafted = window[:, size - n :]
     q, p = torch.cat(parts, 1), warp(read(x, drafted, target))
     p_d, q_d = (probs.gather(-1, x.gather(1, drafted)[..., None])[..., 0] for probs in (p, q))
-    stands = (p_d / q_d).clamp(max=1).cumprod(1)
-    return F.pad(stands, (1, 0), value=1.0)[:, :-1] * torch.minimum(p, q).sum(-1)
+    return torch.minimum(shares(p_d, q_d)[:, :-1, None] * p, q).sum(-1)
 
 
 Reading = Callable[[Int[Tensor, "m T"], Int[Tensor, "m j"], Head], Float[Tensor, "m j V"]]
