@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -339,3 +340,91 @@ def test_a_compiler_may_have_arguments(monkeypatch, tmp_path):
         assert len(list((tmp_path / "caddf").iterdir())) == 1
     finally:
         build.library.cache_clear()
+
+
+class Stepwise:
+    """Nothing of a whole round: every reading is asked for by itself."""
+
+    def rounds(self, *_, **__):
+        return None
+
+
+ROUNDS = {
+    "autoregressive": (dual, Autoregressive()),
+    "of a model of one branch": (gpt2, Autoregressive()),
+    "drafts": (dual, Speculative()),
+    "few drafts": (dual, Speculative(block_size=2)),
+    "no drafts": (dual, Speculative(block_size=1)),
+    "unsure drafts": (dual, Speculative(least=0.2)),
+    "a context that slides": (lambda: dual(context=24), Speculative(block_size=4)),
+    "a small vocabulary": (lambda: dual(draft_vocab=40), Speculative()),
+    "odd widths": (odd, Speculative()),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("prompt", [0, 9])
+@pytest.mark.parametrize("kind", ROUNDS)
+@torch.inference_mode()
+def test_a_round_is_what_its_steps_are(kind, prompt, temperature, monkeypatch):
+    """Rows of unequal length, one of which meets its end early: the same tokens, marks and counts, frame by frame."""
+    make, decoder = ROUNDS[kind]
+    model, x, lengths = native.attach(make()), tokens(3), torch.tensor([T, T - 5, T - 1])
+    x[:, prompt:] = V
+
+    def early(rows: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([False, False, True]) & (rows[:, prompt + 20] != V)
+
+    written = []
+    for stepwise in (False, True):
+        with monkeypatch.context() as patch:
+            if stepwise:
+                patch.setattr(type(model), "rounds", Stepwise.rounds)
+            task = Task(x, lengths, V, RowGenerators(0, 3), Warp(temperature=temperature), finished=early)
+            frames = [replace(frame, counts=frame.counts.copy()) for frame in decoder(model, task)]
+        written.append(frames)
+    assert len(written[0]) == len(written[1]) > 4
+    for whole, steps in zip(*written, strict=True):
+        for name in ("tokens", "fresh", "drafts", "corrected"):
+            one, two = getattr(whole, name), getattr(steps, name)
+            assert (one is None and two is None) or torch.equal(one, two), name
+        assert torch.equal(whole.counts.all, steps.counts.all)
+    assert written[0][-1].tokens[:2].unique().numel() > 1 + 4 * bool(temperature)
+
+
+@torch.inference_mode()
+def test_rounds_of_a_row_are_its_own():
+    model, x, lengths = native.attach(dual()), tokens(3), [T, T - 5, T - 1]
+    x[:, 9:] = V
+    *_, together = Speculative()(model, Task(x, torch.tensor(lengths), V, RowGenerators(0, 3)))
+    for row, length in enumerate(lengths):
+        task = Task(x[row : row + 1, :length], torch.tensor([length]), V, RowGenerators(0, [row]))
+        *_, alone = Speculative()(model, task)
+        assert torch.equal(alone.tokens[0], together.tokens[row, :length])
+        assert torch.equal(alone.counts.all[:, 0], together.counts.all[:, row])
+
+
+@pytest.mark.parametrize("block_size", [2, 5])
+@torch.inference_mode()
+def test_rounds_draw_the_target(block_size):
+    """Chi-squared over all texts of three tokens, which fails by chance once in a million times."""
+    torch.manual_seed(2)
+    branch = BranchConfig(1, 16, 2)
+    model = loud(DualBranch(ModelConfig(3, T, branch, branch, embeddings="tied", draft="chained", block_size=4)))
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    rows, texts = 8, torch.cartesian_prod(*[torch.arange(3)] * 3)
+    states, _ = model(texts, torch.full_like(texts, 3), Block(3))
+    log_p = -model.nll(states, torch.ones_like(texts, dtype=torch.bool), texts, "causal").view(-1, 3).sum(1)
+    expected, seen = log_p.double().exp(), torch.zeros(27)
+    native.attach(model)
+    for batch in range(500):
+        generators = RowGenerators(0, range(batch * rows, batch * rows + rows))
+        empty = torch.full((rows, 3), 3)
+        *_, last = Speculative(block_size=block_size)(model, Task(empty, torch.full((rows,), 3), 3, generators))
+        seen += torch.bincount((last.tokens * torch.tensor([9, 3, 1])).sum(1), minlength=27)
+    kept = expected * 500 * rows >= 5
+    seen, expected = (torch.cat([each[kept], each[~kept].sum()[None]]) for each in (seen, expected * 500 * rows))
+    statistic = ((seen - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    assert kept.sum() > 9
+    assert float(torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2).double(), statistic / 2)) > 1e-6

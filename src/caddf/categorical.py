@@ -99,6 +99,12 @@ class RowGenerators:
         indices = range(rows) if isinstance(rows, int) else rows
         self.generators = [torch.Generator().manual_seed(seed + r) for r in indices]
 
+    def several(self, rows: Bool[Tensor, " B"], count: int) -> Float[Tensor, "B n"]:
+        """As many uniforms of each of the marked rows, and 0 for others."""
+        if len(self.generators) == 1 and rows.item():
+            return torch.rand(1, count, dtype=torch.float64, generator=self.generators[0])
+        return self.uniform(rows[:, None].expand(-1, count))
+
     def uniform(self, where: Bool[Tensor, " B *N"]) -> Float[Tensor, " B *N"]:
         """Uniforms in [0, 1), float64 on the CPU, at the marked places and 0 elsewhere.
 

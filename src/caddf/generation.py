@@ -273,6 +273,9 @@ def _stream(
         """A row whose new text, up to its first open position, holds `<|endoftext|>` or a stop string."""
         if filling:
             return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        ended = ((x == eos_id) & wanted).any(1)
+        if not stop and not ended.any():
+            return ended
         reached = (x != mask_id).long().cumprod(1).bool() & wanted
         ended = (reached & (x == eos_id)).any(1)
         for r in range(len(x)) if stop else ():

@@ -99,6 +99,36 @@ class LanguageModel(Protocol):
         """`-log_probs` (nats) of `targets` at the positions in `where`, without keeping all logits in memory."""
 
 
+@dataclass(frozen=True)
+class Round:
+    """What one round of left-to-right decoding made of its rows.
+
+    tokens: what stands, `[M]` behind it.
+    fresh: what of it was filled in.
+    drafts: what was drafted, `[M]` elsewhere.
+    corrected: where a token stands in place of a rejected draft.
+    n: the first open positions, T where there is none.
+    read: how many slots of the caches hold.
+    work: passes of the causal and the diffusion branch, token-positions that they read and would have without caches,
+        and rounds, of each row (`decoding.task.Counts`).
+    """
+
+    tokens: Int[Tensor, "B T"]
+    fresh: Bool[Tensor, "B T"]
+    drafts: Int[Tensor, "B T"]
+    corrected: Bool[Tensor, "B T"]
+    n: Int[Tensor, " B"]
+    read: Int[Tensor, " B"]
+    work: Int[Tensor, "5 B"]
+
+
+Rounds = Callable[
+    [Int[Tensor, "B T"], Int[Tensor, " B"], Bool[Tensor, " B"], Int[Tensor, " B"], Float[Tensor, "B 2k+1"]], Round
+]
+"""`(tokens, n, rows, read, u)`: one round of `rows`, of which n are the first open positions and the slots below `read`
+hold, all before n among them. `u` are uniforms: k for drafts, k for their verification, one for the token behind."""
+
+
 class Incremental(LanguageModel, Protocol):
     """A model that also reads left to right piece by piece, over caches that the caller holds.
 
@@ -164,6 +194,14 @@ class Incremental(LanguageModel, Protocol):
         Gives the tokens, by inverse CDF of the uniforms `u`, q (float64), and how many are to be verified: drafting
         ends when the product of the largest draft probabilities falls below `least`, never without a draft. None where
         the model draws nothing itself.
+        """
+
+    def rounds(
+        self, lengths: Int[Tensor, " B"], size: int, caches: Any, *, temperature: float, least: float
+    ) -> Rounds | None:
+        """Whole rounds of the causal target over `caches`, for rows of these lengths; None where the model has none.
+
+        Windows of `size` slide (`decoding.speculative`); with size 0 a round is one token, and nothing is drafted.
         """
 
 

@@ -31,10 +31,16 @@ class Autoregressive:
         plan = Plan.of(model, task, self.target, self.block_size or model.block_size)
         reader = reader_for(model, plan, counts, drafting=False, cache=self.cache)
         state, at = reader.start(), torch.arange(x.shape[1], device=x.device)
-        while (rows := ((n := first_open(task, x)) < x.shape[1]) & ~task.finished(x)).any():
+        n = first_open(task, x)
+        while (rows := (n < x.shape[1]) & ~task.finished(x)).any():
+            if (done := reader.round(state, x, n, rows)) is not None:
+                one, state = done
+                x, n = one.tokens, one.n
+                yield Frame(x, one.fresh, counts)
+                continue
             log_p, state = reader.target(state, x, n, n + 1, rows)
-            u = task.generators.uniform(rows).to(x.device)
-            where = (at == n[:, None]) & rows[:, None]
+            u, where = task.generators.uniform(rows).to(x.device), (at == n[:, None]) & rows[:, None]
             x = torch.where(where, task.warp.draw(log_p[:, 0], u)[:, None], x)
+            n = first_open(task, x)
             counts.add(rows, rounds=1)
             yield Frame(x, where, counts)

@@ -17,7 +17,7 @@ from torch import Tensor
 from caddf.categorical import Warp
 from caddf.decoding.task import Counts, Task
 from caddf.errors import InputError
-from caddf.interface import Block, Head, Incremental, Infill, LanguageModel
+from caddf.interface import Block, Head, Incremental, Infill, LanguageModel, Round, Rounds
 
 Target = Literal["causal", "fused"]
 
@@ -117,6 +117,20 @@ class Reader(Protocol):
     ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
         """Up to m chained drafts from n on at one go, where the model can: tokens, q, how many are to be verified."""
 
+    def round(
+        self,
+        state: Any,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+        size: int = 0,
+        least: float = 0.0,
+    ) -> tuple[Round, Any] | None:
+        """A whole round, where the model can: what the other readings lead to, from the same uniforms.
+
+        Windows are of `size`; 0: one token of each row, and no drafts.
+        """
+
     def keep(self, state: Any, below: Int[Tensor, " B"]) -> Any:
         """Only slots below `below` still hold: the tokens that later ones read have changed."""
 
@@ -178,6 +192,9 @@ class FullReader:
     ) -> None:
         """The reference drafts step by step."""
 
+    def round(self, state: None, x: Tensor, n: Tensor, rows: Tensor, size: int = 0, least: float = 0.0) -> None:
+        """The reference works step by step."""
+
     def keep(self, state: None, below: Int[Tensor, " B"]) -> None:
         """Nothing is kept."""
 
@@ -209,7 +226,8 @@ class Progress:
     """What a cached reader has read: caches whose slots below `read` hold, and the canvas that the target sees.
 
     `seen_start` is the first position of the block that `seen` is of, -1 where there is none yet. `chain` is the cache
-    of the drafts of one window, of which the next makes use again.
+    of the drafts of one window, of which the next makes use again, and `rounds` the model's own rounds, None until they
+    were asked for; `settled` says that every slot before a row's first open position has been read.
     """
 
     caches: Any
@@ -217,6 +235,8 @@ class Progress:
     seen: Any
     seen_start: Int[Tensor, " B"]
     chain: Any = None
+    rounds: tuple[Rounds | None] | None = None
+    settled: bool = False
 
 
 @dataclass(frozen=True)
@@ -331,6 +351,35 @@ class CachedReader:
         return self.model.draw_drafts(
             look.seen, x, look.start, n, u, look.chain, temperature=warp.temperature, least=least
         )
+
+    def round(
+        self,
+        state: Progress,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+        size: int = 0,
+        least: float = 0.0,
+    ) -> tuple[Round, Progress] | None:
+        """By the model itself, where the target is causal and the warp but a temperature."""
+        task = self.plan.task
+        if self.plan.head != "causal" or not task.warp.plain or (size and not self.plan.chained):
+            return None
+        if state.rounds is None:
+            made = self.model.rounds(task.lengths, size, state.caches, temperature=task.warp.temperature, least=least)
+            state = replace(state, rounds=(made,))
+        assert state.rounds is not None
+        (rounds,) = state.rounds
+        if rounds is None:
+            return None
+        if not state.settled:
+            if bool((self.plan.window(n, size)[1] > n)[rows].any()):  # drafts see what stands before them
+                state = self._catch_up(state, x, (n - 1).clamp(min=0), rows)
+            if bool((state.read < n)[rows].any()):
+                return None
+        done = rounds(x, n, rows, state.read, task.generators.several(rows, 2 * size + 1))
+        self.counts.all.add_(done.work)
+        return done, replace(state, read=done.read, settled=True)
 
     def keep(self, state: Progress, below: Int[Tensor, " B"]) -> Progress:
         """Going back is a smaller number."""

@@ -45,34 +45,40 @@ class Speculative:
         plan = Plan.of(model, task, self.target, size)
         reader = reader_for(model, plan, counts, drafting=True, cache=self.cache)
         state = reader.start()
-        while (rows := ((n := first_open(task, x)) < x.shape[1]) & ~task.finished(x)).any():
-            before = x
+        n = first_open(task, x)
+        while (rows := (n < x.shape[1]) & ~task.finished(x)).any():
+            if (done := reader.round(state, x, n, rows, size, self.least)) is not None:
+                one, state = done
+                x, n = one.tokens, one.n
+                yield Frame(x, one.fresh, counts, one.drafts, one.corrected)
+                continue
+            before, whole = x, torch.where(rows, plan.window(n, size)[1], n)
+            place = n[:, None] + torch.arange(m := int((whole - n).max()), device=x.device)
+            drafting = (place < whole[:, None]) & _at(wanted, place)
+            u = task.generators.several(rows, 2 * size + 1).to(x.device)
 
             # Draft: q at the masked positions of the window, all at once, or one after the other where drafts chain.
-            look, state = reader.look(state, x, n, size, rows)
-            whole = torch.where(rows, plan.window(n, size)[1], n)
-            x, q, place, drafting, end = self._draft(model, plan, reader, look, x, n, whole, rows)
-            count = q.shape[1]
+            look, state = reader.look(state, x, n, size, rows) if m else (None, state)
+            x, q, drafting, end = self._draft(model, plan, reader, look, x, place, drafting, whole, rows, u[:, :m])
+            place, count = place[:, : q.shape[1]], q.shape[1]
 
             # Verify in one pass of the target; what is given counts as accepted. Where the target is known behind the
             # drafts it is read there too, for one token more.
             shown = torch.where(rows, torch.minimum(end + 1, task.lengths if plan.sliding else whole), n)
             log_p, state = reader.target(state, x, n, shown, rows)
-            p, u = task.warp(log_p), task.generators.uniform(drafting).to(x.device)
-            drafted = _at(x, place).clamp(max=model.vocab_size - 1)
-            stands, share = verify(p, q, drafted, drafting, end - n, u)
+            p, drafted = task.warp(log_p), _at(x, place).clamp(max=model.vocab_size - 1)
+            stands, share = verify(p, q, drafted, drafting, end - n, u[:, size : size + count])
             stop = n + stands
 
             # Correct the first rejected draft, or add the bonus token; drafts behind it are forgotten.
             more = (stop < shown) & _at(wanted, stop[:, None])[:, 0]
             q_stop = _row(q, stands) * (stop < end)[:, None] if count else torch.zeros_like(p[:, 0])
-            u = task.generators.uniform(more).to(x.device)
-            token = inverse_cdf(residual(share[:, None] * _row(p, stands), q_stop), u)
+            token = inverse_cdf(residual(share[:, None] * _row(p, stands), q_stop), u[:, -1])
             drafts = torch.where((at >= n[:, None]) & (at < end[:, None]) & wanted, x, task.mask_id)
             x = torch.where(wanted & (at >= stop[:, None]) & rows[:, None], task.mask_id, x)
             here = (at == stop[:, None]) & more[:, None]
             x = torch.where(here, token[:, None], x)
-            state = reader.keep(state, stop + 1)
+            state, n = reader.keep(state, stop + 1), first_open(task, x)
             counts.add(rows, rounds=1)
             yield Frame(x, (x != before) & rows[:, None], counts, drafts, here & (stop < end)[:, None])
 
@@ -83,24 +89,24 @@ class Speculative:
         reader: Reader,
         look: Any,
         x: Int[Tensor, "B T"],
-        n: Int[Tensor, " B"],
+        place: Int[Tensor, "B m"],
+        drafting: Bool[Tensor, "B m"],
         end: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
-    ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B m V"], Int[Tensor, "B m"], Bool[Tensor, "B m"], Int[Tensor, " B"]]:
-        """`x` with drafts from n to `end - 1`, q (0 where nothing is drafted), their places, which are drafts, the end.
+        u: Float[Tensor, "B m"],
+    ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B j V"], Bool[Tensor, "B j"], Int[Tensor, " B"]]:
+        """`x` with drafts at the places that are `drafting`, q (0 elsewhere), which are drafts, and their end.
 
-        The end comes sooner where drafts are less sure than `least`.
+        The end comes sooner, and j <= m, where drafts are less sure than `least`.
         """
-        task, count, j = plan.task, int((end - n).max()), 0
-        place = n[:, None] + torch.arange(count, device=x.device)
-        drafting = (place < end[:, None]) & _at(task.wanted, place)
-        u = task.generators.uniform(drafting).to(x.device)
-        if plan.chained and (drawn := reader.chain(look, x, n, u, task.warp, self.least)) is not None:
+        task, (_, count), j = plan.task, place.shape, 0
+        n = place[:, 0] if count else end
+        if plan.chained and count and (drawn := reader.chain(look, x, n, u, task.warp, self.least)) is not None:
             tokens, q, sure = drawn
             end = torch.minimum(end, n + sure)
             drafting, count = drafting & (place < end[:, None]), int((end - n).max())
             x = _put(x, place, drafting, tokens)
-            return x, (q * drafting[..., None])[:, :count], place[:, :count], drafting[:, :count], end
+            return x, (q * drafting[..., None])[:, :count], drafting[:, :count], end
         q = torch.zeros(len(x), count, model.vocab_size, dtype=torch.float64, device=x.device)
         chance = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
         step = 1 if plan.chained else max(count, 1)
@@ -116,7 +122,7 @@ class Speculative:
             q[:, j : j + step] = task.warp(log_q) * now[..., None]
             x = _put(x, place[:, j : j + step], now, inverse_cdf(q[:, j : j + step], u[:, j : j + step]))
             j += step
-        return x, q[:, :count], place[:, :count], drafting[:, :count], end
+        return x, q[:, :count], drafting[:, :count], end
 
 
 def _at(values: Tensor, place: Int[Tensor, "B n"]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -15,27 +15,49 @@ from caddf.categorical import RowGenerators, Warp, inverse_cdf
 from caddf.interface import AnyOrder, LanguageModel
 
 
-@dataclass
+@dataclass(frozen=True)
 class Counts:
     """The work of a decoder, per row: passes of each branch, and token-positions.
 
     `computed` token-positions went through a branch; `needed` would have without caches. Both sum the two branches.
+    `all` holds the five numbers of each row in the order of the properties.
     """
 
-    causal: Int[Tensor, " B"]
-    diffusion: Int[Tensor, " B"]
-    computed: Int[Tensor, " B"]
-    needed: Int[Tensor, " B"]
-    rounds: Int[Tensor, " B"]
+    all: Int[Tensor, "5 B"]
 
     @classmethod
     def zeros(cls, rows: int) -> Counts:
         """No work yet."""
-        return cls(*(torch.zeros(rows, dtype=torch.long) for _ in range(5)))
+        return cls(torch.zeros(5, rows, dtype=torch.long))
 
     def copy(self) -> Counts:
         """As they are now."""
-        return Counts(*(getattr(self, each.name).clone() for each in fields(self)))
+        return Counts(self.all.clone())
+
+    @property
+    def causal(self) -> Int[Tensor, " B"]:
+        """Passes of the causal branch."""
+        return self.all[0]
+
+    @property
+    def diffusion(self) -> Int[Tensor, " B"]:
+        """Passes of the diffusion branch."""
+        return self.all[1]
+
+    @property
+    def computed(self) -> Int[Tensor, " B"]:
+        """Token-positions that were read."""
+        return self.all[2]
+
+    @property
+    def needed(self) -> Int[Tensor, " B"]:
+        """Token-positions that would have been read without caches."""
+        return self.all[3]
+
+    @property
+    def rounds(self) -> Int[Tensor, " B"]:
+        """Rounds."""
+        return self.all[4]
 
     def add(
         self,
@@ -49,11 +71,9 @@ class Counts:
     ) -> None:
         """Adds to the marked rows; a row that has nothing left to do works no more."""
         rows = rows.cpu()
-        for name, amount in (
-            ("causal", causal), ("diffusion", diffusion), ("computed", computed), ("needed", needed), ("rounds", rounds)
-        ):  # fmt: skip
+        for total, amount in zip(self.all, (causal, diffusion, computed, needed, rounds), strict=True):
             if isinstance(amount, Tensor) or amount:
-                getattr(self, name).add_(rows * (amount.cpu() if isinstance(amount, Tensor) else amount))
+                total.add_(rows * (amount.cpu() if isinstance(amount, Tensor) else amount))
 
 
 @dataclass(frozen=True)

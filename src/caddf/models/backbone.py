@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from caddf.caches import Caches, KVCache, Slots
 from caddf.errors import InputError
-from caddf.interface import AnyOrder, Block, Head, Infill, Pattern
+from caddf.interface import AnyOrder, Block, Head, Infill, Pattern, Rounds
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
@@ -317,6 +317,14 @@ class DualBranch(nn.Module):
         if self.native is None:
             return None
         return self.native.drafts(seen.states, tokens, start, n, u, cache, temperature=temperature, least=least)
+
+    def rounds(
+        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, temperature: float, least: float
+    ) -> Rounds | None:
+        """Whole rounds of the causal target at one go, where there are kernels for it."""
+        if self.native is None:
+            return None
+        return self.native.rounds(lengths, size, caches, temperature=temperature, least=least)
 
     def before(
         self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from caddf.caches import Caches, Slots
 from caddf.errors import InputError
-from caddf.interface import Block, Head, Infill, Pattern
+from caddf.interface import Block, Head, Infill, Pattern, Rounds
 from caddf.models.backbone import States
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.config import BranchConfig
@@ -101,6 +101,14 @@ class CausalModel(nn.Module):
         if self.native is not None and (states := self.native.causal(inputs, slots, caches)) is not None:
             return States(None, None, states)
         return States(None, None, self.causal(inputs, slots, caches.causal))
+
+    def rounds(
+        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, temperature: float, least: float
+    ) -> Rounds | None:
+        """Whole rounds of the causal target at one go, where there are kernels for it."""
+        if self.native is None:
+            return None
+        return self.native.rounds(lengths, size, caches, temperature=temperature, least=least)
 
     def log_probs(self, states: States, where: Bool[Tensor, "B L"], head: Head = "causal") -> Float[Tensor, "N V"]:
         """Log-probabilities (nats) at the positions in `where`, normalised over V in float32 or better."""

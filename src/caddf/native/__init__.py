@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from caddf.native.build import BuildError
-from caddf.native.passes import Native
+from caddf.native.model import Native
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -14,7 +14,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCE = Path(__file__).with_name("rounds.c")
+INCLUDED = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -36,7 +37,7 @@ def _built() -> Path:
     compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, COMPILERS))[:1]
     if not compiler or shutil.which(compiler[0]) is None:
         raise BuildError(f"no {compiler[0]}" if compiler else f"no C compiler ({', '.join(COMPILERS)}) is here")
-    made_of = "\n".join((SOURCE.read_text(), *compiler, *FLAGS, platform.machine(), _processor()))
+    made_of = "\n".join((SOURCE.read_text(), INCLUDED.read_text(), *compiler, *FLAGS, platform.machine(), _processor()))
     path = _cache() / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -81,5 +82,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.caddf_stack.argtypes, library.caddf_stack.restype = [pointer, pointer], ctypes.c_int
     library.caddf_draft.argtypes, library.caddf_draft.restype = [pointer, pointer], ctypes.c_int
+    library.caddf_round.argtypes, library.caddf_round.restype = [pointer], ctypes.c_int
     library.caddf_map.argtypes, library.caddf_map.restype = [pointer, number, pointer, pointer, number], None
     return library

@@ -236,7 +236,8 @@ static inline v8 finished(v8 sum, const float *scales, const float *bias, const 
 }
 
 // Outputs `from` to `to`, of which `from` begins a panel, of `rows` positions; ADD adds to what is there.
-static void map_part(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t from, int64_t to) {
+static void map_part(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t from, int64_t to,
+                     const char *soon) {
   // A few panels stay in a near cache while all positions pass over them, and those behind are fetched meanwhile.
   int64_t wide = f->in * bytes_of[f->type], last = (rows - 1) % TALLEST, steps = 0;
   int narrow = rows > TALLEST && panels_of[0][last] * 16 * wide > 2 * NEAR;
@@ -247,7 +248,7 @@ static void map_part(const Map *f, const float *x, int64_t rows, float *y, int t
   int64_t lines = rows < 4 || !f->far ? 0 : (block * wide / 64 * STRIDE + steps * f->in - 1) / (steps * f->in);
   for (int64_t low = from; low < to; low += block) {
     int64_t high = low + block < to ? low + block : to;
-    Ahead ahead = {(const char *)f->panels + high * wide, high < to ? lines : 0};
+    Ahead ahead = {high < to ? (const char *)f->panels + high * wide : soon, high < to || soon ? lines : 0};
     for (int64_t m = 0, mr; m < rows; m += mr) {
       mr = rows - m < TALLEST ? rows - m : TALLEST;
       for (int64_t o = low, each = 16 * panels[mr - 1]; o < high; o += each) {
@@ -276,10 +277,14 @@ static void share(int64_t count, int64_t thread, int64_t threads, int64_t grain,
   if (*to > count) *to = count;
 }
 
-static void map(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t thread, int64_t threads) {
-  int64_t from, to;
+// `soon` is the map that will be read next, NULL where it is not known.
+static void map(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t thread, int64_t threads,
+                const Map *soon) {
+  int64_t from, to, next = 0, end;
+  if (soon) share(soon->out, thread, threads, 64, &next, &end);
   share(f->out, thread, threads, 64, &from, &to);
-  map_part(f, x, rows, y, then, from, to);
+  map_part(f, x, rows, y, then, from, to,
+           soon ? (const char *)soon->panels + next * soon->in * bytes_of[soon->type] : NULL);
 }
 
 static void norm_row(const Norm *f, const float *x, int64_t width, float *y) {
@@ -462,35 +467,37 @@ static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, 
       norm_row(&s->before_norm, p->before + m * d, d, h + m * 2 * d + d);
     }
     TOGETHER
-    map(&s->join, h, rows, p->x, ADD, thread, threads);
+    map(&s->join, h, rows, p->x, ADD, thread, threads, &s->layers->self.query);
     TOGETHER
   }
   for (int64_t i = 0; i < s->count; i++) {
     const Layer *layer = &s->layers[i];
+    int crossed = layer->cross.heads > 0;
+    const Map *after = i + 1 < s->count ? &layer[1].self.query : s->exchanges ? &s->exchange->key_value : NULL;
     norms(&layer->self.norm, p->x, rows, d, h, d, thread, threads);
     TOGETHER
-    map(&layer->self.query, h, rows, queries, PLAIN, thread, threads);
-    map(&layer->self.key_value, h, rows, made, PLAIN, thread, threads);
+    map(&layer->self.query, h, rows, queries, PLAIN, thread, threads, &layer->self.key_value);
+    map(&layer->self.key_value, h, rows, made, PLAIN, thread, threads, &layer->self.out);
     TOGETHER
     self_attention(s, p, i, queries, made, mixed, scores, thread, threads);
     TOGETHER
-    map(&layer->self.out, mixed, rows, p->x, ADD, thread, threads);
+    map(&layer->self.out, mixed, rows, p->x, ADD, thread, threads, crossed ? &layer->cross.query : &layer->up);
     TOGETHER
-    if (layer->cross.heads) {
+    if (crossed) {
       norms(&layer->cross.norm, p->x, rows, d, h, d, thread, threads);
       TOGETHER
-      map(&layer->cross.query, h, rows, queries, PLAIN, thread, threads);
+      map(&layer->cross.query, h, rows, queries, PLAIN, thread, threads, &layer->cross.out);
       TOGETHER
       cross_attention(s, p, i, queries, mixed, scores, thread, threads);
       TOGETHER
-      map(&layer->cross.out, mixed, rows, p->x, ADD, thread, threads);
+      map(&layer->cross.out, mixed, rows, p->x, ADD, thread, threads, &layer->up);
       TOGETHER
     }
     norms(&layer->mlp_norm, p->x, rows, d, h, d, thread, threads);
     TOGETHER
-    map(&layer->up, h, rows, made, GELU, thread, threads);
+    map(&layer->up, h, rows, made, GELU, thread, threads, &layer->down);
     TOGETHER
-    map(&layer->down, made, rows, p->x, ADD, thread, threads);
+    map(&layer->down, made, rows, p->x, ADD, thread, threads, after);
     TOGETHER
   }
   norms(&s->norm, p->x, rows, d, p->x, d, thread, threads);
@@ -498,7 +505,7 @@ static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, 
     const Attention *f = &s->exchange[i];
     int64_t heads = f->heads, size = s->exchange_width / heads, from, to;
     TOGETHER
-    map(&f->key_value, p->x, rows, made, PLAIN, thread, threads);
+    map(&f->key_value, p->x, rows, made, PLAIN, thread, threads, i + 1 < s->exchanges ? &f[1].key_value : NULL);
     TOGETHER
     share(p->rows * heads, thread, threads, 1, &from, &to);
     for (int64_t each = from; each < to; each++)
@@ -537,167 +544,9 @@ void caddf_map(const Map *f, int64_t rows, const float *x, float *y, int64_t thr
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads((int)threads)
-    map(f, x, rows, y, PLAIN, omp_get_thread_num(), omp_get_num_threads());
+    map(f, x, rows, y, PLAIN, omp_get_thread_num(), omp_get_num_threads(), NULL);
     return;
   }
 #endif
-  map(f, x, rows, y, PLAIN, 0, 1);
-}
-
-// Drafts: a chain's steps, each with its head, its draw by inverse CDF, and the embedding of what was drawn.
-
-typedef struct {
-  int64_t rows, width, count;  // places of a window, and most drafts of a row
-  const float *states;         // [rows, width, D]: what the chain reads besides tokens
-  const int64_t *before;       // [rows, width]: the token before each place, known up to a row's first draft
-  const int64_t *first;        // [rows]: the place of that draft
-  const double *u;             // [rows, count]: uniforms
-  const float *embedding;      // [tokens, D]
-  Map head;                    // its logits are those of `ids`, or of all tokens where that is NULL
-  const int64_t *ids;
-  int64_t vocabulary;
-  double temperature, least;   // drafting ends when the product of the largest probabilities falls below `least`
-  Cache cache;
-  const float *cos, *sin;
-  int64_t *tokens;             // [rows, count], drawn
-  double *q;                   // [rows, count, vocabulary], zeroed: what they were drawn from
-  int64_t *drafts;             // [rows]: how many are to be verified, at least one
-  int64_t threads;
-} Draft;
-
-enum { BLOCK = 64 };
-typedef double d8 __attribute__((vector_size(64)));
-
-// The sum of at most BLOCK numbers.
-static double mass(const float *p, int64_t count) {
-  d8 sums = {0};
-  int64_t i = 0;
-  if (count > BLOCK) count = BLOCK;
-  for (; i + 8 <= count; i += 8) sums += __builtin_convertvector(load(p + i), d8);
-  double sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-  for (; i < count; i++) sum += p[i];
-  return sum;
-}
-
-// One draw; returns the largest probability at temperature 1.
-static double draw(const Draft *d, float *logits, double u, double *q, int64_t *token) {
-  int64_t n = d->head.out, whole = n / 8 * 8, chosen = 0;
-  v8 tops = all(-INFINITY);
-  for (int64_t i = 0; i < whole; i += 8) tops = choose(load(logits + i) > tops, load(logits + i), tops);
-  float top = tops[0];
-  for (int i = 1; i < 8; i++) top = tops[i] > top ? tops[i] : top;
-  for (int64_t i = whole; i < n; i++) top = logits[i] > top ? logits[i] : top;
-  double sure = 1;
-  if (d->least > 0) {
-    double total = 0;
-    for (int64_t i = 0; i < n; i++) total += expf(logits[i] - top);
-    sure = 1 / total;
-  }
-  if (d->temperature == 0) {
-    while (chosen < n - 1 && logits[chosen] != top) chosen++;  // no number is the top of those that are none
-    q[d->ids ? d->ids[chosen] : chosen] = 1;
-  } else {
-    v8 scale = all((float)(1 / d->temperature));
-    for (int64_t i = 0; i < whole; i += 8) store(logits + i, exponential((load(logits + i) - all(top)) * scale));
-    for (int64_t i = whole; i < n; i++) logits[i] = expf((logits[i] - top) * scale[0]);
-    double total = 0, sum = 0, next = 0;
-    for (int64_t i = 0; i < n; i += BLOCK) total += mass(logits + i, n - i);
-    double below = u * total, share = 1 / total;
-    for (; chosen < n - BLOCK; chosen += BLOCK, sum = next)
-      if ((next = sum + mass(logits + chosen, BLOCK)) > below) break;
-    for (int64_t end = chosen + BLOCK < n ? chosen + BLOCK - 1 : n - 1; chosen < end; chosen++)
-      if ((sum += logits[chosen]) > below) break;
-    while (chosen > 0 && logits[chosen] == 0) chosen--;  // u total may round up
-    if (d->ids)
-      for (int64_t i = 0; i < n; i++) q[d->ids[i]] = logits[i] * share;
-    else
-      for (int64_t i = 0; i < n; i++) q[i] = logits[i] * share;
-  }
-  *token = d->ids ? d->ids[chosen] : chosen;
-  return sure;
-}
-
-typedef struct {
-  float *x, *before, *logits, *room, *scores;
-  int64_t *positions;
-  double *chance;
-  int64_t going, made, seen;
-} Drafting;
-
-static void draft(const Stack *s, const Draft *d, Drafting *w, Pass *p, int64_t thread, int64_t threads) {
-  int64_t D = s->width, opening = 1;
-  for (int64_t row = 0; row < d->rows; row++) opening = most(opening, d->first[row] + 1);
-  for (int64_t j = 0; j < d->count; j++) {
-    int64_t n = j ? 1 : opening;  // the first step reads what stands before the first draft, too
-    for (int64_t row = thread; row < d->rows; row += threads)
-      for (int64_t i = 0; i < n; i++) {
-        int64_t place = j ? d->first[row] + j : i < d->first[row] ? i : d->first[row], at = row * n + i;
-        if (place > d->width - 1) place = d->width - 1;  // a row that has nothing more to draft
-        int64_t token = j ? d->tokens[row * d->count + j - 1] : d->before[row * d->width + place];
-        w->positions[at] = place;
-        memcpy(w->x + at * D, d->states + (row * d->width + place) * D, D * sizeof(float));
-        memcpy(w->before + at * D, d->embedding + token * D, D * sizeof(float));
-      }
-    TOGETHER
-    if (thread == 0) p->n = n;
-    TOGETHER
-    run(s, p, w->room, w->made, w->scores + thread * w->seen, thread, threads);
-    TOGETHER
-    if (n > 1) {  // the head reads the last place of each row alone
-      if (thread == 0)
-        for (int64_t row = 0; row < d->rows; row++)
-          memmove(w->x + row * D, w->x + (row * n + d->first[row]) * D, D * sizeof(float));
-      TOGETHER
-    }
-    map(&d->head, w->x, d->rows, w->logits, PLAIN, thread, threads);
-    if (thread == 0) w->going = 0;
-    TOGETHER
-    for (int64_t row = thread; row < d->rows; row += threads) {
-      int64_t at = row * d->count + j;
-      if (d->drafts[row] < j) {  // this row has ended
-        d->tokens[at] = 0;
-        continue;
-      }
-      double *q = d->q + at * d->vocabulary;
-      w->chance[row] *= draw(d, w->logits + row * d->head.out, d->u[at], q, d->tokens + at);
-      if (j && w->chance[row] < d->least)
-        memset(q, 0, d->vocabulary * sizeof(double));
-      else
-        d->drafts[row] = j + 1;
-#ifdef _OPENMP
-#pragma omp atomic
-#endif
-      w->going += d->drafts[row] == j + 1;
-    }
-    TOGETHER
-    if (!w->going) break;
-  }
-}
-
-// 0, or -1 where memory is short.
-int caddf_draft(const Stack *s, const Draft *d) {
-  Pass p = {.rows = d->rows, .n = d->width, .cos = d->cos, .sin = d->sin, .own = d->cache, .threads = d->threads};
-  Drafting w = {0};
-  int64_t states = d->rows * d->width * s->width, room = floats_of(s, &p, &w.made, &w.seen);
-  int64_t logits = d->rows * d->head.out;
-  float *memory = memory_of(2 * states + logits + room + d->threads * w.seen);
-  w.positions = malloc(d->rows * d->width * sizeof(int64_t) + d->rows * sizeof(double));
-  if (!memory || !w.positions) {
-    free(memory), free(w.positions);
-    return -1;
-  }
-  w.chance = (double *)(w.positions + d->rows * d->width);
-  w.x = memory, w.before = w.x + states, w.room = w.before + states, w.scores = w.room + room;
-  w.logits = w.scores + d->threads * w.seen;
-  p.x = w.x, p.before = w.before, p.positions = w.positions;
-  for (int64_t row = 0; row < d->rows; row++) w.chance[row] = 1, d->drafts[row] = 0;
-#ifdef _OPENMP
-  if (d->threads > 1) {
-#pragma omp parallel num_threads((int)d->threads)
-    draft(s, d, &w, &p, omp_get_thread_num(), omp_get_num_threads());
-  } else
-#endif
-    draft(s, d, &w, &p, 0, 1);
-  free(memory), free(w.positions);
-  return 0;
+  map(f, x, rows, y, PLAIN, 0, 1, NULL);
 }

@@ -1,0 +1,195 @@
+"""A model's decoding through the kernels: its passes over caches, its drafts, and whole rounds."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from caddf.caches import Caches, KVCache, Slots
+from caddf.models.causal import CausalBranch
+from caddf.models.chain import DraftChain
+from caddf.models.diffusion import DiffusionBranch
+from caddf.models.layers import Attention, nearest, state_of
+from caddf.native.build import library
+from caddf.native.passes import KINDS, Biases, NativeHead, StackPass, Weights, few, threads_for
+from caddf.native.rounds import Rounds
+from caddf.native.structures import CDraft, address, cache_of
+from caddf.quantise import Quantisation
+
+NEAR = 24 << 20
+"""Bytes of a model up to which its weights stay in a processor's caches; beyond, they are fetched ahead."""
+
+
+def _readable(*modules: nn.Module | None) -> bool:
+    """Whether the kernels can read the modules' weights: float32 on a CPU, in plain maps, heads that fit."""
+    parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
+    heads = [part for module in modules if module is not None for part in module.modules()]
+    return (
+        all(p.dtype == torch.float32 and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
+        and all(part.size <= 256 for part in heads if isinstance(part, Attention))
+        and all(isinstance(part.query, nn.Linear) for part in heads if isinstance(part, Attention))
+    )
+
+
+class Native:
+    """A model's passes through the kernels: each gives None where a pass is not theirs, for the modules to do it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.kind = cast(Any, model), cast("Quantisation | None", getattr(model, "weights_kind", None))
+        size = sum(p.numel() for p in model.parameters()) * (4 >> KINDS.index(self.kind))
+        self.weights = partial(Weights, self.kind, size > NEAR)
+        self.context = cast(int, model.config.context)  # type: ignore[union-attr]
+        self.branch = cast(CausalBranch, model.causal)
+        diffusion, of = getattr(model, "diffusion", None), self.model.tokens_of
+        self.diffusion: DiffusionBranch | None = diffusion if diffusion is not None and diffusion.mutual else None
+        self.heads: dict[str, nn.Module] = {
+            head: NativeHead(partial(of, head), self.weights) for head in self.model.heads
+        }
+        if getattr(model, "draft_tokens", None) is not None:
+            self.heads["chain"] = NativeHead(self.model.small_table, self.weights)
+        self._laid_out: tuple[tuple[int, int], ...] | None = None
+        self.stacks: dict[str, StackPass] = {}
+        library()  # raises
+
+    def refresh(self) -> None:
+        """Lays the weights out for the kernels, if they have changed since that was done: with each new cache."""
+        which = state_of(*self.model.parameters())
+        if which == self._laid_out:
+            return
+        self._laid_out, branch, chain = which, self.branch, getattr(self.model, "chain", None)
+        exchange = [layer.cross for layer in self.diffusion.layers] if self.diffusion is not None else []
+        weights = self.weights()
+        layers = [weights.layer(layer, False) for layer in branch.layers]
+        self.stacks["causal"] = StackPass(weights, layers, branch.norm, self.context, exchange=exchange)
+        if self.diffusion is not None:
+            self.stacks["window"] = _window_pass(self.weights(), self.diffusion)
+        if isinstance(chain, DraftChain):
+            weights = self.weights()
+            join = (chain.before_norm, chain.join)
+            self.stacks["chain"] = StackPass(
+                weights, [weights.layer(chain.layer, False)], chain.norm, self.context, join
+            )
+
+    @property
+    def bytes(self) -> int:
+        """Of the matrices of all passes, once they are laid out; those of a head are when it is first read."""
+        return sum(each.weights.bytes for each in self.stacks.values())
+
+    @property
+    def draft_head(self) -> NativeHead:
+        """That of chained drafts, over the small vocabulary where there is one."""
+        return cast(NativeHead, self.heads["draft" if self.model.draft_tokens is None else "chain"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model has weights of its own, which these passes do not read."""
+        return None
+
+    @staticmethod
+    def suits(model: nn.Module) -> bool:
+        """Whether the kernels can do this model's passes over caches."""
+        branch, diffusion = getattr(model, "causal", None), getattr(model, "diffusion", None)
+        plain = isinstance(branch, CausalBranch) and not hasattr(branch.layers[0], "cross")
+        return plain and _readable(branch, diffusion, getattr(model, "chain", None))
+
+    def causal(self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches) -> Float[Tensor, "B n D"] | None:
+        """h_trans of `slots` over the causal branch's cache, and what the diffusion branch reads of it."""
+        stack = self.stacks.get("causal")
+        if stack is None or not few(inputs) or (self.branch.table is not None and slots.upto > self.context):
+            return None
+        x = F.embedding(inputs, self.branch.embedding.weight)
+        if self.branch.table is not None:
+            x = x + self.branch.table(slots.positions)
+        rotary = self.branch.table is None
+        return stack(x, slots.positions, caches.causal, turns=rotary, exchange=caches.exchange)
+
+    def window(
+        self, canvas: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], until: Int[Tensor, " B"], caches: Caches
+    ) -> Float[Tensor, "B n d"] | None:
+        """h_cad of a window per row, each position seeing all of it and the causal states up to slot `until`."""
+        stack = self.stacks.get("window")
+        if stack is None or self.diffusion is None or caches.exchange is None or not few(canvas):
+            return None
+        config, (rows, n) = self.diffusion.config, canvas.shape
+        x = F.embedding(canvas, self.diffusion.embedding.weight)
+        own = x.new_empty(2, config.layers, rows, config.heads, n, config.width // config.heads)
+        return stack(
+            x, positions, KVCache(own[0], own[1]), turns=True, angles=caches.exchange.turns, source=caches.exchange,
+            until=until.expand(rows).contiguous(), source_context=self.context,
+        )  # fmt: skip
+
+    def chain(
+        self, h_cad: Float[Tensor, "B n d"], before: Float[Tensor, "B n d"], slots: Slots, cache: KVCache
+    ) -> Float[Tensor, "B n d"] | None:
+        """Draft states at `slots` of each row's window."""
+        stack = self.stacks.get("chain")
+        if stack is None or not few(h_cad[..., 0]):
+            return None
+        return stack(h_cad.clone(), slots.positions, cache, turns=True, before=before)
+
+    def rounds(
+        self,
+        lengths: Int[Tensor, " B"],
+        size: int,
+        caches: Caches,
+        *,
+        temperature: float,
+        least: float,
+    ) -> Rounds | None:
+        """Whole rounds over `caches` (`caddf.interface.Incremental.rounds`)."""
+        if not Rounds.fit(self, len(lengths), size, caches):
+            return None
+        return Rounds(self, lengths, size, caches, temperature, least)
+
+    def drafts(
+        self,
+        h_cad: Float[Tensor, "B k d"],
+        x: Int[Tensor, "B T"],
+        start: Int[Tensor, " B"],
+        n: Int[Tensor, " B"],
+        u: Float[Tensor, "B m"],
+        cache: KVCache,
+        *,
+        temperature: float,
+        least: float,
+    ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
+        """m drafts of each row from position n on, one after the other: tokens, q, and how many are to be verified.
+
+        `h_cad` is of the window from `start` on, before n stand the tokens `x`, and `u` has a uniform for each draft.
+        Drafting ends when the product of the largest draft probabilities falls below `least`, never without a draft.
+        """
+        stack = self.stacks.get("chain")
+        if stack is None or self.diffusion is None or not few(h_cad[..., 0]):
+            return None
+        (rows, count), width, small = u.shape, h_cad.shape[1], self.model.draft_tokens
+        before = self.model.before(x, (start[:, None] + torch.arange(width)).expand(rows, -1))
+        first = (n - start).clamp(0, width - 1)
+        head = self.draft_head.tokens()
+        table = self.diffusion.embedding.weight
+        tokens, q = before.new_empty(rows, count), u.new_zeros(rows, count, self.model.vocab_size)
+        h_cad, before, first, u = (given.contiguous() for given in (h_cad, before, first, u))
+        drafted, (cos, sin) = torch.empty_like(first), cache.turns or (None, None)
+        given = CDraft(
+            rows, width, count, h_cad.data_ptr(), before.data_ptr(), first.data_ptr(), u.data_ptr(),
+            table.data_ptr(), head, address(small), self.model.vocab_size, temperature, least, cache_of(cache),
+            address(cos), address(sin), tokens.data_ptr(), q.data_ptr(), drafted.data_ptr(),
+            threads_for(stack.weights.bytes + 4 * head.out * table.shape[1], rows),
+        )  # fmt: skip
+        if library().caddf_draft(ctypes.addressof(stack.stack), ctypes.addressof(given)):
+            raise MemoryError("the kernels' working memory could not be had")
+        return tokens, q, drafted
+
+
+def _window_pass(weights: Weights, diffusion: DiffusionBranch) -> StackPass:
+    config = diffusion.config
+    biases: tuple[Biases, Biases] = (None, None)
+    if config.alibi:
+        slopes, sides = nearest(config.heads, torch.device("cpu"), torch.float32)
+        biases = (slopes, sides), (slopes, torch.zeros_like(sides))
+    layers = [weights.layer(layer, True, biases) for layer in diffusion.layers]
+    return StackPass(weights, layers, diffusion.norm, 0)

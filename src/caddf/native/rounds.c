@@ -1,0 +1,375 @@
+// Drafts of a chain, and whole rounds: what left-to-right decoding does between two tokens that stand.
+
+#include "kernels.c"
+
+// Drafts: a chain's steps, each with its head, its draw by inverse CDF, and the embedding of what was drawn.
+
+typedef struct {
+  int64_t rows, width, count;  // places of a window, and most drafts of a row
+  const float *states;         // [rows, width, D]: what the chain reads besides tokens
+  const int64_t *before;       // [rows, width]: the token before each place, known up to a row's first draft
+  const int64_t *first;        // [rows]: the place of that draft
+  const double *u;             // [rows, count]: uniforms
+  const float *embedding;      // [tokens, D]
+  Map head;                    // its logits are those of `ids`, or of all tokens where that is NULL
+  const int64_t *ids;
+  int64_t vocabulary;
+  double temperature, least;   // drafting ends when the product of the largest probabilities falls below `least`
+  Cache cache;
+  const float *cos, *sin;
+  int64_t *tokens;             // [rows, count], drawn
+  double *q;                   // [rows, count, vocabulary], zeroed: what they were drawn from
+  int64_t *drafts;             // [rows]: how many are to be verified, at least one
+  int64_t threads;
+} Draft;
+
+enum { BLOCK = 64 };
+typedef double d8 __attribute__((vector_size(64)));
+typedef int64_t l8 __attribute__((vector_size(64)));
+
+// The sum of at most BLOCK numbers.
+static double mass(const float *p, int64_t count) {
+  d8 sums = {0};
+  int64_t i = 0;
+  if (count > BLOCK) count = BLOCK;
+  for (; i + 8 <= count; i += 8) sums += __builtin_convertvector(load(p + i), d8);
+  double sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  for (; i < count; i++) sum += p[i];
+  return sum;
+}
+
+static float largest(const float *x, int64_t n, int64_t *at) {
+  int64_t whole = n / 8 * 8;
+  v8 tops = all(-INFINITY);
+  for (int64_t i = 0; i < whole; i += 8) tops = choose(load(x + i) > tops, load(x + i), tops);
+  float top = tops[0];
+  for (int i = 1; i < 8; i++) top = tops[i] > top ? tops[i] : top;
+  for (int64_t i = whole; i < n; i++) top = x[i] > top ? x[i] : top;
+  if (at)
+    for (*at = 0; *at < n - 1 && x[*at] != top;) ++*at;  // no number is the top of those that are none
+  return top;
+}
+
+// exp((x - top) / temperature) in the place of logits.
+static void weigh(float *x, int64_t n, double temperature) {
+  float top = largest(x, n, NULL);
+  int64_t whole = n / 8 * 8;
+  v8 scale = all((float)(1 / temperature));
+  for (int64_t i = 0; i < whole; i += 8) store(x + i, exponential((load(x + i) - all(top)) * scale));
+  for (int64_t i = whole; i < n; i++) x[i] = expf((x[i] - top) * scale[0]);
+}
+
+static double weight_of(const float *p, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n; i += BLOCK) total += mass(p + i, n - i);
+  return total;
+}
+
+// The index at which the sum of weights first exceeds u times that of all.
+static int64_t pick(const float *p, int64_t n, double u, double *total) {
+  int64_t chosen = 0;
+  double sum = 0, next = 0, below = u * (*total = weight_of(p, n));
+  for (; chosen < n - BLOCK; chosen += BLOCK, sum = next)
+    if ((next = sum + mass(p + chosen, BLOCK)) > below) break;
+  for (int64_t end = chosen + BLOCK < n ? chosen + BLOCK - 1 : n - 1; chosen < end; chosen++)
+    if ((sum += p[chosen]) > below) break;
+  while (chosen > 0 && p[chosen] == 0) chosen--;  // u times the total may round up
+  return chosen;
+}
+
+// One draw; returns the largest probability at temperature 1.
+static double draw(const Draft *d, float *logits, double u, double *q, int64_t *token) {
+  int64_t n = d->head.out, chosen = 0;
+  double sure = 1;
+  if (d->least > 0) {
+    float top = largest(logits, n, NULL);
+    double total = 0;
+    for (int64_t i = 0; i < n; i++) total += expf(logits[i] - top);
+    sure = 1 / total;
+  }
+  if (d->temperature == 0) {
+    largest(logits, n, &chosen);
+    q[d->ids ? d->ids[chosen] : chosen] = 1;
+  } else {
+    weigh(logits, n, d->temperature);
+    double total;
+    chosen = pick(logits, n, u, &total);
+    double share = 1 / total;
+    if (d->ids)
+      for (int64_t i = 0; i < n; i++) q[d->ids[i]] = logits[i] * share;
+    else
+      for (int64_t i = 0; i < n; i++) q[i] = logits[i] * share;
+  }
+  *token = d->ids ? d->ids[chosen] : chosen;
+  return sure;
+}
+
+typedef struct {
+  float *x, *before, *logits, *room, *scores;
+  int64_t *positions;
+  double *chance;
+  int64_t going, made, seen;
+} Drafting;
+
+static void draft(const Stack *s, const Draft *d, Drafting *w, Pass *p, int64_t thread, int64_t threads) {
+  int64_t D = s->width, opening = 1;
+  for (int64_t row = 0; row < d->rows; row++) opening = most(opening, d->first[row] + 1);
+  for (int64_t j = 0; j < d->count; j++) {
+    int64_t n = j ? 1 : opening;  // the first step reads what stands before the first draft, too
+    for (int64_t row = thread; row < d->rows; row += threads)
+      for (int64_t i = 0; i < n; i++) {
+        int64_t place = j ? d->first[row] + j : i < d->first[row] ? i : d->first[row], at = row * n + i;
+        if (place > d->width - 1) place = d->width - 1;  // a row that has nothing more to draft
+        int64_t token = j ? d->tokens[row * d->count + j - 1] : d->before[row * d->width + place];
+        w->positions[at] = place;
+        memcpy(w->x + at * D, d->states + (row * d->width + place) * D, D * sizeof(float));
+        memcpy(w->before + at * D, d->embedding + token * D, D * sizeof(float));
+      }
+    TOGETHER
+    if (thread == 0) p->n = n;
+    TOGETHER
+    run(s, p, w->room, w->made, w->scores + thread * w->seen, thread, threads);
+    TOGETHER
+    if (n > 1) {  // the head reads the last place of each row alone
+      if (thread == 0)
+        for (int64_t row = 0; row < d->rows; row++)
+          memmove(w->x + row * D, w->x + (row * n + d->first[row]) * D, D * sizeof(float));
+      TOGETHER
+    }
+    map(&d->head, w->x, d->rows, w->logits, PLAIN, thread, threads, NULL);
+    if (thread == 0) w->going = 0;
+    TOGETHER
+    for (int64_t row = thread; row < d->rows; row += threads) {
+      int64_t at = row * d->count + j;
+      if (d->drafts[row] < j) {  // this row has ended
+        d->tokens[at] = 0;
+        continue;
+      }
+      double *q = d->q + at * d->vocabulary;
+      w->chance[row] *= draw(d, w->logits + row * d->head.out, d->u[at], q, d->tokens + at);
+      if (j && w->chance[row] < d->least)
+        memset(q, 0, d->vocabulary * sizeof(double));
+      else
+        d->drafts[row] = j + 1;
+#ifdef _OPENMP
+#pragma omp atomic
+#endif
+      w->going += d->drafts[row] == j + 1;
+    }
+    TOGETHER
+    if (!w->going) break;
+  }
+}
+
+// 0, or -1 where memory is short.
+int caddf_draft(const Stack *s, const Draft *d) {
+  Pass p = {.rows = d->rows, .n = d->width, .cos = d->cos, .sin = d->sin, .own = d->cache, .threads = d->threads};
+  Drafting w = {0};
+  int64_t states = d->rows * d->width * s->width, room = floats_of(s, &p, &w.made, &w.seen);
+  int64_t logits = d->rows * d->head.out;
+  float *memory = memory_of(2 * states + logits + room + d->threads * w.seen);
+  w.positions = malloc(d->rows * d->width * sizeof(int64_t) + d->rows * sizeof(double));
+  if (!memory || !w.positions) {
+    free(memory), free(w.positions);
+    return -1;
+  }
+  w.chance = (double *)(w.positions + d->rows * d->width);
+  w.x = memory, w.before = w.x + states, w.room = w.before + states, w.scores = w.room + room;
+  w.logits = w.scores + d->threads * w.seen;
+  p.x = w.x, p.before = w.before, p.positions = w.positions;
+  for (int64_t row = 0; row < d->rows; row++) w.chance[row] = 1, d->drafts[row] = 0;
+#ifdef _OPENMP
+  if (d->threads > 1) {
+#pragma omp parallel num_threads((int)d->threads)
+    draft(s, d, &w, &p, omp_get_thread_num(), omp_get_num_threads());
+  } else
+#endif
+    draft(s, d, &w, &p, 0, 1);
+  free(memory), free(w.positions);
+  return 0;
+}
+
+// Verification (`decoding/verification.py`) of a row's drafts: how many stand, and what follows them.
+
+typedef struct {
+  const float *weights;  // of the target at each place, [places, V], unnormalised
+  const double *q;       // of the drafts, [places, V]
+  const int64_t *tokens;
+  int64_t end;           // so many were drafted
+  int64_t vocabulary;
+} Drafted;
+
+// The sum of (scale p - q)+, and where `to` is given those numbers.
+static double spared(const float *p, double scale, const double *q, int64_t n, float *to) {
+  d8 sums = {0}, none = {0};
+  int64_t whole = n / 8 * 8;
+  double sum = 0;
+  for (int64_t i = 0; i < whole; i += 8) {
+    d8 q_i;
+    memcpy(&q_i, q + i, sizeof q_i);
+    d8 rest = __builtin_convertvector(load(p + i), d8) * scale - q_i;
+    rest = (d8)((l8)rest & (rest > none));
+    sums += rest;
+    if (to) store(to + i, __builtin_convertvector(rest, v8));
+  }
+  for (int i = 0; i < 8; i++) sum += sums[i];
+  for (int64_t i = whole; i < n; i++) {
+    double rest = p[i] * scale - q[i] > 0 ? p[i] * scale - q[i] : 0;
+    sum += rest;
+    if (to) to[i] = rest;
+  }
+  return sum;
+}
+
+// `u` has a uniform for each draft; `share` becomes that at which drafts end.
+static int64_t verify(const Drafted *d, const double *u, double *share) {
+  int64_t stop = 0;
+  double s = 1;
+  *share = 1;
+  for (int64_t i = 0; i < d->end && s > 0; i++) {
+    const float *p = d->weights + i * d->vocabulary;
+    const double *q = d->q + i * d->vocabulary;
+    double total = weight_of(p, d->vocabulary);
+    if (i) {
+      double rest = spared(p, s / total, q, d->vocabulary, NULL), of = rest + 1 - s;
+      if (of == 0 || u[i - 1] * of < rest) stop = i, *share = s;
+    }
+    s *= p[d->tokens[i]] / total / q[d->tokens[i]];
+    if (s > 1) s = 1;
+    if (i == d->end - 1 && u[i] < s) stop = d->end, *share = s;
+  }
+  return stop;
+}
+
+// The token behind the `stop` drafts that stand; weights there are overwritten.
+static int64_t following(const Drafted *d, float *weights, int64_t stop, double share, double u) {
+  float *p = weights + stop * d->vocabulary;
+  const double *q = d->q + stop * d->vocabulary;
+  double total = weight_of(p, d->vocabulary);
+  if (stop < d->end && spared(p, share / total, q, d->vocabulary, NULL) > 0)
+    spared(p, share / total, q, d->vocabulary, p);  // nothing is left where p is q up to rounding
+  return pick(p, d->vocabulary, u, &total);
+}
+
+typedef struct {  // a round of a causal target: a window of drafts that starts at the last token that stands
+  int64_t rows, length, size, mask, bos;  // size 0: one token of each row, and no drafts
+  const int64_t *before;                  // [rows, length]: what stands
+  const int64_t *lengths, *n, *held;      // [rows]: where rows end, their first open positions, how many slots hold
+  const uint8_t *active;                  // [rows]: whether a row goes on
+  const Stack *causal, *window, *chain;
+  Pass *pass, *look;                      // with room for the widest round
+  Draft *draft;
+  Map head;
+  int64_t head_threads;
+  const float *embedding, *table;         // what the causal branch reads; table NULL: rotary positions
+  float *logits;                          // [rows, size + 1, V]
+  const double *u;                        // [rows, 2 size + 1]: for drafts, for verification, and for what follows
+
+  // What comes of it:
+  int64_t *x, *drafts;                    // [rows, length]: what stands then, and what was drafted (the mask elsewhere)
+  uint8_t *fresh, *corrected;             // [rows, length]: what was filled in, and what replaced a draft
+  int64_t *next, *read;                   // [rows]: `n` and `held` then; `length` where nothing is open
+  int64_t *work;                          // [5, rows]: passes of both branches, positions read, and without caches; rounds
+} Round;
+
+static int64_t before(const Round *r, int64_t row, int64_t at) { return at ? r->x[row * r->length + at - 1] : r->bos; }
+
+static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Where a row's window starts and ends.
+static int64_t start_of(const Round *r, int64_t row) { return r->n[row] ? least_of(r->n[row], r->length) - 1 : 0; }
+static int64_t whole_of(const Round *r, int64_t row) { return least_of(start_of(r, row) + r->size, r->lengths[row]); }
+
+static int64_t count_of(const Round *r, int64_t row) { return r->active[row] ? most(whole_of(r, row) - r->n[row], 0) : 0; }
+
+static int drafts_of(const Round *r, int64_t count) {
+  Pass *look = r->look;
+  Draft *draft = r->draft;
+  int64_t width = r->window->width;
+  for (int64_t row = 0; row < r->rows; row++) {
+    int64_t start = start_of(r, row), n = least_of(r->n[row], r->length - 1);
+    for (int64_t i = 0, at = row * r->size; i < r->size; i++, at++) {
+      int64_t token = start + i < n ? r->x[row * r->length + start + i] : r->mask;
+      memcpy(look->x + at * width, draft->embedding + token * width, width * sizeof(float));
+      ((int64_t *)look->positions)[at] = start + i;
+      ((int64_t *)draft->before)[at] = start + i <= n ? before(r, row, start + i) : r->mask;
+    }
+    ((int64_t *)look->until)[row] = start;
+    ((int64_t *)draft->first)[row] = n - start;
+    memcpy((double *)draft->u + row * count, r->u + row * (2 * r->size + 1), count * sizeof(double));
+  }
+  draft->count = count;
+  return caddf_stack(r->window, look) || caddf_draft(r->chain, draft);
+}
+
+// 0, or -1 where memory is short.
+int caddf_round(const Round *r) {
+  Pass *pass = r->pass;
+  int64_t width = r->causal->width, V = r->head.out, count = 0, wide = 0, shown[r->rows], ends[r->rows];
+  int64_t all = r->rows * r->length;
+  memcpy(r->x, r->before, all * sizeof(int64_t));
+  for (int64_t i = 0; i < all; i++) r->drafts[i] = r->mask;
+  memset(r->fresh, 0, all), memset(r->corrected, 0, all);
+  memset(r->work, 0, 5 * r->rows * sizeof(int64_t));
+  for (int64_t row = 0; row < r->rows; row++) count = most(count, count_of(r, row));
+  if (count && drafts_of(r, count)) return -1;
+  for (int64_t row = 0; row < r->rows; row++) {
+    int64_t n = r->n[row], end = n, *x = r->x + row * r->length;
+    if (count && r->active[row]) end = n + least_of(r->draft->drafts[row], count_of(r, row));
+    for (int64_t i = n; i < end; i++) r->drafts[row * r->length + i] = x[i] = r->draft->tokens[row * count + i - n];
+    ends[row] = end;
+    shown[row] = r->active[row] ? least_of(end + 1, r->lengths[row]) : n;
+    wide = most(wide, shown[row] - n);
+  }
+
+  for (int64_t row = 0; row < r->rows; row++)
+    for (int64_t i = 0, index = row * wide; i < wide; i++, index++) {
+      int64_t at = r->n[row] + i < r->length ? r->n[row] + i : r->length - 1;
+      const float *token = r->embedding + before(r, row, at) * width;
+      float *to = pass->x + index * width;
+      ((int64_t *)pass->positions)[index] = at;
+      for (int64_t k = 0; k < width; k++) to[k] = r->table ? token[k] + r->table[at * width + k] : token[k];
+    }
+  pass->n = wide;
+  if (caddf_stack(r->causal, pass)) return -1;
+  caddf_map(&r->head, r->rows * wide, pass->x, r->logits, r->head_threads);
+
+  double temperature = r->draft->temperature;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads((int)r->head_threads) if (r->head_threads > 1)
+#endif
+  for (int64_t each = 0; each < r->rows * wide; each++)
+    if (temperature > 0 && r->n[each / wide] + each % wide < shown[each / wide])
+      weigh(r->logits + each * V, V, temperature);
+  for (int64_t row = 0; row < r->rows; row++) {
+    int64_t n = r->n[row], end = ends[row] - n, stop = 0, token = 0, *x = r->x + row * r->length;
+    r->next[row] = n, r->read[row] = r->held[row];
+    if (!r->active[row]) continue;
+    const double *u = r->u + row * (2 * r->size + 1) + r->size;
+    float *weights = r->logits + row * wide * V;
+    int more;
+    if (temperature > 0) {
+      double share;
+      Drafted d = {weights, r->draft->q + row * count * V, r->draft->tokens + row * count, end, V};
+      stop = verify(&d, u, &share);
+      if ((more = n + stop < shown[row])) token = following(&d, weights, stop, share, u[r->size]);
+    } else {
+      while ((more = n + stop < shown[row])) {
+        largest(weights + stop * V, V, &token);
+        if (stop == end || token != r->draft->tokens[row * count + stop]) break;
+        stop++;
+      }
+    }
+    for (int64_t i = n + stop; i < n + end; i++) x[i] = r->mask;
+    if (more) {
+      x[n + stop] = token;
+      r->corrected[row * r->length + n + stop] = stop < end;
+    }
+    memset(r->fresh + row * r->length + n, 1, stop + more);
+    r->next[row] = n + stop + more < r->lengths[row] ? n + stop + more : r->length;
+    r->read[row] = least_of(most(r->held[row], shown[row]), n + stop + 1);
+    int64_t work[] = {1, count > 0, shown[row] - n + (count ? r->size : 0), shown[row] + (count ? 2 * whole_of(r, row) : 0), 1};
+    for (int i = 0; i < 5; i++) r->work[i * r->rows + row] = work[i];
+  }
+  return 0;
+}

@@ -1,0 +1,126 @@
+"""Whole rounds of a causal target by the kernels: a window, its drafts, their verification, and the token behind them.
+
+Where models are small, a round's time is that of the steps between its passes: here it is one call. It writes what
+`decoding.speculative` and `decoding.autoregressive` write from the same uniforms by the same passes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from caddf.caches import Caches
+from caddf.interface import Round
+from caddf.native.build import library
+from caddf.native.passes import WIDEST, NativeHead, threads_for
+from caddf.native.structures import CCache, CDraft, CPass, CRound, address, cache_of
+
+if TYPE_CHECKING:
+    from caddf.native.model import Native
+
+
+class Rounds:
+    """Rounds of rows that end at `lengths`, over caches that hold all slots before a row's first open position.
+
+    Windows are of `size`; 0: no drafts, and one token a round. Buffers are made once, and used by every round.
+    """
+
+    def __init__(
+        self, native: Native, lengths: Int[Tensor, " B"], size: int, caches: Caches, temperature: float, least: float
+    ) -> None:
+        rows, places, self.size, self.caches = len(lengths), size + 1, size, caches
+        model, branch, self.stacks, self.kept = native.model, native.branch, native.stacks.copy(), list[Any]()
+        self.lengths, self.mask_id = self._keep(lengths.contiguous()), model.mask_id
+        causal, head, table = self.stacks["causal"], cast(NativeHead, native.heads["causal"]), branch.table
+        turns = (caches.causal.turns if table is None else None) or (None, None)
+        exchange_turns = (caches.exchange.turns if caches.exchange is not None else None) or (None, None)
+        self.passes = CPass(
+            rows, places, self._new(rows, places, causal.width), None, self._new(rows, places, dtype=torch.long), 0,
+            address(turns[0]), address(turns[1]), cache_of(caches.causal), CCache(), None, 0,
+            cache_of(caches.exchange), address(exchange_turns[0]), address(exchange_turns[1]),
+            threads_for(causal.weights.bytes, rows * places),
+        )  # fmt: skip
+        self.look, self.draft = CPass(), CDraft(temperature=temperature)
+        if size:
+            self._draft(native, rows, caches, temperature, least)
+        self.given = CRound(
+            rows=rows, size=size, mask=model.mask_id, bos=model.config.bos_id, lengths=self.lengths.data_ptr(),
+            causal=ctypes.addressof(causal.stack), head=head.tokens(),
+            head_threads=threads_for(4 * len(head) * causal.width, rows * places),
+            embedding=address(branch.embedding.weight), table=None if table is None else address(table.weight),
+            logits=self._new(rows, places, len(head)), look=ctypes.addressof(self.look),
+            draft=ctypes.addressof(self.draft),
+        )  # fmt: skip
+        setattr(self.given, "pass", ctypes.addressof(self.passes))
+        for name in ("window", "chain") if size else ():
+            setattr(self.given, name, ctypes.addressof(self.stacks[name].stack))
+        self.run = library().caddf_round
+
+    @staticmethod
+    def fit(native: Native, rows: int, size: int, caches: Caches) -> bool:
+        """Whether the kernels can do such rounds."""
+        table = native.branch.table
+        drafts = not size or (caches.exchange is not None and {"window", "chain"} <= native.stacks.keys())
+        reach = table is None or caches.causal.length <= native.context
+        return "causal" in native.stacks and drafts and reach and rows * (size + 1) <= WIDEST
+
+    def _draft(self, native: Native, rows: int, caches: Caches, temperature: float, least: float) -> None:
+        """The window's pass and the chain's drafts."""
+        assert caches.exchange is not None and caches.exchange.turns is not None and native.diffusion is not None
+        model, config, size = native.model, native.diffusion.config, self.size
+        window, chain, cache = self.stacks["window"], self.stacks["chain"], model.allocate_drafts(rows, size)
+        states = self._new(rows, size, window.width)
+        own = (config.layers, rows, config.heads, size, config.width // config.heads)
+        turns = caches.exchange.turns
+        self.look = CPass(
+            rows, size, states, None, self._new(rows, size, dtype=torch.long), 0, address(turns[0]), address(turns[1]),
+            CCache(self._new(*own), self._new(*own), size), cache_of(caches.exchange),
+            self._new(rows, dtype=torch.long), native.context, CCache(), None, None,
+            threads_for(window.weights.bytes, rows * size),
+        )  # fmt: skip
+        head, small = native.draft_head.tokens(), model.draft_tokens
+        cos, sin = self._keep(cache).turns
+        self.draft = CDraft(
+            rows, size, 0, states, self._new(rows, size, dtype=torch.long), self._new(rows, dtype=torch.long),
+            self._new(rows, size, dtype=torch.double), address(self._keep(native.diffusion.embedding.weight)), head,
+            address(small), model.vocab_size, temperature, least, cache_of(cache), address(cos), address(sin),
+            self._new(rows, size, dtype=torch.long), self._new(rows, size, model.vocab_size, dtype=torch.double),
+            self._new(rows, dtype=torch.long), threads_for(chain.weights.bytes + 4 * head.out * window.width, rows),
+        )  # fmt: skip
+
+    def _keep(self, held: Any) -> Any:
+        """`held` lives as long as these rounds."""
+        self.kept.append(held)
+        return held
+
+    def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+        """The address of a new array of zeros."""
+        return self._keep(torch.zeros(shape, dtype=dtype)).data_ptr()
+
+    def __call__(
+        self,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+        read: Int[Tensor, " B"],
+        u: Float[Tensor, "B 2k+1"],
+    ) -> Round:
+        """One round of the rows that go on."""
+        (count, length), given = x.shape, self.given
+        x, n, rows, read, u = (each.contiguous() for each in (x, n, rows, read, u))
+        tokens, marks = x.new_empty(2, count, length), rows.new_empty(2, count, length)
+        numbers = n.new_empty(7, count)
+        given.length, given.before, given.n, given.active = length, x.data_ptr(), n.data_ptr(), rows.data_ptr()
+        given.held, given.u = read.data_ptr(), u.data_ptr()
+        for names, made in ((("x", "drafts"), tokens), (("fresh", "corrected"), marks)):
+            for i, name in enumerate(names):
+                setattr(given, name, made.data_ptr() + i * count * length * made.element_size())
+        for i, name in enumerate(("next", "read", "work")):
+            setattr(given, name, numbers.data_ptr() + i * count * 8)
+        if self.run(ctypes.addressof(given)):
+            raise MemoryError("the kernels' working memory could not be had")
+        return Round(tokens[0], marks[0], tokens[1], marks[1], numbers[0], numbers[1], numbers[2:])

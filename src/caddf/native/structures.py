@@ -1,0 +1,103 @@
+"""The structures of `kernels.c` and `rounds.c`, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from caddf.caches import KVCache
+
+_pointer, _number = ctypes.c_void_p, ctypes.c_int64
+
+
+class CMap(ctypes.Structure):
+    """A linear map over panels."""
+
+    _fields_ = (
+        ("panels", _pointer), ("scales", _pointer), ("bias", _pointer), ("out", _number), ("in", _number),
+        ("type", _number), ("far", _number),
+    )  # fmt: skip
+
+
+class CNorm(ctypes.Structure):
+    """A layer norm."""
+
+    _fields_ = (("weight", _pointer), ("bias", _pointer), ("epsilon", ctypes.c_double))
+
+
+class CCache(ctypes.Structure):
+    """Keys and values of all layers."""
+
+    _fields_ = (("keys", _pointer), ("values", _pointer), ("slots", _number))
+
+
+class CAttention(ctypes.Structure):
+    """Attention behind its norm."""
+
+    _fields_ = (
+        ("norm", CNorm), ("query", CMap), ("key_value", CMap), ("out", CMap), ("heads", _number),
+        ("slope", _pointer), ("side", _pointer),
+    )  # fmt: skip
+
+
+class CLayer(ctypes.Structure):
+    """A Transformer layer."""
+
+    _fields_ = (("self", CAttention), ("cross", CAttention), ("mlp_norm", CNorm), ("up", CMap), ("down", CMap))
+
+
+class CStack(ctypes.Structure):
+    """A stack of layers."""
+
+    _fields_ = (
+        ("layers", _pointer), ("count", _number), ("width", _number), ("hidden", _number), ("before_norm", CNorm),
+        ("join", CMap), ("norm", CNorm), ("exchange", _pointer), ("exchanges", _number), ("exchange_width", _number),
+        ("context", _number),
+    )  # fmt: skip
+
+
+class CPass(ctypes.Structure):
+    """A pass through a stack."""
+
+    _fields_ = (
+        ("rows", _number), ("n", _number), ("x", _pointer), ("before", _pointer), ("positions", _pointer),
+        ("alike", _number), ("cos", _pointer), ("sin", _pointer), ("own", CCache), ("source", CCache),
+        ("until", _pointer), ("source_context", _number), ("exchange", CCache), ("exchange_cos", _pointer),
+        ("exchange_sin", _pointer), ("threads", _number),
+    )  # fmt: skip
+
+
+class CDraft(ctypes.Structure):
+    """Drafts of a chain."""
+
+    _fields_ = (
+        ("rows", _number), ("width", _number), ("count", _number), ("states", _pointer), ("before", _pointer),
+        ("first", _pointer), ("u", _pointer), ("embedding", _pointer), ("head", CMap), ("ids", _pointer),
+        ("vocabulary", _number), ("temperature", ctypes.c_double), ("least", ctypes.c_double), ("cache", CCache),
+        ("cos", _pointer), ("sin", _pointer), ("tokens", _pointer), ("q", _pointer), ("drafts", _pointer),
+        ("threads", _number),
+    )  # fmt: skip
+
+
+class CRound(ctypes.Structure):
+    """A round of speculation, or one token of each row."""
+
+    _fields_ = (
+        ("rows", _number), ("length", _number), ("size", _number), ("mask", _number), ("bos", _number),
+        ("before", _pointer), ("lengths", _pointer), ("n", _pointer), ("held", _pointer), ("active", _pointer),
+        ("causal", _pointer), ("window", _pointer), ("chain", _pointer), ("pass", _pointer), ("look", _pointer),
+        ("draft", _pointer), ("head", CMap), ("head_threads", _number), ("embedding", _pointer), ("table", _pointer),
+        ("logits", _pointer), ("u", _pointer), ("x", _pointer), ("drafts", _pointer), ("fresh", _pointer),
+        ("corrected", _pointer), ("next", _pointer), ("read", _pointer), ("work", _pointer),
+    )  # fmt: skip
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers are; NULL for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def cache_of(cache: KVCache | None) -> CCache:
+    """A cache as C sees it; all NULL for none."""
+    return CCache() if cache is None else CCache(cache.keys.data_ptr(), cache.values.data_ptr(), cache.length)
