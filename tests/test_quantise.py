@@ -102,7 +102,7 @@ def test_what_cannot_be_done_is_said():
 
 @pytest.mark.parametrize(("kind", "each"), [("bf16", 2), ("int8", 1)])
 def test_kernels_read_rounded_weights_at_their_own_size(kind, each):
-    model, small = (compiled(m) for m in (dual(draft="chained"), quantised(dual(draft="chained"), kind)))
+    model, small = (compiled(m) for m in (dual(draft="factorised"), quantised(dual(draft="factorised"), kind)))
     for each_one in (small, model):
         each_one.allocate(1, 8)  # lays the matrices out
     read, whole = weights_read(small, True, True), weights_read(model, True, True)
@@ -110,6 +110,18 @@ def test_kernels_read_rounded_weights_at_their_own_size(kind, each):
     assert sum(read.values()) - 4 * floats == (sum(whole.values()) - 4 * floats) * each / 4
     parameters = sum(p.nbytes for p in model.parameters())
     assert weights_held(small) - parameters == (weights_held(model) - parameters) * each / 4
+
+
+@pytest.mark.parametrize(("kind", "each"), [(None, 2), ("bf16", 2), ("int8", 1)])
+def test_what_only_proposes_is_read_in_two_bytes_at_most(kind, each):
+    model = dual(draft="chained")
+    model = compiled(model if kind is None else quantised(model, kind))
+    read, fewer = (weights_read(model, False, drafts)["diffusion"] for drafts in (True, False))
+    matrices = sum(p.numel() for p in model.chain.parameters() if p.ndim > 1) + model.tokens_of("draft").numel()
+    norms = sum(p.nbytes for p in model.chain.parameters() if p.ndim < 2)
+    assert read - fewer == model.block_size * (each * matrices + norms)
+    layers = [p for part in (model.diffusion.layers, model.diffusion.norm) for p in part.parameters()]
+    assert fewer == sum(p.numel() * (each if p.ndim > 1 else 4) for p in layers)
 
 
 @pytest.fixture(scope="module")

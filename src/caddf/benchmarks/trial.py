@@ -112,23 +112,26 @@ def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
     """Bytes of weights that a pass of each branch reads: its layers, and the rows of the heads that are read.
 
     `fused`: the causal branch's states are fused, `drafts`: the diffusion branch's own head is read. Embedding tables
-    are read in a few rows alone, which count for nothing; a chain reads its head for every draft.
+    are read in a few rows alone, which count for nothing; a chain is read, with its head, for every draft.
     """
     native = getattr(network, "native", None)
     rounded = None if native is None else {"bf16": 2, "int8": 1}.get(native.kind)
     each = rounded or next(network.parameters()).element_size()
+    chained = isinstance(network, DualBranch) and network.chained
+    proposing = min(each, 2) if native is not None and chained else each  # kernels read what only proposes in bfloat16
 
-    def size(*modules: nn.Module | None) -> int:
+    def size(*modules: nn.Module | None, each: int = each) -> int:
         whole = [p for module in modules if module is not None for p in module.parameters()]
         return sum(p.numel() * each if p.ndim > 1 else p.nbytes for p in whole)
 
     if isinstance(network, DualBranch):
         branch, config, causal = network.diffusion, network.config, 0
-        head = each * (config.draft_vocab or network.vocab_size) * config.diffusion.width
+        head = proposing * (config.draft_vocab or network.vocab_size) * config.diffusion.width
+        head += size(network.chain, each=proposing)
         if network.causal is not None:
             causal = size(network.causal.layers, network.causal.norm, network.fusion if fused else None)
             causal += each * network.vocab_size * network.causal.config.width
-        diffusion = size(branch.layers, branch.norm, network.chain)
+        diffusion = size(branch.layers, branch.norm, each=each if fused else proposing)
         return {
             "causal": causal,
             "diffusion": diffusion + head * drafts * (network.block_size if network.chained else 1),

@@ -432,7 +432,7 @@ class DualBranch(nn.Module):
             raise InputError(f"head is {head}; a model with causal off has the heads {sorted(self.heads)} alone")
         small = self.draft_tokens if head == "draft" and states.chained else None
         readouts = {} if self.native is None else self.native.heads
-        if (name := head if small is None else "chain") in readouts:
+        if (name := "chain" if head == "draft" and states.chained else head) in readouts:
             return states_at(read, where), readouts[name], small
         return states_at(read, where), self.tokens_of(head) if small is None else self.small_table(), small
 

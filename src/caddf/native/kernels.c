@@ -280,9 +280,9 @@ static void share(int64_t count, int64_t thread, int64_t threads, int64_t grain,
 // `soon` is the map that will be read next, NULL where it is not known.
 static void map(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t thread, int64_t threads,
                 const Map *soon) {
-  int64_t from, to, next = 0, end;
-  if (soon) share(soon->out, thread, threads, 64, &next, &end);
-  share(f->out, thread, threads, 64, &from, &to);
+  int64_t from, to, next = 0, end, grain = 16 * (panels_of[0][(rows - 1) % TALLEST] > 2 ? 4 : 2);  // whole tiles
+  if (soon) share(soon->out, thread, threads, grain, &next, &end);
+  share(f->out, thread, threads, grain, &from, &to);
   map_part(f, x, rows, y, then, from, to,
            soon ? (const char *)soon->panels + next * soon->in * bytes_of[soon->type] : NULL);
 }

@@ -38,12 +38,17 @@ def _readable(*modules: nn.Module | None) -> bool:
 
 
 class Native:
-    """A model's passes through the kernels: each gives None where a pass is not theirs, for the modules to do it."""
+    """A model's passes through the kernels: each gives None where a pass is not theirs, for the modules to do it.
+
+    What only proposes is read in bfloat16 (a round's window, the chain and its head): whatever drafts are drawn from,
+    what stands is the target's.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.kind = cast(Any, model), cast("Quantisation | None", getattr(model, "weights_kind", None))
         size = sum(p.numel() for p in model.parameters()) * (4 >> KINDS.index(self.kind))
         self.weights = partial(Weights, self.kind, size > NEAR)
+        self.drafting = partial(Weights, self.kind or "bf16", size > NEAR)
         self.context = cast(int, model.config.context)  # type: ignore[union-attr]
         self.branch = cast(CausalBranch, model.causal)
         diffusion, of = getattr(model, "diffusion", None), self.model.tokens_of
@@ -51,8 +56,9 @@ class Native:
         self.heads: dict[str, nn.Module] = {
             head: NativeHead(partial(of, head), self.weights) for head in self.model.heads
         }
-        if getattr(model, "draft_tokens", None) is not None:
-            self.heads["chain"] = NativeHead(self.model.small_table, self.weights)
+        if getattr(model, "chain", None) is not None:
+            small = self.model.draft_tokens is not None
+            self.heads["chain"] = NativeHead(self.model.small_table if small else partial(of, "draft"), self.drafting)
         self._laid_out: tuple[tuple[int, int], ...] | None = None
         self.stacks: dict[str, StackPass] = {}
         library()  # raises
@@ -69,8 +75,9 @@ class Native:
         self.stacks["causal"] = StackPass(weights, layers, branch.norm, self.context, exchange=exchange)
         if self.diffusion is not None:
             self.stacks["window"] = _window_pass(self.weights(), self.diffusion)
-        if isinstance(chain, DraftChain):
-            weights = self.weights()
+        if self.diffusion is not None and isinstance(chain, DraftChain):
+            self.stacks["look"] = _window_pass(self.drafting(), self.diffusion)
+            weights = self.drafting()
             join = (chain.before_norm, chain.join)
             self.stacks["chain"] = StackPass(
                 weights, [weights.layer(chain.layer, False)], chain.norm, self.context, join
@@ -80,11 +87,6 @@ class Native:
     def bytes(self) -> int:
         """Of the matrices of all passes, once they are laid out; those of a head are when it is first read."""
         return sum(each.weights.bytes for each in self.stacks.values())
-
-    @property
-    def draft_head(self) -> NativeHead:
-        """That of chained drafts, over the small vocabulary where there is one."""
-        return cast(NativeHead, self.heads["draft" if self.model.draft_tokens is None else "chain"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model has weights of its own, which these passes do not read."""
@@ -169,7 +171,7 @@ class Native:
         (rows, count), width, small = u.shape, h_cad.shape[1], self.model.draft_tokens
         before = self.model.before(x, (start[:, None] + torch.arange(width)).expand(rows, -1))
         first = (n - start).clamp(0, width - 1)
-        head = self.draft_head.tokens()
+        head = cast(NativeHead, self.heads["chain"]).tokens()
         table = self.diffusion.embedding.weight
         tokens, q = before.new_empty(rows, count), u.new_zeros(rows, count, self.model.vocab_size)
         h_cad, before, first, u = (given.contiguous() for given in (h_cad, before, first, u))
@@ -178,7 +180,7 @@ class Native:
             rows, width, count, h_cad.data_ptr(), before.data_ptr(), first.data_ptr(), u.data_ptr(),
             table.data_ptr(), head, address(small), self.model.vocab_size, temperature, least, cache_of(cache),
             address(cos), address(sin), tokens.data_ptr(), q.data_ptr(), drafted.data_ptr(),
-            threads_for(stack.weights.bytes + 4 * head.out * table.shape[1], rows),
+            threads_for(stack.weights.bytes + (4 >> head.type) * head.out * table.shape[1], rows),
         )  # fmt: skip
         if library().caddf_draft(ctypes.addressof(stack.stack), ctypes.addressof(given)):
             raise MemoryError("the kernels' working memory could not be had")

@@ -36,6 +36,7 @@ class Rounds:
         model, branch, self.stacks, self.kept = native.model, native.branch, native.stacks.copy(), list[Any]()
         self.lengths, self.mask_id = self._keep(lengths.contiguous()), model.mask_id
         causal, head, table = self.stacks["causal"], cast(NativeHead, native.heads["causal"]), branch.table
+        read = head.tokens()
         turns = (caches.causal.turns if table is None else None) or (None, None)
         exchange_turns = (caches.exchange.turns if caches.exchange is not None else None) or (None, None)
         self.passes = CPass(
@@ -49,22 +50,22 @@ class Rounds:
             self._draft(native, rows, caches, temperature, least)
         self.given = CRound(
             rows=rows, size=size, mask=model.mask_id, bos=model.config.bos_id, lengths=self.lengths.data_ptr(),
-            causal=ctypes.addressof(causal.stack), head=head.tokens(),
-            head_threads=threads_for(4 * len(head) * causal.width, rows * places),
+            causal=ctypes.addressof(causal.stack), head=read,
+            head_threads=threads_for((4 >> read.type) * read.out * causal.width, rows * places),
             embedding=address(branch.embedding.weight), table=None if table is None else address(table.weight),
             logits=self._new(rows, places, len(head)), look=ctypes.addressof(self.look),
             draft=ctypes.addressof(self.draft),
         )  # fmt: skip
         setattr(self.given, "pass", ctypes.addressof(self.passes))
-        for name in ("window", "chain") if size else ():
-            setattr(self.given, name, ctypes.addressof(self.stacks[name].stack))
+        for part, name in (("window", "look"), ("chain", "chain")) if size else ():
+            setattr(self.given, part, ctypes.addressof(self.stacks[name].stack))
         self.run = library().caddf_round
 
     @staticmethod
     def fit(native: Native, rows: int, size: int, caches: Caches) -> bool:
         """Whether the kernels can do such rounds."""
         table = native.branch.table
-        drafts = not size or (caches.exchange is not None and {"window", "chain"} <= native.stacks.keys())
+        drafts = not size or (caches.exchange is not None and {"look", "chain"} <= native.stacks.keys())
         reach = table is None or caches.causal.length <= native.context
         return "causal" in native.stacks and drafts and reach and rows * (size + 1) <= WIDEST
 
@@ -72,7 +73,7 @@ class Rounds:
         """The window's pass and the chain's drafts."""
         assert caches.exchange is not None and caches.exchange.turns is not None and native.diffusion is not None
         model, config, size = native.model, native.diffusion.config, self.size
-        window, chain, cache = self.stacks["window"], self.stacks["chain"], model.allocate_drafts(rows, size)
+        window, chain, cache = self.stacks["look"], self.stacks["chain"], model.allocate_drafts(rows, size)
         states = self._new(rows, size, window.width)
         own = (config.layers, rows, config.heads, size, config.width // config.heads)
         turns = caches.exchange.turns
@@ -82,14 +83,15 @@ class Rounds:
             self._new(rows, dtype=torch.long), native.context, CCache(), None, None,
             threads_for(window.weights.bytes, rows * size),
         )  # fmt: skip
-        head, small = native.draft_head.tokens(), model.draft_tokens
+        head, small = cast(NativeHead, native.heads["chain"]).tokens(), model.draft_tokens
         cos, sin = self._keep(cache).turns
+        drafting = chain.weights.bytes + (4 >> head.type) * head.out * window.width
         self.draft = CDraft(
             rows, size, 0, states, self._new(rows, size, dtype=torch.long), self._new(rows, dtype=torch.long),
             self._new(rows, size, dtype=torch.double), address(self._keep(native.diffusion.embedding.weight)), head,
             address(small), model.vocab_size, temperature, least, cache_of(cache), address(cos), address(sin),
             self._new(rows, size, dtype=torch.long), self._new(rows, size, model.vocab_size, dtype=torch.double),
-            self._new(rows, dtype=torch.long), threads_for(chain.weights.bytes + 4 * head.out * window.width, rows),
+            self._new(rows, dtype=torch.long), threads_for(drafting, rows),
         )  # fmt: skip
 
     def _keep(self, held: Any) -> Any:
