@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,44 +9,20 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from caddf.caches import Caches, KVCache, Slots
+from caddf.caches import Caches, Slots
 from caddf.errors import InputError
-from caddf.interface import AnyOrder, Block, Head, Infill, Pattern, Rounds
-from caddf.models.causal import CausalBranch, tokens_before
+from caddf.interface import AnyOrder, Block, Head, Infill, Pattern
+from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.fusion import CrossFusion, Mixer
 from caddf.models.layers import Readout, Rotation, among, head_log_probs, head_nll, nearness, state_of, states_at
+from caddf.models.over_caches import OverCaches
+from caddf.models.states import Canvas, States
 
 if TYPE_CHECKING:
     from caddf.native import Native
-
-
-@dataclass(frozen=True)
-class States:
-    """What a forward pass leaves to be read: one state per position and head, None for a head that does not exist.
-
-    `chained` says whether the draft states are those of a chain, whose vocabulary may be a small one.
-    """
-
-    fused: Float[Tensor, "B L D"] | None
-    draft: Float[Tensor, "B L d"] | None
-    causal: Float[Tensor, "B L D"] | None
-    chained: bool = False
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """Canvas states as the fusion reads them: m states at `positions`, and what each output sees of them.
-
-    `turn` is their rotation in the fusion, where it has been made before.
-    """
-
-    states: Float[Tensor, "B m d"]
-    positions: Int[Tensor, "..."]
-    visible: Bool[Tensor, "..."] | None
-    turn: Rotation | None = None
 
 
 def _whole(pattern: Block, length: int) -> int:
@@ -55,7 +30,7 @@ def _whole(pattern: Block, length: int) -> int:
     return pattern.offset + -(-(length - pattern.offset) // pattern.size) * pattern.size
 
 
-class DualBranch(nn.Module):
+class DualBranch(OverCaches):
     """CAD-DF: `forward(prefix, canvas, pattern)` (eqs. 5-7, 10-12), a `caddf.interface.LanguageModel`.
 
     Each head is tied to its branch's embedding and is normalised over the V real tokens: `fused` and `causal` share the
@@ -197,182 +172,6 @@ class DualBranch(nn.Module):
             scores = nearness(positions, seen.positions, self.fusion.cross.heads, self.causal.norm.weight)
             visible = among(scores, visible)
         return self.fusion(h_trans, turn, keys_values, visible)
-
-    # Decoding (`caddf.interface.Incremental`): the same modules over caches.
-
-    def incremental(self, pattern: Pattern) -> bool:
-        """With fusion `late` the causal branch's caches hold for any canvas; in blocks, with mutual exchange."""
-        return self.config.fusion == "late" and (self.diffusion.mutual or isinstance(pattern, Infill))
-
-    def allocate(self, rows: int, length: int) -> Caches:
-        """Empty caches for `rows` rows and the slots 0 to `length - 1`."""
-        assert self.causal is not None
-        if self.native is not None:
-            self.native.refresh()
-        own = self.causal.allocate(rows, length)
-        if not self.diffusion.mutual:
-            return Caches(own, None)
-        config, like = self.config.diffusion, self.diffusion.embedding.weight
-        turns = self.diffusion.rotary(torch.arange(length + self.config.context, device=like.device))
-        size = config.width // config.heads
-        return Caches(own, KVCache.allocate(config.layers, rows, config.heads, length, size, like, turns))
-
-    def read(
-        self,
-        tokens: Int[Tensor, "B T"],
-        positions: Int[Tensor, "B n"] | Int[Tensor, " n"],
-        caches: Caches,
-        seen: Canvas | None = None,
-    ) -> States:
-        """States of the slots `positions`, whose keys and values go into `caches`; fused where `seen` is given."""
-        slots = Slots.of(positions)
-        states = States(None, None, self._read(tokens_before(tokens, slots, self.config.bos_id), slots, caches))
-        return states if seen is None else self.fuse(states, positions, caches, seen)
-
-    def fuse(
-        self, states: States, positions: Int[Tensor, "B n"] | Int[Tensor, " n"], caches: Caches, seen: Canvas
-    ) -> States:
-        """The states of slots that have been read, fused with `seen`."""
-        assert states.causal is not None
-        turn = caches.causal.turn(Slots.of(positions))
-        seen = replace(seen, turn=caches.causal.turn(Slots.of(seen.positions)))
-        return replace(states, fused=self._cross(states.causal, positions, turn, seen))
-
-    def encode(
-        self,
-        canvas: Int[Tensor, "B n"],
-        start: Int[Tensor, " B"],
-        lengths: Int[Tensor, " B"],
-        pattern: Pattern,
-        caches: Caches,
-    ) -> Canvas:
-        """h_cad of one window per row over the cached causal states: up to the block's start, or the first mask."""
-        window = torch.arange(canvas.shape[1], device=canvas.device)
-        positions = window + start[:, None] if len(start) > 1 else window + start
-        slots = Slots.of(positions)
-        visible, until = None, start
-        if self.native is not None and not isinstance(pattern, Infill):
-            shown = until.clamp(max=caches.causal.length - 1)
-            if (states := self.native.window(canvas, positions, shown, caches)) is not None:
-                return Canvas(states, positions, None)
-        if isinstance(pattern, Infill):
-            visible = (positions < lengths[:, None])[:, None, None, :]
-            until = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1)
-        if caches.exchange is None:
-            return Canvas(self.diffusion(canvas, positions, visible), positions, visible)
-        until = until.clamp(max=caches.exchange.length - 1)
-        alike = bool((until == until[0]).all())
-        last = Slots.of(until[:1] if alike else until[:, None])  # what the window sees is what its last slot sees
-        visible_states, since = last.visible(self.config.context), last.since(self.config.context)
-        states_at = torch.arange(since, last.upto, device=canvas.device)
-        exchanged = self.diffusion.seen(positions, states_at, visible_states, sides=False)
-        exchange = [caches.exchange.read(layer, last.upto, since) for layer in range(len(self.diffusion.layers))]
-        states = self.diffusion(canvas, caches.exchange.turn(slots), visible, exchange, exchanged)
-        return Canvas(states, positions, visible)
-
-    def draft(self, seen: Canvas, tokens: Int[Tensor, "B T"]) -> States:
-        """Draft states of a window, chained where the model has a chain and the window is a block."""
-        if self.chain is None or seen.visible is not None:
-            return States(None, seen.states, None)
-        before = self.diffusion.embedding(self.before(tokens, seen.positions))
-        return States(None, self.chain(seen.states, before), None, chained=True)
-
-    def allocate_drafts(self, rows: int, size: int) -> KVCache | None:
-        """An empty cache for the drafts of a window of `size`; None where they do not chain."""
-        return None if self.chain is None else self.chain.allocate(rows, size)
-
-    def draft_step(
-        self,
-        seen: Canvas,
-        tokens: Int[Tensor, "B T"],
-        places: Int[Tensor, "B n"] | Int[Tensor, " n"],
-        cache: KVCache,
-    ) -> States:
-        """Chained draft states at `places` of a window alone; `cache` holds what the chain read of those before."""
-        assert self.chain is not None
-        slots = Slots.of(places)
-        if slots.first is None:
-            h_cad = seen.states.gather(1, places[..., None].expand(-1, -1, seen.states.shape[-1]))
-            positions = seen.positions.expand(len(tokens), -1).gather(1, places)
-        else:
-            h_cad, positions = seen.states[:, slots.where], seen.positions[..., slots.where]
-        before = self.diffusion.embedding(self.before(tokens, positions))
-        if self.native is not None and (drafts := self.native.chain(h_cad, before, slots, cache)) is not None:
-            return States(None, drafts, None, chained=True)
-        return States(None, self.chain.step(h_cad, before, slots, cache), None, chained=True)
-
-    def draw_drafts(
-        self,
-        seen: Canvas,
-        tokens: Int[Tensor, "B T"],
-        start: Int[Tensor, " B"],
-        n: Int[Tensor, " B"],
-        u: Float[Tensor, "B m"],
-        cache: KVCache,
-        *,
-        temperature: float,
-        least: float,
-    ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
-        """All steps of the chain at one go, where there are kernels for it."""
-        if self.native is None:
-            return None
-        return self.native.drafts(seen.states, tokens, start, n, u, cache, temperature=temperature, least=least)
-
-    def rounds(
-        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, temperature: float, least: float
-    ) -> Rounds | None:
-        """Whole rounds of the causal target at one go, where there are kernels for it."""
-        if self.native is None:
-            return None
-        return self.native.rounds(lengths, size, caches, temperature=temperature, least=least)
-
-    def before(
-        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"]
-    ) -> Int[Tensor, "B n"]:
-        """The token before each of `positions` (BOS at 0): what slots at them read."""
-        slots = Slots.of(positions) if positions.ndim == 1 else Slots(positions, None, 0)
-        return tokens_before(tokens, slots, self.config.bos_id)
-
-    def _read(self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches) -> Float[Tensor, "B n D"]:
-        """h_trans of `slots`; what both branches keep of them is written into `caches`."""
-        assert self.causal is not None
-        if self.native is not None and (states := self.native.causal(inputs, slots, caches)) is not None:
-            return states
-        h_trans = self.causal(inputs, slots, caches.causal)
-        if caches.exchange is not None:
-            for layer, keys_values in enumerate(self.diffusion.exchange(h_trans, caches.exchange.turn(slots))):
-                caches.exchange.write(layer, slots.where, *keys_values)
-        return h_trans
-
-    # Block diffusion over the diffusion branch's own cache: blocks before are clean, and their keys and values stay.
-
-    def allocate_blocks(self, rows: int, length: int) -> KVCache | None:
-        """An empty cache for the slots 0 to `length - 1`; None where drafts read more than their branch's blocks."""
-        if self.diffusion.mutual or self.chain is not None:
-            return None
-        config = self.config.diffusion
-        size, like = config.width // config.heads, self.diffusion.embedding.weight
-        return KVCache.allocate(config.layers, rows, config.heads, length, size, like)
-
-    def read_blocks(
-        self, canvas: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], pattern: Block, cache: KVCache
-    ) -> States:
-        """Draft states at `positions` of `canvas`, each seeing its own block and, in `cache`, those before it.
-
-        What is read is written into `cache`: a block is read while it has masks in it, and once more when it has none
-        (in the pass that first reads the next block), before later blocks may see it.
-        """
-        x, turn = self.diffusion.embedding(canvas), self.diffusion.rotary(positions)
-        upto = int(positions.max()) + 1
-        slots, at = torch.arange(upto, device=canvas.device), positions[:, None, :, None]
-        visible = (pattern.index(slots) <= pattern.index(at)) & (slots > at - self.config.context)
-        seen = self.diffusion.seen(positions, slots, visible)
-        for i, layer in enumerate(self.diffusion.layers):
-            h = layer.attention_norm(x)
-            cache.write(i, positions, *layer.attention.keys_values(h, turn))
-            x = x + layer.attention(h, turn, cache.read(i, upto), seen)
-            x = x + layer.mlp(layer.mlp_norm(x))
-        return States(None, self.diffusion.norm(x), None)
 
     # Heads.
 

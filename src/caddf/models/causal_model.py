@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from caddf.caches import Caches, Slots
 from caddf.errors import InputError
 from caddf.interface import Block, Head, Infill, Pattern, Rounds
-from caddf.models.backbone import States
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.config import BranchConfig
 from caddf.models.layers import Readout, head_log_probs, head_nll, states_at
+from caddf.models.states import States
 
 if TYPE_CHECKING:
     from caddf.native import Native
