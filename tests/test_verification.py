@@ -61,11 +61,10 @@ def p_value(tokens: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("given", [-1, 1, 3])
 @pytest.mark.parametrize("least", [0.0, 0.3])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_what_stands_and_what_follows_is_the_target(seed, least, given):
+def test_what_stands_and_what_follows_is_the_target(least, given):
     """Drafts, one token in place of the first rejected, and the rest from the target: all sequences of four tokens."""
-    p_tree, q_tree = trees(seed, given)
-    generator, rows = torch.Generator().manual_seed(seed), torch.arange(ROWS)
+    p_tree, q_tree = trees(0, given)
+    generator, rows = torch.Generator().manual_seed(0), torch.arange(ROWS)
     tokens = drawn(q_tree, generator, torch.zeros(ROWS, M, dtype=torch.long), torch.zeros(ROWS, dtype=torch.long))
     p, q = behind(p_tree, tokens), behind(q_tree, tokens)
     drafting = (torch.arange(M) != given).expand(ROWS, M)

@@ -117,6 +117,8 @@ class Native:
         stack = self.stacks.get("window")
         if stack is None or self.diffusion is None or caches.exchange is None or not few(canvas):
             return None
+        if canvas.shape[1] > self.context:  # angles end there
+            return None
         config, (rows, n) = self.diffusion.config, canvas.shape
         x = F.embedding(canvas, self.diffusion.embedding.weight)
         own = x.new_empty(2, config.layers, rows, config.heads, n, config.width // config.heads)

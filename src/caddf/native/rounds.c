@@ -251,6 +251,8 @@ static int64_t following(const Drafted *d, float *weights, int64_t stop, double 
   return pick(p, d->vocabulary, u, &total);
 }
 
+// Rows that do not go on, and places that a row has not while a wider one has, are read as if they held other tokens:
+// what comes of it is seen by nothing, and what a row holds beyond its end is not looked at.
 typedef struct {  // a round of a causal target: a window of drafts that starts at the last token that stands
   int64_t rows, length, size, mask, bos;  // size 0: one token of each row, and no drafts
   const int64_t *before;                  // [rows, length]: what stands
@@ -287,12 +289,12 @@ static int drafts_of(const Round *r, int64_t count) {
   Draft *draft = r->draft;
   int64_t width = r->window->width;
   for (int64_t row = 0; row < r->rows; row++) {
-    int64_t start = start_of(r, row), n = least_of(r->n[row], r->length - 1);
+    int64_t start = start_of(r, row), n = least_of(r->n[row], r->length - 1), stands = r->active[row] ? n : 0;
     for (int64_t i = 0, at = row * r->size; i < r->size; i++, at++) {
-      int64_t token = start + i < n ? r->x[row * r->length + start + i] : r->mask;
+      int64_t token = start + i < stands ? r->x[row * r->length + start + i] : r->mask;
       memcpy(look->x + at * width, draft->embedding + token * width, width * sizeof(float));
       ((int64_t *)look->positions)[at] = start + i;
-      ((int64_t *)draft->before)[at] = start + i <= n ? before(r, row, start + i) : r->mask;
+      ((int64_t *)draft->before)[at] = start + i <= stands ? before(r, row, start + i) : r->bos;
     }
     ((int64_t *)look->until)[row] = start;
     ((int64_t *)draft->first)[row] = n - start;
@@ -325,7 +327,7 @@ int caddf_round(const Round *r) {
   for (int64_t row = 0; row < r->rows; row++)
     for (int64_t i = 0, index = row * wide; i < wide; i++, index++) {
       int64_t at = r->n[row] + i < r->length ? r->n[row] + i : r->length - 1;
-      const float *token = r->embedding + before(r, row, at) * width;
+      const float *token = r->embedding + (r->active[row] && at < shown[row] ? before(r, row, at) : r->bos) * width;
       float *to = pass->x + index * width;
       ((int64_t *)pass->positions)[index] = at;
       for (int64_t k = 0; k < width; k++) to[k] = r->table ? token[k] + r->table[at * width + k] : token[k];

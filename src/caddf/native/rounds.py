@@ -66,7 +66,7 @@ class Rounds:
         """Whether the kernels can do such rounds."""
         table = native.branch.table
         drafts = not size or (caches.exchange is not None and {"look", "chain"} <= native.stacks.keys())
-        reach = table is None or caches.causal.length <= native.context
+        reach = size <= native.context and (table is None or caches.causal.length <= native.context)
         return "causal" in native.stacks and drafts and reach and rows * (size + 1) <= WIDEST
 
     def _draft(self, native: Native, rows: int, caches: Caches, temperature: float, least: float) -> None:
