@@ -207,7 +207,7 @@ def test_weights_read_and_their_share_of_the_bandwidth():
     dual = ARCHITECTURES["dual"].network(untrained_config("caddf-lambda-dce", "debug", SHORT, "preset"))
     plain, full = weights_read(dual, False, False), weights_read(dual, True, True)
     assert full["causal"] - plain["causal"] == 4 * sum(p.numel() for p in dual.fusion.parameters())
-    each_draft = 4 * dual.vocab_size * dual.config.diffusion.width
+    each_draft = 4 * (dual.vocab_size * dual.config.diffusion.width + sum(p.numel() for p in dual.chain.parameters()))
     assert dual.chained and full["diffusion"] - plain["diffusion"] == dual.block_size * each_draft
     figures = {"passes_causal": 10.0, "passes_diffusion": 5.0, "seconds": 2.0}
     assert bandwidth_share({"causal": 100, "diffusion": 40}, figures, 1000.0) == pytest.approx(1200 / 2000)
