@@ -165,6 +165,11 @@ def test_prompts_are_taken_as_they_are(say, run):
         assert say("generate", run, f"--prompt={prompt}", "--max-new-tokens", "1", "--json").json["prompt"] == prompt
 
 
+def test_a_prompt_is_printed_with_its_tabs_and_without_what_controls_a_terminal(say, run):
+    said = say("generate", run, "--prompt", "if a:\n\tb\u00a0= \x1b[2J\x9b1", "--max-new-tokens", "1", "--seed", "5")
+    assert said.out.startswith("if a:\n\tb\u00a0= [2J1")
+
+
 def test_generate_prints_text_and_statistics(say, run):
     said = say("generate", run, "--prompt", "a1 =", "--max-new-tokens", "60", "--seed", "5")
     result = say("generate", run, "--prompt", "a1 =", "--max-new-tokens", "60", "--seed", "5", "--json").json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -185,8 +186,9 @@ def info(console: Console, accounts: dict[str, Any]) -> None:
 
 
 def _line(console: Console, text: str, style: str | None = None) -> None:
-    """Text as it is: no markup, and no line broken to the terminal's width."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Text as it is, tabs too: no markup, no line broken to the terminal's width, nothing that controls a terminal."""
+    spared = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    console.out(spared, style=style, highlight=False)
 
 
 def methods(console: Console, rows: dict[str, dict[str, str]]) -> None:
