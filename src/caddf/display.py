@@ -188,7 +188,10 @@ def info(console: Console, accounts: dict[str, Any]) -> None:
 def _line(console: Console, text: str, style: str | None = None) -> None:
     """Text as it is, tabs too: no markup, no line broken to the terminal's width, nothing that controls a terminal."""
     spared = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-    console.out(spared, style=style, highlight=False)
+    if style is None:
+        print(spared, file=console.file)  # a console makes blanks of tabs
+    else:
+        console.print(spared, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def methods(console: Console, rows: dict[str, dict[str, str]]) -> None:
