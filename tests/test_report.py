@@ -420,3 +420,26 @@ def test_acceptance_is_measured_at_each_checkpoint(runs, tmp_path, capsys):
     assert (tmp_path / "a" / "acceptance-temperature.svg").is_file() and not (
         tmp_path / "a" / "acceptance-step.svg"
     ).exists()
+
+
+def test_acceptance_is_measured_at_each_width_of_windows(runs, tmp_path, capsys):
+    given = [
+        "--models",
+        str(runs),
+        "--data",
+        str(runs / "set"),
+        "--windows",
+        "3",
+        "--rounds",
+        "2",
+        "--temperatures",
+        "1",
+    ]
+    assert main(["benchmark", "acceptance", *given, "--block-sizes", "2,5", "--out", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["target"], row["block_size"]) for row in rows] == [
+        (target, size) for target in ("causal", "fused") for size in (2, 5)
+    ]
+    assert all(len(row["by_offset"]) <= row["block_size"] - (row["target"] == "causal") for row in rows)
+    assert rows[1]["tokens_per_round"] > rows[0]["tokens_per_round"]
+    assert "| caddf-lambda-dce | 3 | causal | 5 | 1 |" in (tmp_path / "acceptance.md").read_text()

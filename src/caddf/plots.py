@@ -176,7 +176,8 @@ def _draw_tokens(axes: Any, rows: Rows, key: str, said: str) -> None:
 def _told(row: Mapping[str, Any]) -> str:
     """What tells a row of acceptances from others."""
     said = [str(row[name]) for name in ("model", "target") if row.get(name) is not None]
-    return ", ".join(said + [f"{name} {row[name]:g}" for name in ("temperature", "step") if row.get(name) is not None])
+    numbers = {"block_size": "k", "temperature": "temperature", "step": "step"}
+    return ", ".join(said + [f"{short} {row[name]:g}" for name, short in numbers.items() if row.get(name) is not None])
 
 
 # Training.

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +27,7 @@ COLUMNS = {
     "model": "",
     "step": "of training",
     "target": "the distribution that is drawn from exactly: the causal head, or the fused one in blocks",
+    "k": "positions of a window, or of a block",
     "temperature": "of drafts and target alike; 0 is greedy",
     "tokens per round": "expected, with their standard error over windows: drafts that stand, and the token after them",
     "accepted by place": "share of the first, second, ... drafts accepted, of those reached",
@@ -40,6 +42,7 @@ class AcceptanceSettings:
     data: a token set.
     split: of the text that is drafted after.
     temperatures: of targets and drafts, as in 0,0.5,1.
+    block_sizes: k of windows and blocks, as in 8,16; empty is each model's own.
     checkpoints: the latest of each run, or all that it kept.
     windows: of text, spread evenly over the split.
     rounds: of each window, each at a block that is drawn.
@@ -53,6 +56,7 @@ class AcceptanceSettings:
     data: str | None = None
     split: str = "test"
     temperatures: tuple[float, ...] = (0.0, 0.5, 1.0)
+    block_sizes: tuple[int, ...] = ()
     checkpoints: Literal["latest", "all"] = "latest"
     windows: int = 64
     rounds: int = 8
@@ -74,7 +78,7 @@ def measure_acceptance(settings: AcceptanceSettings, console: Console) -> Result
     runs, data = runs_of(settings.models), TokenSet.open(settings.data)
     warps = {temperature: Warp(temperature) for temperature in settings.temperatures}
     values: dict[str, Any] = {**dataclasses.asdict(settings), "data": data.folder.name, "models": ",".join(runs)}
-    values["temperatures"] = list(warps)
+    values |= {"temperatures": list(warps), "block_sizes": list(settings.block_sizes)}
     del values["out"]
     results = Results.open("acceptance", settings.out or "results/acceptance", values)
     rows = results.values["rows"] = []
@@ -105,9 +109,9 @@ def _measured(
     for target in get_args(Verifier):
         if {target, "draft"} - model.model.heads:
             continue
-        for temperature, warp in warps.items():
+        for size, (temperature, warp) in product(settings.block_sizes or (model.model.block_size,), warps.items()):
             noise = torch.Generator().manual_seed(settings.seed)
-            found = acceptance(model.model, windows, target, noise, rounds=settings.rounds, warp=warp)
+            found = acceptance(model.model, windows, target, noise, rounds=settings.rounds, block_size=size, warp=warp)
             shares, errors = found.by_offset()
             reached = int(shares.isfinite().sum())  # no round comes to the places behind
             yield {
@@ -115,7 +119,7 @@ def _measured(
                 "step": int(step) if step.isdecimal() else None,
                 "target": target,
                 "temperature": temperature,
-                "block_size": model.model.block_size,
+                "block_size": size,
                 "tokens_per_round": found.tokens.mean().item(),
                 "standard_error": found.tokens.std().item() / len(windows) ** 0.5 if len(windows) > 1 else None,
                 "by_offset": shares[:reached].tolist(),
@@ -129,6 +133,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["model"],
         "" if row["step"] is None else f"{row['step']:,}",
         row["target"],
+        str(row["block_size"]),
         f"{row['temperature']:g}",
         within(row["tokens_per_round"], row["standard_error"]),
         " ".join(f"{share:.2f}" for share in row["by_offset"]),
