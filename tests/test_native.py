@@ -348,13 +348,6 @@ def test_a_compiler_may_have_arguments(monkeypatch, tmp_path):
         build.library.cache_clear()
 
 
-class Stepwise:
-    """Nothing of a whole round: every reading is asked for by itself."""
-
-    def rounds(self, *_, **__):
-        return None
-
-
 ROUNDS = {
     "autoregressive": (dual, Autoregressive()),
     "of a model of one branch": (gpt2, Autoregressive()),
@@ -385,7 +378,7 @@ def test_a_round_is_what_its_steps_are(kind, prompt, temperature, monkeypatch):
     for stepwise in (False, True):
         with monkeypatch.context() as patch:
             if stepwise:
-                patch.setattr(type(model), "rounds", Stepwise.rounds)
+                patch.setattr(type(model), "rounds", lambda *_, **__: None)  # every reading by itself
             task = Task(x, lengths, V, RowGenerators(0, 3), Warp(temperature=temperature), finished=early)
             frames = [replace(frame, counts=frame.counts.copy()) for frame in decoder(model, task)]
         written.append(frames)

@@ -17,7 +17,7 @@ from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.fusion import CrossFusion, Mixer
-from caddf.models.layers import Readout, Rotation, among, head_log_probs, head_nll, nearness, state_of, states_at
+from caddf.models.layers import Readout, head_log_probs, head_nll, state_of, states_at
 from caddf.models.over_caches import OverCaches
 from caddf.models.states import Canvas, States
 
@@ -160,18 +160,6 @@ class DualBranch(OverCaches):
                 visible = visible & (torch.arange(visible.shape[1], device=visible.device) < len(positions))
             h_trans = self.causal(inputs, positions, source=(seen.states, self.causal.rotary(seen.positions), visible))
         return self._cross(h_trans, positions, self.causal.rotary(positions), seen)
-
-    def _cross(
-        self, h_trans: Float[Tensor, "B n D"], positions: Int[Tensor, "..."], turn: Rotation, seen: Canvas
-    ) -> Float[Tensor, "B n D"]:
-        """Eq. 10 at the slots `positions`, turned by `turn`, over canvas states (fusion `late` and `layers`)."""
-        assert self.causal is not None and isinstance(self.fusion, CrossFusion)
-        keys_values = self.fusion.cross.keys_values(seen.states, seen.turn or self.causal.rotary(seen.positions))
-        visible = seen.visible
-        if self.config.diffusion.alibi:
-            scores = nearness(positions, seen.positions, self.fusion.cross.heads, self.causal.norm.weight)
-            visible = among(scores, visible)
-        return self.fusion(h_trans, turn, keys_values, visible)
 
     # Heads.
 

@@ -15,7 +15,8 @@ from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
 from caddf.models.diffusion import DiffusionBranch
-from caddf.models.layers import Rotation
+from caddf.models.fusion import CrossFusion, Mixer
+from caddf.models.layers import Rotation, among, nearness
 from caddf.models.states import Canvas, States
 
 if TYPE_CHECKING:
@@ -30,10 +31,20 @@ class OverCaches(nn.Module):
     causal: CausalBranch | None
     diffusion: DiffusionBranch
     chain: DraftChain | None
+    fusion: CrossFusion | Mixer | None
     native: Native | None
 
-    def _cross(self, h_trans: Tensor, positions: Tensor, turn: Rotation, seen: Canvas) -> Tensor:
-        raise NotImplementedError
+    def _cross(
+        self, h_trans: Float[Tensor, "B n D"], positions: Int[Tensor, "..."], turn: Rotation, seen: Canvas
+    ) -> Float[Tensor, "B n D"]:
+        """Eq. 10 at the slots `positions`, turned by `turn`, over canvas states (fusion `late` and `layers`)."""
+        assert self.causal is not None and isinstance(self.fusion, CrossFusion)
+        keys_values = self.fusion.cross.keys_values(seen.states, seen.turn or self.causal.rotary(seen.positions))
+        visible = seen.visible
+        if self.config.diffusion.alibi:
+            scores = nearness(positions, seen.positions, self.fusion.cross.heads, self.causal.norm.weight)
+            visible = among(scores, visible)
+        return self.fusion(h_trans, turn, keys_values, visible)
 
     def incremental(self, pattern: Pattern) -> bool:
         """With fusion `late` the causal branch's caches hold for any canvas; in blocks, with mutual exchange."""

@@ -76,7 +76,8 @@ class Native:
         if self.diffusion is not None:
             self.stacks["window"] = _window_pass(self.weights(), self.diffusion)
         if self.diffusion is not None and isinstance(chain, DraftChain):
-            self.stacks["look"] = _window_pass(self.drafting(), self.diffusion)
+            rounded = self.stacks["window"] if self.kind else _window_pass(self.drafting(), self.diffusion)
+            self.stacks["look"] = rounded
             weights = self.drafting()
             join = (chain.before_norm, chain.join)
             self.stacks["chain"] = StackPass(
@@ -86,7 +87,7 @@ class Native:
     @property
     def bytes(self) -> int:
         """Of the matrices of all passes, once they are laid out; those of a head are when it is first read."""
-        return sum(each.weights.bytes for each in self.stacks.values())
+        return sum(each.weights.bytes for each in set(self.stacks.values()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model has weights of its own, which these passes do not read."""

@@ -18,7 +18,7 @@ typedef struct {
   Cache cache;
   const float *cos, *sin;
   int64_t *tokens;             // [rows, count], drawn
-  double *q;                   // [rows, count, vocabulary], zeroed: what they were drawn from
+  double *q;                   // [rows, count, vocabulary], zero before (greedy, or outside `ids`): what they were drawn from
   int64_t *drafts;             // [rows]: how many are to be verified, at least one
   int64_t threads;
 } Draft;
