@@ -61,10 +61,11 @@ MODELS: dict[str, ModelConfig] = {
     **{f"off-{draft}": _config(None, "late", "mutual", draft) for draft in DRAFTS},
     "without-alibi": _config(CAUSAL, "late", "mutual", "factorised", alibi=False),
     "tied": _config(CAUSAL, "late", "mutual", "chained", embeddings="tied"),
+    "token-shift": _config(BranchConfig(2, 16, 2, token_shift=True), "late", "mutual", "chained", embeddings="tied"),
     "learned": _config(BranchConfig(2, 16, 2, positions="learned", bias=True), "late", "mutual", "factorised"),
 }
 """Every choice of fusion, exchange, draft and causal branch that is valid, one without linear biases, one with
-tied embeddings, and GPT-2's positions and biases."""
+tied embeddings, one with a token shift too, and GPT-2's positions and biases."""
 
 PATTERNS: list[Pattern] = [AnyOrder(), Infill(), Block(BLOCK), Block(BLOCK, offset=2), Block(1), Block(CONTEXT)]
 

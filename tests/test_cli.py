@@ -390,7 +390,7 @@ def losses(run):
         (["--data", "nowhere"], "nowhere is no token set: it has no manifest.json; `caddf data prepare` makes one"),
         (["--init-from", "nowhere"], "nowhere does not exist; give a run, a model folder, or OWNER/NAME on the hub"),
         (["--model.context", "9000"], "the training data has"),
-        (["--objective.infill", "-1"], "denoise, infill and block are (0.2, -1.0, 0.7)"),
+        (["--objective.infill", "-1"], "denoise, infill and block are (0.2, -1.0, 0.9)"),
     ],
 )  # fmt: skip
 def test_train_refuses(data, refused, tmp_path, arguments, sentence):

@@ -351,7 +351,7 @@ def test_one_batch_is_learnt_by_heart(name: str, reading: str) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     least = {f"{reading}_causal": math.log(4) / x0.shape[1]}
     for _ in range(300):
-        step = loss(model, x0, torch.Generator().manual_seed(20))
+        step = loss(model, x0, torch.Generator().manual_seed(18))
         if all(value.item() < least.get(part, 0) + 0.05 for part, value in step.parts.items()):
             return
         optimizer.zero_grad()

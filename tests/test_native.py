@@ -29,11 +29,11 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the kernels 
 
 
 def dual(context: int = T, alibi: bool = True, bias: bool = False, draft_vocab: int | None = None) -> DualBranch:
-    torch.manual_seed(0)
+    torch.manual_seed(4)
     diffusion = BranchConfig(2, 32, 4, bias=bias, alibi=alibi)
     config = ModelConfig(
-        V, context, diffusion, BranchConfig(2, 48, 3, bias=bias), embeddings="tied", draft="chained", block_size=6,
-        draft_vocab=draft_vocab,
+        V, context, diffusion, BranchConfig(2, 48, 3, bias=bias, token_shift=True), embeddings="tied",
+        draft="chained", block_size=6, draft_vocab=draft_vocab,
     )  # fmt: skip
     return loud(DualBranch(config))
 

@@ -16,6 +16,8 @@ from caddf.checkpoint import load_tensors
 from caddf.experiment import ModelSettings
 from caddf.interface import AnyOrder, Infill
 from caddf.models.backbone import DualBranch
+from caddf.models.causal_model import CausalConfig, CausalModel
+from caddf.models.config import BranchConfig
 from caddf.text_model import initialise_from, model_folder
 from caddf.tokenizer import Tokenizer
 
@@ -167,6 +169,21 @@ def test_weights_of_another_run(model, saved):
         assert torch.equal(tensor, fresh[name] if name in kept else own[name]), name
     assert kept and all(name.startswith("fusion") for name in kept)
     assert initialise_from(twin := dual_branch(), saved, BYTES) == [] and equal(twin, model.model)
+
+
+@torch.inference_mode()
+def test_a_token_shift_begins_as_none(model, saved, tmp_path):
+    TextModel(plain := dual_branch(token_shift=False), BYTES).save_pretrained(tmp_path / "plain")
+    assert initialise_from(shifted := dual_branch(), tmp_path / "plain", BYTES) == ["causal.shifted.map"]
+    x0 = torch.arange(64).view(2, 32)
+    one, other = (network(x0, torch.full_like(x0, network.mask_id), Infill())[0] for network in (plain, shifted))
+    assert torch.equal(one.fused, other.fused)
+    with pytest.raises(InputError, match=r"token_shift=True.*; this model's is BranchConfig.*token_shift=False"):
+        initialise_from(plain, saved, BYTES)
+    alone = CausalModel(CausalConfig(BYTES.vocab_size, 32, BranchConfig(2, 32, 2, token_shift=True)))
+    TextModel(alone, BYTES, {"architecture": "causal"}).save_pretrained(tmp_path / "alone")
+    with pytest.raises(InputError, match=r"whose causal branch is .*token_shift=True"):
+        initialise_from(plain, tmp_path / "alone", BYTES)
 
 
 def test_weights_that_do_not_fit(saved, tmp_path):

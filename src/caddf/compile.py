@@ -38,27 +38,38 @@ class CachedPass:
         self.run: Callable[..., Any] | None = torch.compile(self._pass, dynamic=True, mode="reduce-overhead")
 
     def _pass(
-        self, inputs: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], upto: int, cache: KVCache
+        self,
+        inputs: Int[Tensor, "B n"],
+        positions: Int[Tensor, "B n"],
+        upto: int,
+        cache: KVCache,
+        earlier: Tensor | None,
     ) -> Float[Tensor, "B n D"]:
         """Slots by their positions as a tensor: what is compiled holds for them all."""
-        return self.whole(inputs, Slots(positions, None, upto), cache)
+        return self.whole(inputs, Slots(positions, None, upto), cache, earlier=earlier)
 
     def __call__(
-        self, inputs: Int[Tensor, "B n"], positions: Tensor | Slots, cache: KVCache | None = None, source: Any = None
+        self,
+        inputs: Int[Tensor, "B n"],
+        positions: Tensor | Slots,
+        cache: KVCache | None = None,
+        source: Any = None,
+        earlier: Int[Tensor, "B n"] | None = None,
     ) -> Float[Tensor, "B n D"]:
         """States of the slots `positions`, as `CausalBranch.forward` gives them."""
         slots = positions if isinstance(positions, Slots) else Slots.of(positions)
         few = inputs.shape[1] <= self.widest < slots.upto <= self.context
         if self.run is None or cache is None or source is not None or not few:
-            return self.whole(inputs, slots, cache, source)
+            return self.whole(inputs, slots, cache, source, earlier)
         try:
-            states: Tensor = self.run(inputs, slots.positions.expand(len(inputs), -1).contiguous(), slots.upto, cache)
+            at = slots.positions.expand(len(inputs), -1).contiguous()
+            states: Tensor = self.run(inputs, at, slots.upto, cache, earlier)
             return states
         except Exception as error:  # of whatever stage of the compiler; an error of the pass itself comes again below
             self.run = None
             said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             _warn(said)
-            return self.whole(inputs, slots, cache)
+            return self.whole(inputs, slots, cache, earlier=earlier)
 
 
 def compiled(model: Model, when: Compile = "always") -> Model:

@@ -64,6 +64,8 @@ class ModelSettings:
     bias: of the causal branch's maps and norms: true as in GPT-2 (with positions learned).
     alibi: linear biases in attention in both directions, by which heads see what is next to them first; not set, true
         for the dual branch.
+    token_shift: of the causal branch: its inputs are two tokens, one mapped, and not one; not set, true for the dual
+        branch.
     """
 
     size: Size = "demo"
@@ -81,6 +83,7 @@ class ModelSettings:
     positions: Literal["rotary", "learned"] = "rotary"
     bias: bool = False
     alibi: bool | None = None
+    token_shift: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("match", "causal_layers", "diffusion_layers"):
@@ -101,7 +104,10 @@ class ModelSettings:
         """CAD-DF over a vocabulary of `vocab_size` tokens; raises `InputError` where choices do not go together."""
         exchange = self.exchange or ("mutual" if self.fusion == "late" and self.causal == "on" else "one_way")
         layers = self.causal_layers or self.preset.causal.layers
-        causal = dataclasses.replace(self.preset.causal, layers=layers, positions=self.positions, bias=self.bias)
+        causal = dataclasses.replace(
+            self.preset.causal, layers=layers, positions=self.positions, bias=self.bias,
+            token_shift=self.token_shift is not False,
+        )  # fmt: skip
         layers = self.diffusion_layers or self.preset.diffusion.layers
         diffusion = dataclasses.replace(self.preset.diffusion, layers=layers, alibi=self.alibi is not False)
         draft = self.draft or ("chained" if self.causal == "on" else "factorised")
@@ -157,7 +163,7 @@ TWO_BRANCHES = (
     "causal", "fusion", "exchange", "embeddings", "causal_layers", "diffusion_layers", "draft", "draft_vocab",
 )  # fmt: skip
 """Choices that a network of one branch does not have."""
-GPT2_LIKE = ("positions", "bias")
+GPT2_LIKE = ("positions", "bias", "token_shift")
 """Choices of causal branches alone."""
 
 
@@ -173,7 +179,9 @@ def causal_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> Caus
         return CausalConfig(vocab_size, settings.length, branch, bos_id, rows_of(vocab_size), settings.block_size)
 
     settings.refuse(*TWO_BRANCHES, "alibi")
-    base = dataclasses.replace(settings.preset.causal, positions=settings.positions, bias=settings.bias)
+    base = dataclasses.replace(
+        settings.preset.causal, positions=settings.positions, bias=settings.bias, token_shift=bool(settings.token_shift)
+    )
     return config(matched(lambda branch: CausalModel(config(branch)), base, settings.parameters(vocab_size)))
 
 

@@ -19,6 +19,7 @@ from caddf.errors import InputError
 from caddf.evaluation.suite import Bound
 from caddf.experiment import METHODS, Method, Network, network_of
 from caddf.models.backbone import DualBranch
+from caddf.models.config import BranchConfig
 from caddf.models.published import Published, causal_state, recognise
 from caddf.quantise import Quantisation, quantised
 from caddf.tokenizer import Tokenizer
@@ -212,6 +213,12 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed is {seed}; it must be 0 or more, and less than 2**62")
 
 
+def _branch(network: Network, name: str) -> BranchConfig | None:
+    """What a branch is made of; None where the network does not have it."""
+    module = getattr(network, name, None)
+    return getattr(module, "config", None)
+
+
 def initialise_from(model: Network, source: str | Path, tokenizer: Tokenizer) -> list[str]:
     """Takes the weights of another checkpoint, or a GPT-2's for the causal branch; returns what was left as it was.
 
@@ -226,7 +233,9 @@ def initialise_from(model: Network, source: str | Path, tokenizer: Tokenizer) ->
     else:
         other = network_of(load_model_config(folder))
         for branch in ("causal", "diffusion"):
-            theirs, ours = getattr(other.config, branch, None), getattr(model.config, branch, None)
+            theirs, ours = (_branch(network, branch) for network in (other, model))
+            if ours is not None and theirs == dataclasses.replace(ours, token_shift=False):
+                continue  # a token shift begins as none
             if None not in (theirs, ours) and theirs != ours:
                 raise InputError(f"init_from is {source}, whose {branch} branch is {theirs}; this model's is {ours}")
         if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:

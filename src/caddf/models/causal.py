@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from caddf.caches import KVCache, Slots
 from caddf.errors import InputError
 from caddf.models.config import BranchConfig
-from caddf.models.layers import KeysValues, Layer, Layers, Rotation, initialise, rotation
+from caddf.models.layers import KeysValues, Layer, Layers, Rotation, TiedEmbedding, initialise, rotation
 
 
-def tokens_before(tokens: Int[Tensor, "B T"], slots: Slots, bos_id: int) -> Int[Tensor, "B n"]:
-    """What `slots` read: the token before each, BOS before the first."""
+def tokens_before(tokens: Int[Tensor, "B T"], slots: Slots, bos_id: int, by: int = 1) -> Int[Tensor, "B n"]:
+    """The token `by` places before each of `slots`, BOS before the first: with `by` 1, what they read."""
     if slots.first is not None:
-        read = tokens[:, max(slots.first - 1, 0) : slots.upto - 1]
-        return read if slots.first else F.pad(read, (1, 0), value=bos_id)
-    index = (slots.positions - 1).clamp(0, tokens.shape[1] - 1)
-    return torch.where(slots.positions > 0, tokens.gather(1, index), bos_id)
+        read = tokens[:, max(slots.first - by, 0) : max(slots.upto - by, 0)]
+        missing = min(max(by - slots.first, 0), slots.upto - slots.first)
+        return F.pad(read, (missing, 0), value=bos_id) if missing else read
+    index = (slots.positions - by).clamp(0, tokens.shape[1] - 1)
+    return torch.where(slots.positions >= by, tokens.gather(1, index), bos_id)
 
 
 class CausalBranch(nn.Module):
@@ -38,7 +39,10 @@ class CausalBranch(nn.Module):
         self.table = nn.Embedding(context, config.width) if config.positions == "learned" else None
         self.layers = Layers(Layer(config.width, config.heads, source_width, config.bias) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.shifted = TiedEmbedding(self.embedding, config.width) if config.token_shift else None
         initialise(self, config.layers)
+        if self.shifted is not None:
+            nn.init.zeros_(self.shifted.map)  # starts as the model without it
 
     def rotary(self, positions: Int[Tensor, "B n"] | Int[Tensor, " n"]) -> Rotation:
         """Rotary angles of `positions`, for attention between the branches (and within, without a learned table)."""
@@ -51,14 +55,38 @@ class CausalBranch(nn.Module):
         turns = self.rotary(positions.to(like.device))
         return KVCache.allocate(self.config.layers, rows, self.config.heads, length, size, like, turns)
 
+    def embed(
+        self, inputs: Int[Tensor, "B n"], slots: Slots, earlier: Int[Tensor, "B n"] | None = None
+    ) -> Float[Tensor, "B n D"]:
+        """What the first layer reads at `slots`.
+
+        `earlier` are the inputs of the slots before them, where there is a token shift; not given, the slots count from
+        0. Raises `InputError` where a learned table ends.
+        """
+        x = self.embedding(inputs)
+        if self.shifted is not None:
+            x = x + self.shifted(torch.cat([inputs[:, :1], inputs[:, :-1]], 1) if earlier is None else earlier)
+        if self.table is None:
+            return x
+        if slots.upto > self.context:
+            raise InputError(
+                f"position {slots.upto - 1} is beyond the learned positions; the context is {self.context}"
+            )
+        return x + self.table(slots.positions)
+
+    def earlier(self, tokens: Int[Tensor, "B T"], slots: Slots, bos_id: int) -> Int[Tensor, "B n"] | None:
+        """The inputs of the slots before `slots`, BOS before the first; None without a token shift."""
+        return None if self.shifted is None else tokens_before(tokens, slots, bos_id, 2)
+
     def forward(
         self,
         inputs: Int[Tensor, "B n"],
         positions: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots,
         cache: KVCache | None = None,
         source: tuple[Float[Tensor, "B m S"], Rotation, Bool[Tensor, "..."] | None] | None = None,
+        earlier: Int[Tensor, "B n"] | None = None,
     ) -> Float[Tensor, "B n D"]:
-        """States of the slots `positions`, whose inputs are already shifted.
+        """States of the slots `positions`, whose inputs are already shifted; `earlier` as in `embed`.
 
         Without a cache the slots are 0 to n-1. With one, the slots' keys and values are written into it and every slot
         before them is read from it. `source` is the canvas states, their rotation and what each slot may see of them.
@@ -66,15 +94,9 @@ class CausalBranch(nn.Module):
         Raises `InputError` where a learned table ends.
         """
         slots = positions if isinstance(positions, Slots) else Slots.of(positions)
-        x, turn = self.embedding(inputs), None
+        x, turn = self.embed(inputs, slots, earlier), None
         if self.table is None:
             turn = self.rotary(slots.positions) if cache is None or cache.turns is None else cache.turn(slots)
-        elif slots.upto > self.context:
-            raise InputError(
-                f"position {slots.upto - 1} is beyond the learned positions; the context is {self.context}"
-            )
-        else:
-            x = x + self.table(slots.positions)
         whole = slots.first == 0 and slots.upto <= self.context
         visible, causal = (None, inputs.shape[1] > 1) if whole else (slots.visible(self.context), False)
         since = slots.since(self.context) if cache is not None else 0

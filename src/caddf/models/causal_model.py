@@ -98,9 +98,10 @@ class CausalModel(nn.Module):
         """States of the slots `positions`, whose keys and values go into `caches`."""
         slots = Slots.of(positions)
         inputs = tokens_before(tokens, slots, self.config.bos_id)
-        if self.native is not None and (states := self.native.causal(inputs, slots, caches)) is not None:
+        earlier = self.causal.earlier(tokens, slots, self.config.bos_id)
+        if self.native is not None and (states := self.native.causal(inputs, slots, caches, earlier)) is not None:
             return States(None, None, states)
-        return States(None, None, self.causal(inputs, slots, caches.causal))
+        return States(None, None, self.causal(inputs, slots, caches.causal, earlier=earlier))
 
     def rounds(
         self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, temperature: float, least: float

@@ -16,6 +16,8 @@ class BranchConfig:
     `positions` is `rotary`, or `learned` (GPT-2's absolute table, which ends at the context length). `bias` puts biases
     on the linear maps and norms, as GPT-2 has. `alibi` adds `layers.nearness` to the scores of attention in both
     directions: within the diffusion branch, and between it and the causal branch (which has no use for it itself).
+    `token_shift` adds to each of the causal branch's inputs a map of the one before it, so that two tokens are read
+    before there is any attention (after the token shift of RWKV, Peng et al. 2023).
     """
 
     layers: int
@@ -24,6 +26,7 @@ class BranchConfig:
     positions: Literal["rotary", "learned"] = "rotary"
     bias: bool = False
     alibi: bool = False
+    token_shift: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads"):

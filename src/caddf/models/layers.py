@@ -150,9 +150,9 @@ class Layer(nn.Module):
 
 
 class TiedEmbedding(nn.Module):
-    """Another branch's embeddings E brought to this one's width by one map P: `weight` is E P^T.
+    """Embeddings E that are held elsewhere, brought to another width (or place) by one map P: `weight` is E P^T.
 
-    E stays the other branch's, and is counted and saved there alone.
+    E stays where it is, and is counted and saved there alone.
     """
 
     def __init__(self, embedding: nn.Embedding, width: int) -> None:
@@ -168,10 +168,15 @@ class TiedEmbedding(nn.Module):
             nn.init.normal_(self.map, std=self.map.shape[1] ** -0.5)
 
     @property
+    def learning(self) -> bool:
+        """Whether gradients are kept."""
+        return torch.is_grad_enabled() and (self._of[0].weight.requires_grad or self.map.requires_grad)
+
+    @property
     def weight(self) -> Float[Tensor, "R d"]:
         """E P^T; where nothing is learnt it is kept, since every reading of a head asks for it."""
         table = self._of[0].weight
-        if torch.is_grad_enabled() and (table.requires_grad or self.map.requires_grad):
+        if self.learning:
             return table @ self.map.t()
         which = state_of(table, self.map)
         if self._kept is None or self._kept[0] != which:
@@ -179,8 +184,8 @@ class TiedEmbedding(nn.Module):
         return self._kept[1]
 
     def forward(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... d"]:
-        """Embeddings of `tokens`."""
-        return F.linear(self._of[0](tokens), self.map)
+        """Embeddings of `tokens`; where nothing is learnt they are rows of `weight`, to the bit."""
+        return F.linear(self._of[0](tokens), self.map) if self.learning else F.embedding(tokens, self.weight)
 
 
 def state_of(*tensors: Tensor) -> tuple[tuple[int, int], ...]:

@@ -72,7 +72,9 @@ class OverCaches(nn.Module):
     ) -> States:
         """States of the slots `positions`, whose keys and values go into `caches`; fused where `seen` is given."""
         slots = Slots.of(positions)
-        states = States(None, None, self._read(tokens_before(tokens, slots, self.config.bos_id), slots, caches))
+        assert self.causal is not None
+        inputs, earlier = self.before(tokens, positions), self.causal.earlier(tokens, slots, self.config.bos_id)
+        states = States(None, None, self._read(inputs, slots, caches, earlier))
         return states if seen is None else self.fuse(states, positions, caches, seen)
 
     def fuse(
@@ -179,12 +181,14 @@ class OverCaches(nn.Module):
         slots = Slots.of(positions) if positions.ndim == 1 else Slots(positions, None, 0)
         return tokens_before(tokens, slots, self.config.bos_id)
 
-    def _read(self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches) -> Float[Tensor, "B n D"]:
+    def _read(
+        self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches, earlier: Int[Tensor, "B n"] | None = None
+    ) -> Float[Tensor, "B n D"]:
         """h_trans of `slots`; what both branches keep of them is written into `caches`."""
         assert self.causal is not None
-        if self.native is not None and (states := self.native.causal(inputs, slots, caches)) is not None:
+        if self.native is not None and (states := self.native.causal(inputs, slots, caches, earlier)) is not None:
             return states
-        h_trans = self.causal(inputs, slots, caches.causal)
+        h_trans = self.causal(inputs, slots, caches.causal, earlier=earlier)
         if caches.exchange is not None:
             for layer, keys_values in enumerate(self.diffusion.exchange(h_trans, caches.exchange.turn(slots))):
                 caches.exchange.write(layer, slots.where, *keys_values)

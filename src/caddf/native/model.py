@@ -100,15 +100,14 @@ class Native:
         plain = isinstance(branch, CausalBranch) and not hasattr(branch.layers[0], "cross")
         return plain and _readable(branch, diffusion, getattr(model, "chain", None))
 
-    def causal(self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches) -> Float[Tensor, "B n D"] | None:
+    def causal(
+        self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches, earlier: Int[Tensor, "B n"] | None
+    ) -> Float[Tensor, "B n D"] | None:
         """h_trans of `slots` over the causal branch's cache, and what the diffusion branch reads of it."""
         stack = self.stacks.get("causal")
         if stack is None or not few(inputs) or (self.branch.table is not None and slots.upto > self.context):
             return None
-        x = F.embedding(inputs, self.branch.embedding.weight)
-        if self.branch.table is not None:
-            x = x + self.branch.table(slots.positions)
-        rotary = self.branch.table is None
+        x, rotary = self.branch.embed(inputs, slots, earlier), self.branch.table is None
         return stack(x, slots.positions, caches.causal, turns=rotary, exchange=caches.exchange)
 
     def window(

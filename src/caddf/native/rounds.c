@@ -263,7 +263,8 @@ typedef struct {  // a round of a causal target: a window of drafts that starts 
   Draft *draft;
   Map head;
   int64_t head_threads;
-  const float *embedding, *table;         // what the causal branch reads; table NULL: rotary positions
+  const float *embedding, *shifted, *table;  // what the causal branch reads; shifted NULL: not the token before; table
+                                          // NULL: rotary positions
   float *logits;                          // [rows, size + 1, V]
   const double *u;                        // [rows, 2 size + 1]: for drafts, for verification, and for what follows
 
@@ -277,6 +278,10 @@ typedef struct {  // a round of a causal target: a window of drafts that starts 
 static int64_t before(const Round *r, int64_t row, int64_t at) { return at ? r->x[row * r->length + at - 1] : r->bos; }
 
 static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static void add(float *to, const float *x, int64_t n) {
+  for (int64_t k = 0; k < n; k++) to[k] += x[k];
+}
 
 // Where a row's window starts and ends.
 static int64_t start_of(const Round *r, int64_t row) { return r->n[row] ? least_of(r->n[row], r->length) - 1 : 0; }
@@ -327,10 +332,12 @@ int caddf_round(const Round *r) {
   for (int64_t row = 0; row < r->rows; row++)
     for (int64_t i = 0, index = row * wide; i < wide; i++, index++) {
       int64_t at = r->n[row] + i < r->length ? r->n[row] + i : r->length - 1;
-      const float *token = r->embedding + (r->active[row] && at < shown[row] ? before(r, row, at) : r->bos) * width;
+      int real = r->active[row] && at < shown[row];
       float *to = pass->x + index * width;
       ((int64_t *)pass->positions)[index] = at;
-      for (int64_t k = 0; k < width; k++) to[k] = r->table ? token[k] + r->table[at * width + k] : token[k];
+      memcpy(to, r->embedding + (real ? before(r, row, at) : r->bos) * width, width * sizeof(float));
+      if (r->shifted) add(to, r->shifted + (real && at ? before(r, row, at - 1) : r->bos) * width, width);
+      if (r->table) add(to, r->table + at * width, width);
     }
   pass->n = wide;
   if (caddf_stack(r->causal, pass)) return -1;

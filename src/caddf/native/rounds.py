@@ -36,7 +36,7 @@ class Rounds:
         model, branch, self.stacks, self.kept = native.model, native.branch, native.stacks.copy(), list[Any]()
         self.lengths, self.mask_id = self._keep(lengths.contiguous()), model.mask_id
         causal, head, table = self.stacks["causal"], cast(NativeHead, native.heads["causal"]), branch.table
-        read = head.tokens()
+        read, shifted = head.tokens(), None if branch.shifted is None else self._keep(branch.shifted.weight)
         turns = (caches.causal.turns if table is None else None) or (None, None)
         exchange_turns = (caches.exchange.turns if caches.exchange is not None else None) or (None, None)
         self.passes = CPass(
@@ -52,7 +52,8 @@ class Rounds:
             rows=rows, size=size, mask=model.mask_id, bos=model.config.bos_id, lengths=self.lengths.data_ptr(),
             causal=ctypes.addressof(causal.stack), head=read,
             head_threads=threads_for((4 >> read.type) * read.out * causal.width, rows * places),
-            embedding=address(branch.embedding.weight), table=None if table is None else address(table.weight),
+            embedding=address(branch.embedding.weight), shifted=address(shifted),
+            table=None if table is None else address(table.weight),
             logits=self._new(rows, places, len(head)), look=ctypes.addressof(self.look),
             draft=ctypes.addressof(self.draft),
         )  # fmt: skip

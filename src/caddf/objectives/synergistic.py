@@ -21,8 +21,8 @@ from caddf.objectives.loss import Loss, Times, nats_at
 class SynergisticConfig:
     """Shares of the rows of a batch, and weights of the heads.
 
-    denoise: share of the rows that are denoised; the three shares are normalised to sum to one.
-    infill: share of the rows that are infilled left to right.
+    denoise: share of the rows that are denoised, besides what else they are for: the causal head learns from every row.
+    infill: share of the rows that are infilled left to right; this and the next are normalised to sum to one.
     block: share of the rows that are infilled in blocks.
     denoising: the denoising loss.
     schedule: of t-DCE.
@@ -42,7 +42,7 @@ class SynergisticConfig:
 
     denoise: float = 0.2
     infill: float = 0.1
-    block: float = 0.7
+    block: float = 0.9
     denoising: Form = "lambda-dce"
     schedule: ScheduleName = "loglinear"
     times: Times = "stratified"
@@ -62,7 +62,7 @@ class SynergisticConfig:
             raise InputError(
                 f"denoise, infill and block are {shares}; shares must be 0 or more, and one of them above 0"
             )
-        for name in ("all_masked", "revealed", "draft_decay", "distill"):
+        for name in ("denoise", "all_masked", "revealed", "draft_decay", "distill"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
         if self.revealed_most is not None and self.revealed_most < 1:
@@ -85,18 +85,16 @@ class Synergistic:
 
     def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
         """The mean over rows of each reading's loss (nats per token)."""
-        config = self.config
-        shares = torch.tensor([config.denoise, config.infill, config.block], dtype=torch.float64)
-        if "fused" not in model.heads:  # nothing reads left to right: its rows denoise
-            shares = torch.tensor([config.denoise + config.infill, 0.0, config.block], dtype=torch.float64)
-        # Rounded with one draw per batch, so that the shares hold in expectation.
-        ends = (len(x0) * shares.cumsum(0) / shares.sum() + torch.rand((), generator=generator)).floor().long()
-        ends = ends.clamp(max=len(x0))
-        ends[-1] = len(x0)
-        readings = (self._denoise, self._infill, self._block)
+        config, none = self.config, x0[:0]
+        denoised, infilled, blocks = x0[len(x0) - _rounded(len(x0) * config.denoise, generator) :], none, none
+        if config.infill + config.block:
+            count = _rounded(len(x0) * config.infill / (config.infill + config.block), generator)
+            infilled, blocks = x0[:count], x0[count:]
+        if "fused" not in model.heads:  # nothing reads left to right: what would be infilled is denoised
+            denoised, infilled = torch.cat([infilled, denoised]), none
         total = torch.zeros((), device=x0.device)
         parts: dict[str, Tensor] = {}
-        for reading, rows in zip(readings, x0.tensor_split(ends[:-1].tolist()), strict=True):
+        for reading, rows in ((self._denoise, denoised), (self._infill, infilled), (self._block, blocks)):
             if len(rows):
                 loss = reading(model, rows, generator)
                 total = total + loss.total * (len(rows) / len(x0))
@@ -168,3 +166,8 @@ class Synergistic:
             causal = model.nll(states, torch.ones_like(masked), x0, "causal").mean()
             parts[f"{name}_causal"], total = causal.detach(), total + config.causal_weight * causal
         return Loss(total, parts)
+
+
+def _rounded(count: float, generator: torch.Generator) -> int:
+    """A whole number, `count` in expectation."""
+    return int(count + torch.rand((), generator=generator, dtype=torch.float64))

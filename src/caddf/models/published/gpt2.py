@@ -94,6 +94,8 @@ def plain(given: State) -> State:
 def causal_state(folder: Path, model: DualBranch) -> State:
     """GPT-2's weights under the names that `model` has for them; the rows of `[M]` and beyond stay `model`'s.
 
+    A token shift, which GPT-2 has not, stays as it is, too.
+
     Raises `InputError` where the causal branch is built differently, or the weights are truncated or foreign.
     """
     if model.causal is None or model.causal.config.positions != "learned" or not model.causal.config.bias:
@@ -122,7 +124,8 @@ def causal_state(folder: Path, model: DualBranch) -> State:
     embedding = model.causal.embedding.weight.detach().clone()
     embedding[: model.vocab_size] = state["causal.embedding.weight"][: model.vocab_size]
     table = state["causal.table.weight"][: model.causal.context]
-    return {**state, "causal.embedding.weight": embedding, "causal.table.weight": table}
+    shifted = {} if model.causal.shifted is None else {"causal.shifted.map": model.causal.shifted.map.detach()}
+    return {**state, "causal.embedding.weight": embedding, "causal.table.weight": table, **shifted}
 
 
 def _renamed(given: dict[str, Tensor], layers: int) -> State:
