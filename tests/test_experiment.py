@@ -31,7 +31,8 @@ def test_presets_of_table_5_have_its_padded_vocabulary():
             model = DualBranch(ModelSettings(size=size).dual(50_257, bos_id=50_256))
         counts = model.parameter_counts()
         assert counts["embeddings"] == 50_265 * width + width * other and model.mask_id == 50_257  # tied by a map
-        assert counts["causal"] == layers * (12 * width**2 + 2 * width) + width  # matrices and the norms' scales
+        layer = 12 * width**2 + 2 * width  # matrices and the norms' scales
+        assert counts["causal"] == layers * layer + width + width**2  # and the token shift
 
 
 DUAL = ("caddf-lambda-dce", "caddf-t-dce")

@@ -204,7 +204,7 @@ def test_the_card_names_the_run_that_a_run_started_from(place, tmp_path):
         data=str(place / "data"),
         method="gpt2",
         device="cpu",
-        model=ModelSettings("debug", block_size=4, match=parameters),
+        model=ModelSettings("debug", block_size=4, match=parameters, token_shift=True),
         objective=METHODS["gpt2"].settings(),
         train=TrainConfig(steps=7, batch_size=2, sample_every=0, tensorboard=False),
     )

@@ -174,7 +174,8 @@ def test_weights_of_another_run(model, saved):
 @torch.inference_mode()
 def test_a_token_shift_begins_as_none(model, saved, tmp_path):
     TextModel(plain := dual_branch(token_shift=False), BYTES).save_pretrained(tmp_path / "plain")
-    assert initialise_from(shifted := dual_branch(), tmp_path / "plain", BYTES) == ["causal.shifted.map"]
+    shifted = dual_branch()
+    assert initialise_from(shifted, tmp_path / "plain", BYTES) == ["causal.shifted.map"]
     x0 = torch.arange(64).view(2, 32)
     one, other = (network(x0, torch.full_like(x0, network.mask_id), Infill())[0] for network in (plain, shifted))
     assert torch.equal(one.fused, other.fused)

@@ -50,7 +50,7 @@ class SynergisticConfig:
     revealed: float = 0.3
     revealed_most: int | None = None
     draft_weight: float = 0.5
-    causal_weight: float = 1.0
+    causal_weight: float = 2.0
     draft_decay: float = 1.0
     distill: float = 0.0
     distill_form: Divergence = "kl"
