@@ -120,6 +120,18 @@ def test_evaluate_prints_a_table_even_of_one_window(say, data, run):
     assert said.err == ""
 
 
+def test_two_evaluations_are_compared(say, refused, data, run, tmp_path):
+    one, other = str(tmp_path / "one.json"), str(tmp_path / "other.json")
+    for file, k in ((one, "8"), (other, "4")):
+        said = say("evaluate", run, "--data", data, "--split", "test", *QUICK, "--block-size", k, "--json")
+        Path(file).write_text(said.out)
+    ratios = say("compare", one, other, "--json").json
+    assert [each["likelihood"] for each in ratios][:3] == ["causal", "ar", "block"]
+    assert ratios[0]["ratio"] == 1 and ratios[0]["standard_error"] == 0
+    assert "diffusion" in say("compare", one, other).out
+    assert "nothing.json" in refused("compare", one, str(tmp_path / "nothing.json"))
+
+
 @pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"d3pm_absorbing", "d3pm_uniform", "gaussian"}))
 def test_generate_prints_one_json_object(say, run, decoder):
     arguments = ["generate", run, "--prompt", "a1 =", "--decoder", decoder, "--max-new-tokens", "9", "--seed", "4"]

@@ -97,6 +97,8 @@ def test_a_table_comes_from_nothing_and_is_not_made_twice(settings, tmp_path, jo
     assert (work / "runs" / "gpt2-0" / "done.json").is_file()
     assert (work / "evaluations" / "radd-ao-0" / "two.txt.json").is_file()
 
+    assert table["paired"] == []  # there is no dual branch
+
     jobs.clear()
     reproduce("table1", settings, QUIET)
     assert not jobs

@@ -20,13 +20,14 @@ from rich.console import Console
 
 from caddf import benchmarks, display
 from caddf.benchmarks.results import Results
-from caddf.checkpoint import installed_version, write_json_atomic
+from caddf.checkpoint import installed_version, read_json, write_json_atomic
 from caddf.compile import Compile
 from caddf.data import TokenSet, prepare
 from caddf.data.named import NAMED
 from caddf.decoding import DECODERS
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
+from caddf.evaluation.pairing import comparisons
 from caddf.evaluation.protocol import PRESETS, Protocol, preset
 from caddf.experiment import DEFAULT_METHOD, METHODS, ModelSettings, network_of
 from caddf.export import ExportSettings, export
@@ -320,6 +321,19 @@ def _evaluate(parser: ArgumentParser, arguments: list[str]) -> int:
     return 0
 
 
+def _compare(parser: ArgumentParser, arguments: list[str]) -> int:
+    parser.add_argument("ours", type=str, help="what caddf evaluate --json printed")
+    parser.add_argument("theirs", type=str, help="the same of another model, on the same windows")
+    _json_option(parser)
+    values = parse(parser, arguments)
+    ratios = list(comparisons(*(read_json(Path(file)) for file in (values.ours, values.theirs))))
+    if values.json:
+        print(json.dumps([dataclasses.asdict(ratio) for ratio in ratios]))
+    else:
+        display.ratios(display.output(), ratios)
+    return 0
+
+
 def _generate(parser: ArgumentParser, arguments: list[str]) -> int:
     add = parser.add_argument
     add("model", type=str, help="a run, a model folder, or OWNER/NAME on the hub")
@@ -519,6 +533,9 @@ VERBS = {
     ),
     "evaluate": Verb(
         "MODEL --data SET [OPTIONS]", "likelihoods, bounds and accuracies with standard errors", _evaluate
+    ),
+    "compare": Verb(
+        "OURS.json THEIRS.json [--json]", "two models' perplexities on the same windows, as paired ratios", _compare
     ),
     "generate": Verb(
         "MODEL --prompt TEXT | --template TEXT [OPTIONS]",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from caddf.data import TokenSet
+from caddf.evaluation import Ratio
 from caddf.generation import Snapshot
 
 STYLES = {
@@ -122,6 +123,16 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
     choices = ("length", "stride", "documents", "eos", "bos", "closed", "tail")
     protocol = result["protocol"]
     _line(console, f"protocol {protocol['name']}: {', '.join(f'{name} {protocol[name]}' for name in choices)}")
+
+
+def ratios(console: Console, found: Sequence[Ratio]) -> None:
+    """Perplexities over another model's."""
+    table = Table("perplexity", "over", "ratio", "±")
+    for each in found:
+        error = "" if each.standard_error is None else f"{each.standard_error:.4f}"
+        table.add_row(each.likelihood, each.against, f"{each.ratio:.4f}", error)
+    console.print(table)
+    _line(console, "Of the same windows, paired: ± is the standard error over windows of what is not common to both.")
 
 
 def canvas(snapshot: Snapshot) -> Text:

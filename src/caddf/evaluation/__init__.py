@@ -16,6 +16,7 @@ from caddf.evaluation.likelihood import (
     score,
     truncated,
 )
+from caddf.evaluation.pairing import Ratio, paired
 from caddf.evaluation.suite import EvaluationConfig, evaluate
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Estimate",
     "EvaluationConfig",
     "MultiToken",
+    "Ratio",
     "acceptance",
     "ar_nll",
     "autoregressive_accuracy",
@@ -36,6 +38,7 @@ __all__ = [
     "hybrid_bound",
     "importance_weighted_bound",
     "mtp",
+    "paired",
     "schedule_bound",
     "score",
     "truncated",

@@ -7,6 +7,7 @@ scored tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -115,6 +116,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Likelihoods (nats per token), accuracies and multi-token prediction over `windows`, as plain values for JSON.
 
+    `per_window` has the nats of each window, by which two models are compared (`pairing.paired`): 'tokens' of each that
+    are scored, and a digest of the 'text'.
+
     Of a tensor every token is scored; a `Window` says which of its are, given the others.
     Likelihoods that the model does not have are absent. `bound` is the diffusion bound of a model that is no time-free
     denoiser, and then the only one of its kind. Bits per byte need `byte_lengths`, the bytes of each token.
@@ -130,7 +134,7 @@ def evaluate(
     model = as_model(model, vocab_size)
     block_size = settings.block_size or model.block_size
     parts: list[Rows] = []
-    text_bytes, done = 0, 0
+    text_bytes, done, text = 0, 0, hashlib.sha256()
     indices = chosen(len(windows), settings.max_windows, settings.seed).tolist()
     for batch in _batches(windows, indices, settings.batch_size):
         x0, scored = stacked([windows[i] for i in batch])
@@ -138,12 +142,15 @@ def evaluate(
         noise = [window_generator(settings.seed, i if at is None else at) for i, at in zip(batch, own, strict=True)]
         model = checked(model, x0, vocab_size)
         parts.append(_measure(model, x0.to(device), scored, settings, block_size, noise, bound))
+        for row in torch.cat([x0, scored], 1).cpu():  # windows by themselves, however they are read together
+            text.update(row.numpy().tobytes())
         if byte_lengths is not None:
             text_bytes += int(byte_lengths[x0[scored]].sum())
         done += len(batch)
         if progress is not None:
             progress(done, len(indices))
-    return _summary(parts, text_bytes or None, settings, block_size)
+    summary, tokens, nats = _summary(parts, text_bytes or None, settings, block_size)
+    return {**summary, "per_window": {"text": text.hexdigest(), "tokens": tokens, "nats": nats}}
 
 
 def _batches(windows: Sequence[Window], indices: list[int], size: int) -> Iterator[list[int]]:
@@ -222,8 +229,10 @@ def _any_order(
     return rows
 
 
-def _summary(parts: list[Rows], text_bytes: int | None, settings: EvaluationConfig, block_size: int) -> dict[str, Any]:
-    """Averages over the windows, named as they are reported."""
+def _summary(
+    parts: list[Rows], text_bytes: int | None, settings: EvaluationConfig, block_size: int
+) -> tuple[dict[str, Any], list[int], dict[str, list[float]]]:
+    """Averages over the windows, named as they are reported; and of each window, its scored tokens and its nats."""
     # A short window may have no block of drafts: each measure has its own windows.
     names = dict.fromkeys(name for part in parts for name in part)
     rows = {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
@@ -246,7 +255,14 @@ def _summary(parts: list[Rows], text_bytes: int | None, settings: EvaluationConf
     if ("importance_weighted",) in rows:
         which = {"steps": settings.importance_steps, "paths": settings.paths}
         likelihoods["importance_weighted"] = [{**which, **nats("importance_weighted")}]
-    return {
+    each = {
+        f"{name[0]} {name[1]:g}" if len(name) > 1 else str(name[0]): [
+            round(x, 4) for x in value.view(len(tokens), -1).double().mean(1).tolist()
+        ]
+        for name, value in rows.items()
+        if name[0] not in ("scored", "accuracy", "mtp")
+    }
+    summary = {
         "likelihoods": likelihoods,
         "accuracy": shares("accuracy"),
         "mtp": {**shares("mtp"), "block_size": block_size},
@@ -254,3 +270,4 @@ def _summary(parts: list[Rows], text_bytes: int | None, settings: EvaluationConf
         "samples": settings.samples,
         "windows": len(tokens),
     }
+    return summary, tokens.tolist(), each

@@ -12,12 +12,11 @@ from caddf.benchmarks.results import number, within
 from caddf.benchmarks.roster import needs
 from caddf.checkpoint import read_json
 from caddf.errors import InputError
+from caddf.evaluation.pairing import EXACT, paired
 from caddf.experiment import DEFAULT_METHOD, METHODS
 from caddf.reproduce.plan import SETS, Job, Variant, Workshop, same
 
 Values = dict[str, Any]
-EXACT = ("causal", "ar", "block")
-"""Likelihoods that may be compared with a left-to-right model's."""
 
 
 class Table(Protocol):
@@ -76,11 +75,26 @@ class Perplexities:
 
     def values(self, shop: Workshop, chosen: dict[str, Variant]) -> Values:
         """A row for each method and likelihood."""
-        return {"sets": SETS, "sources": shop.sources(), "rows": perplexities(shop, chosen)}
+        return {
+            "sets": SETS, "sources": shop.sources(), "rows": perplexities(shop, chosen), "paired": pairs(shop, chosen),
+        }  # fmt: skip
 
     def grid(self, values: Values) -> tuple[str, list[str], list[list[str]]]:
-        """Nothing: perplexities are all there is."""
-        return "", [], []
+        """What the dual branch costs and buys, paired."""
+        rows = []
+        if not (compared := values.get("paired")):  # of an earlier version, or of methods that do not compare
+            return "", [], []
+        for row in compared:
+            ours, theirs = (
+                f"{row[method]} {row[of]}" for method, of in (("method", "likelihood"), ("other", "against"))
+            )
+            cells = (row["sets"].get(name) for name in values["sets"])
+            rows.append([ours, theirs, *("" if c is None else within(c["ratio"], c["standard_error"]) for c in cells)])
+        about = (
+            "Ratios of perplexities over the same windows, paired: ± is the standard error over windows of what the "
+            "two do not have in common."
+        )
+        return about, ["perplexity", "over that of", *values["sets"].values()], rows
 
 
 def named(likelihoods: Values) -> Iterator[tuple[str, Values]]:
@@ -90,6 +104,34 @@ def named(likelihoods: Values) -> Iterator[tuple[str, Values]]:
             yield from ((f"hybrid {each['lambda']:g}", each) for each in likelihoods.get(name, []))
         elif name in likelihoods:
             yield name, likelihoods[name]
+
+
+def pairs(shop: Workshop, chosen: dict[str, Variant]) -> list[Values]:
+    """Ratios by which designs are judged, on each data set, of the evaluations that are there.
+
+    Of every method that reads left to right and denoises: its exact perplexities to GPT-2's, its diffusion bound to
+    every RADD's, and its hybrid bound nearest to left to right to its own diffusion bound.
+    """
+    rows: dict[tuple[str, str, str, str], Values] = {}
+    for name in SETS:
+        found = {label: shop.evaluation(variant, name) for label, variant in chosen.items()}
+        there = {label: read_json(path) for label, path in found.items() if path.exists()}
+        there = {label: each for label, each in there.items() if "per_window" in each}
+        for label, ours in there.items():
+            nats = ours["per_window"]["nats"]
+            if "block" not in nats:
+                continue
+            wanted = [(likelihood, "gpt2", "causal") for likelihood in ("causal", "block")]
+            wanted += [("diffusion", other, "diffusion") for other in there if other.startswith("radd")]
+            wanted += [(hybrid, label, "diffusion") for hybrid in [n for n in nats if n.startswith("hybrid")][-1:]]
+            for likelihood, other, against in wanted:
+                if other in there:
+                    ratio = paired(ours, there[other], likelihood, against)
+                    row = rows.setdefault((label, likelihood, other, against), {
+                        "method": label, "likelihood": likelihood, "other": other, "against": against, "sets": {},
+                    })  # fmt: skip
+                    row["sets"][name] = {"ratio": ratio.ratio, "standard_error": ratio.standard_error}
+    return list(rows.values())
 
 
 def perplexities(shop: Workshop, chosen: dict[str, Variant], only: tuple[str, ...] = ()) -> list[Values]:
