@@ -11,6 +11,7 @@ from caddf.errors import InputError
 from caddf.experiment import METHODS, ModelSettings, network_of
 from caddf.models.config import PRESETS
 from caddf.models.matching import TOLERANCE, count
+from caddf.report import report
 from caddf.reproduce import SETS, TABLES, ReproduceSettings, reproduce
 from caddf.reproduce.making import time_left
 from caddf.reproduce.plan import Job, Variant, Workshop
@@ -152,6 +153,26 @@ def test_it_goes_on_where_it_was_interrupted(settings, jobs):
     assert jobs and not set(done) & set(jobs)
 
 
+def test_the_dual_branch_is_compared_window_by_window(settings):
+    out = reproduce("table1", with_methods(settings, "gpt2,radd-ao,caddf-lambda-dce"), QUIET)
+    table = json.loads((out / "table.json").read_text())
+    rows = {(row["likelihood"], row["other"], row["against"]): row["sets"] for row in table["paired"]}
+    assert list(rows) == [
+        ("causal", "gpt2", "causal"),
+        ("block", "gpt2", "causal"),
+        ("diffusion", "radd-ao", "diffusion"),
+        ("hybrid 0.75", "caddf-lambda-dce", "diffusion"),
+    ]
+    shown = {(row["method"], row["likelihood"]): row["sets"]["two.txt"]["ppl"] for row in table["rows"]}
+    ratio = rows["block", "gpt2", "causal"]["two.txt"]
+    assert ratio["ratio"] == pytest.approx(shown["caddf-lambda-dce", "block"] / shown["gpt2", "causal"], rel=1e-4)
+    assert 0 < ratio["standard_error"] < 0.1
+    assert "| caddf-lambda-dce block | gpt2 causal |" in (out / "table.md").read_text()
+    pytest.importorskip("matplotlib")
+    report(out.parent, out.parent / "report.html")
+    assert "gpt2 causal" in (page := (out.parent / "report.html").read_text()) and "paired" in page
+
+
 def test_ablations_share_the_full_model_and_compare_within_rounds(settings, jobs):
     pytest.importorskip("matplotlib")
     full = with_methods(settings, "caddf-lambda-dce")
@@ -184,7 +205,13 @@ def test_ablations_share_the_full_model_and_compare_within_rounds(settings, jobs
     assert rows["full", "fused"]["target_ppl"]["ppl"] == exact["ppl"]
     assert rows["full", "fused"]["target_ppl"]["standard_error"] == exact["ppl"] * exact["standard_error"]
     assert rows["full", "fused"]["mtp_agreement"] == evaluated["mtp"]["agreement"]
-    assert rows["no-causal-branch", None]["target_ppl"] is None
+    assert (
+        rows["no-causal-branch", None]["target_ppl"] is None and rows["no-causal-branch", None]["target_ratio"] is None
+    )
+    assert rows["full", "causal"]["diffusion_ratio"] == {"ratio": 1, "standard_error": 0}
+    ablated = read_json(Workshop(settings).evaluation(Variant("caddf-lambda-dce-no-cross-attention", ""), "one.txt"))
+    ratio = ablated["likelihoods"]["block"]["ppl"] / exact["ppl"]
+    assert rows["no-cross-attention", "fused"]["target_ratio"]["ratio"] == pytest.approx(ratio, rel=1e-4)
     shown = {(row["method"], row["likelihood"]) for row in table["perplexities"]["rows"]}
     assert ("no-causal-branch", "diffusion") in shown and ("no-causal-branch", "causal") not in shown
     text = (out / "table.md").read_text()

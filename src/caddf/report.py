@@ -31,7 +31,7 @@ from caddf.benchmarks.train import draw as draw_train
 from caddf.checkpoint import read_json, write_text_atomic
 from caddf.errors import InputError
 from caddf.machine import machine
-from caddf.reproduce import ReproduceSettings, named
+from caddf.reproduce import ReproduceSettings, named, paired_grid
 
 T = TypeVar("T")
 Values = dict[str, Any]
@@ -345,7 +345,12 @@ def _table(source: Source, title: str, page: Path) -> Entry:
     if curves:
         draw = partial(plots.draw_hybrid, evaluations=curves)
         figures.append(_figure("Perplexity against l*", draw, source.path.parent, "table-hybrid", page))
-    return Entry(name, title, about, [source], [Grid(dict.fromkeys(columns, ""), rows)], figures)
+    grids = [Grid(dict.fromkeys(columns, ""), rows)]
+    said, columns, ratios = paired_grid(values)
+    if ratios:
+        about += f" Below: {said[0].lower()}{said[1:]}"
+        grids.append(Grid(dict.fromkeys(columns, ""), [[Cell(cell) for cell in row] for row in ratios]))
+    return Entry(name, title, about, [source], grids, figures)
 
 
 def _perplexity(cell: Values | None) -> Cell:

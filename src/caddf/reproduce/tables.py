@@ -81,20 +81,22 @@ class Perplexities:
 
     def grid(self, values: Values) -> tuple[str, list[str], list[list[str]]]:
         """What the dual branch costs and buys, paired."""
-        rows = []
-        if not (compared := values.get("paired")):  # of an earlier version, or of methods that do not compare
-            return "", [], []
-        for row in compared:
-            ours, theirs = (
-                f"{row[method]} {row[of]}" for method, of in (("method", "likelihood"), ("other", "against"))
-            )
-            cells = (row["sets"].get(name) for name in values["sets"])
-            rows.append([ours, theirs, *("" if c is None else within(c["ratio"], c["standard_error"]) for c in cells)])
-        about = (
-            "Ratios of perplexities over the same windows, paired: ± is the standard error over windows of what the "
-            "two do not have in common."
-        )
-        return about, ["perplexity", "over that of", *values["sets"].values()], rows
+        return paired_grid(values)
+
+
+def paired_grid(values: Values) -> tuple[str, list[str], list[list[str]]]:
+    """Ratios of perplexities: a text, columns, and rows of cells; nothing where a table has none."""
+    rows = []
+    if not (compared := values.get("paired")):  # of an earlier version, or of methods that do not compare
+        return "", [], []
+    for row in compared:
+        ours, theirs = (f"{row[method]} {row[of]}" for method, of in (("method", "likelihood"), ("other", "against")))
+        rows.append([ours, theirs, *(_times(row["sets"].get(name)) for name in values["sets"])])
+    about = (
+        "Ratios of perplexities over the same windows, paired: ± is the standard error over windows of what the two do "
+        "not have in common."
+    )
+    return about, ["perplexity", "over that of", *values["sets"].values()], rows
 
 
 def named(likelihoods: Values) -> Iterator[tuple[str, Values]]:
@@ -268,8 +270,9 @@ class Ablations:
         given = decoded["settings"]
         return (
             f"All variants have as many parameters, data, tokens and seed. Text of {given['prompts']}: exact PPL of "
-            "the target that the decoder draws from, diffusion bound, and multi-token prediction (share of a block's "
-            f"drafts that are the text, and that are the fused model's own choice). {_conditions(given)}; ± is over "
+            "the target that the decoder draws from, diffusion bound, their ratios to the full model's (paired over "
+            "windows), and multi-token prediction (share of a block's drafts that are the text, and that are the fused "
+            f"model's own choice). {_conditions(given)}; ± of tokens per round is over "
             f"{given['repeats']} rounds in which every row decodes once, brackets are quartiles of them. A chain's "
             "rounds are its steps that change a token. A ratio is to the full model's row of the same target, or its "
             "first, within the round."
@@ -279,7 +282,8 @@ class Ablations:
         """A decoder's row, with what was evaluated of its model."""
         evaluated = read_json(shop.evaluation(variant, shop.settings.prompts))
         likelihoods, drafts = evaluated["likelihoods"], evaluated["mtp"]
-        exact = likelihoods.get({"causal": "causal", "fused": "block"}.get(row["target"], ""))
+        name = {"causal": "causal", "fused": "block"}.get(row["target"], "")
+        exact = likelihoods.get(name)
         full = [each for each in rows if each["model"] == "full" and each["batch"] == row["batch"]]
         same = next((each for each in full if each["target"] == row["target"]), full[0] if full else None)
         ratio = None if same is None else Spread.ratio(*([r["tokens_per_second"] for r in each["rounds"]]
@@ -289,7 +293,9 @@ class Ablations:
             **{name: row[name] for name in ("model", "decoder", "settings", "target", "batch", "parameters")},
             "tokens_seen": shop.trained(variant)["tokens"],
             "target_ppl": _ppl(exact),
+            "target_ratio": None if exact is None else self._to_full(shop, evaluated, name),
             "diffusion_ppl": _ppl(likelihoods["diffusion"]),
+            "diffusion_ratio": self._to_full(shop, evaluated, "diffusion"),
             "mtp_accuracy": drafts["accuracy"],
             "mtp_agreement": drafts.get("agreement"),
             "tokens_per_round": row["tokens_per_round"],
@@ -300,16 +306,27 @@ class Ablations:
             "ratio_quartiles": None if ratio is None else [ratio.low, ratio.high],
         }
 
+    def _to_full(self, shop: Workshop, evaluated: Values, likelihood: str) -> Values | None:
+        """A perplexity over the full model's, paired; None where that is not there."""
+        path = shop.evaluation(self.variants["full"], shop.settings.prompts)
+        full = read_json(path) if path.exists() else {}
+        if not {"per_window"} <= full.keys() & evaluated.keys():
+            return None
+        found = paired(evaluated, full, likelihood)
+        return {"ratio": found.ratio, "standard_error": found.standard_error}
+
     def grid(self, values: Values) -> tuple[str, list[str], list[list[str]]]:
         """Quality, drafts, speed."""
-        columns = ["variant", "decoder", "batch", "parameters", "tokens seen", "target PPL", "diffusion bound",
-                   "MTP accuracy", "MTP agreement", "tokens per round", "tokens/s", "ratio to full"]  # fmt: skip
+        columns = ["variant", "decoder", "batch", "parameters", "tokens seen", "target PPL", "target PPL / full",
+                   "diffusion bound", "bound / full", "MTP accuracy", "MTP agreement", "tokens per round",
+                   "tokens/s", "ratio to full"]  # fmt: skip
         rows = []
         for row in values["rows"]:
             low_high = row["ratio_quartiles"]
             rows.append([
                 row["model"], decoder(row), str(row["batch"]), f"{row['parameters']:,}", f"{row['tokens_seen']:,}",
-                _said(row["target_ppl"]), _said(row["diffusion_ppl"]), f"{row['mtp_accuracy']:.1%}",
+                _said(row["target_ppl"]), _times(row["target_ratio"]), _said(row["diffusion_ppl"]),
+                _times(row["diffusion_ratio"]), f"{row['mtp_accuracy']:.1%}",
                 "" if row["mtp_agreement"] is None else f"{row['mtp_agreement']:.1%}",
                 within(row["tokens_per_round"], row["tokens_per_round_error"]), speed(row),
                 "" if low_high is None else _spread(row["ratio"], low_high),
@@ -384,6 +401,10 @@ def _ppl(likelihood: Values | None) -> Values | None:
         return None
     error = likelihood["standard_error"]
     return {"ppl": likelihood["ppl"], "standard_error": None if error is None else likelihood["ppl"] * error}
+
+
+def _times(cell: Values | None) -> str:
+    return "" if cell is None else within(cell["ratio"], cell["standard_error"])
 
 
 def _said(cell: Values | None) -> str:
