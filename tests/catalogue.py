@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from caddf.interface import AnyOrder, Block, Infill, Pattern
 from caddf.models.backbone import DualBranch
@@ -78,6 +78,8 @@ def build(config: ModelConfig, scale: float = 1.0, seed: int = 0) -> DualBranch:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(scale)
+        if model.causal is not None and model.causal.shifted is not None:  # which starts as 0
+            nn.init.normal_(model.causal.shifted.map, std=0.25)
     return model
 
 

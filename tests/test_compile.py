@@ -23,8 +23,10 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 
 def dual() -> DualBranch:
     torch.manual_seed(0)
-    config = ModelConfig(V, T, BranchConfig(1, 16, 2), BranchConfig(1, 32, 2), block_size=4)
-    return DualBranch(config).eval().requires_grad_(False)
+    config = ModelConfig(V, T, BranchConfig(1, 16, 2), BranchConfig(1, 32, 2, token_shift=True), block_size=4)
+    model = DualBranch(config)
+    torch.nn.init.normal_(model.causal.shifted.map, std=0.25)  # which starts as 0
+    return model.eval().requires_grad_(False)
 
 
 def with_passes(model):
