@@ -130,6 +130,8 @@ def test_two_evaluations_are_compared(say, refused, data, run, tmp_path):
     assert ratios[0]["ratio"] == 1 and ratios[0]["standard_error"] == 0
     assert "diffusion" in say("compare", one, other).out
     assert "nothing.json" in refused("compare", one, str(tmp_path / "nothing.json"))
+    (tmp_path / "older.json").write_text('{"likelihoods": {}}')
+    assert "has no per_window" in refused("compare", str(tmp_path / "older.json"), one)
 
 
 @pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"d3pm_absorbing", "d3pm_uniform", "gaussian"}))

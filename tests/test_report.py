@@ -391,21 +391,20 @@ def test_samples_refuse_before_they_run(runs, prompts, budget, said):
         collect_samples(prompts, settings, Console(quiet=True))
 
 
-def test_acceptance_is_measured_at_each_checkpoint(runs, tmp_path, capsys):
-    given = [
-        "--models",
-        str(runs),
-        "--data",
-        str(runs / "set"),
-        "--windows",
-        "3",
-        "--rounds",
-        "2",
-        "--out",
-        str(tmp_path / "a"),
-    ]
-    assert main(["benchmark", "acceptance", *given, "--temperatures", "[0.5,1]", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+@pytest.fixture
+def accepted(runs, capsys):
+    """The rows of `benchmark acceptance` with the options given."""
+
+    def measure(*options):
+        given = ["--models", str(runs), "--data", str(runs / "set"), "--windows", "3", "--rounds", "2", *options]
+        assert main(["benchmark", "acceptance", *given, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["rows"]
+
+    return measure
+
+
+def test_acceptance_is_measured_at_each_checkpoint(accepted, tmp_path):
+    rows = accepted("--temperatures", "[0.5,1]", "--out", str(tmp_path / "a"))
     assert [(row["model"], row["target"], row["temperature"], row["step"]) for row in rows] == [
         ("caddf-lambda-dce", target, temperature, 3) for target in ("causal", "fused") for temperature in (0.5, 1.0)
     ]
@@ -422,21 +421,8 @@ def test_acceptance_is_measured_at_each_checkpoint(runs, tmp_path, capsys):
     ).exists()
 
 
-def test_acceptance_is_measured_at_each_width_of_windows(runs, tmp_path, capsys):
-    given = [
-        "--models",
-        str(runs),
-        "--data",
-        str(runs / "set"),
-        "--windows",
-        "3",
-        "--rounds",
-        "2",
-        "--temperatures",
-        "1",
-    ]
-    assert main(["benchmark", "acceptance", *given, "--block-sizes", "2,5", "--out", str(tmp_path), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+def test_acceptance_is_measured_at_each_width_of_windows(accepted, tmp_path):
+    rows = accepted("--temperatures", "1", "--block-sizes", "2,5", "--out", str(tmp_path))
     assert [(row["target"], row["block_size"]) for row in rows] == [
         (target, size) for target in ("causal", "fused") for size in (2, 5)
     ]

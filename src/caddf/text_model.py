@@ -234,9 +234,9 @@ def initialise_from(model: Network, source: str | Path, tokenizer: Tokenizer) ->
         other = network_of(load_model_config(folder))
         for branch in ("causal", "diffusion"):
             theirs, ours = (_branch(network, branch) for network in (other, model))
-            if ours is not None and theirs == dataclasses.replace(ours, token_shift=False):
-                continue  # a token shift begins as none
-            if None not in (theirs, ours) and theirs != ours:
+            if ours is None or theirs is None:
+                continue
+            if theirs not in (ours, dataclasses.replace(ours, token_shift=False)):  # a token shift begins as none
                 raise InputError(f"init_from is {source}, whose {branch} branch is {theirs}; this model's is {ours}")
         if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
             raise InputError(

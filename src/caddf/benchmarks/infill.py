@@ -22,6 +22,7 @@ from caddf.data import TokenSet
 from caddf.errors import InputError
 from caddf.evaluation.infilling import Filled, Reading, fill_spans, readings
 from caddf.evaluation.likelihood import at_least_one, uniform
+from caddf.evaluation.pairing import ratio_of
 from caddf.evaluation.suite import window_generator
 from caddf.interface import LanguageModel
 from caddf.text_model import DType, check_seed
@@ -118,7 +119,7 @@ def infill(settings: InfillSettings, console: Console) -> Results:
         left = next((row for row in here if row["reading"] == "causal"), None)
         if left is not None:
             for row in here:
-                row["against_left"], row["against_left_error"] = paired(row["windows"], left["windows"])
+                row["against_left"], row["against_left_error"] = ratio_of(row["windows"], left["windows"])
     results.values["context"] = context
     put(results.values, dict(ratios(rows)))
     about = (
@@ -156,13 +157,6 @@ def fill(
         x0, at = windows[index].to(device), start[index].to(device)
         parts.append(fill_spans(network, x0, at, size, reading, settings.samples, noise))
     return Filled(torch.cat([part.nats for part in parts]), torch.cat([part.exact for part in parts]))
-
-
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
-    """Ratio of the perplexities of two lists of nats, window by window, and its standard error over windows."""
-    less = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
-    ratio = less.mean().exp().item()
-    return ratio, ratio * less.std().item() / len(less) ** 0.5 if len(less) > 1 else None
 
 
 def _row(name: str, contestant: Contestant, reading: Reading, size: int, filled: Filled) -> dict[str, Any]:

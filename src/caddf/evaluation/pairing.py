@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +28,25 @@ class Ratio:
     standard_error: float | None
 
 
+def ratio_of(
+    ours: Sequence[float], theirs: Sequence[float], tokens: Sequence[int] | int = 1
+) -> tuple[float, float | None]:
+    """Ratio of the perplexities of two lists of nats, window by window, and its standard error over windows.
+
+    `tokens` are those of each window; 1 where the nats are per token already.
+    """
+    less = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
+    found = estimate(less, tokens if isinstance(tokens, int) else torch.tensor(tokens))
+    return found.ppl, None if found.standard_error is None else found.ppl * found.standard_error
+
+
 def paired(ours: Mapping[str, Any], theirs: Mapping[str, Any], likelihood: str, against: str | None = None) -> Ratio:
     """The ratio of one likelihood of `ours` to one of `theirs` (not given: the same), as `evaluate` gives both.
 
     Raises `InputError` where they are of other windows, or do not have the likelihood.
     """
     against = against or likelihood
-    one, other = (evaluation.get("per_window") for evaluation in (ours, theirs))
-    if one is None or other is None:
-        raise InputError("an evaluation has no per_window; it was made by an older version: evaluate again")
+    one, other = _per_window(ours), _per_window(theirs)
     if (one["text"], one["tokens"]) != (other["text"], other["tokens"]):
         raise InputError(
             f"the evaluations are of other windows ({len(one['tokens'])} and {len(other['tokens'])}); data, protocol, "
@@ -45,15 +55,22 @@ def paired(ours: Mapping[str, Any], theirs: Mapping[str, Any], likelihood: str, 
     for name, found in ((likelihood, one), (against, other)):
         if name not in found["nats"]:
             raise InputError(f"likelihood is {name}; this evaluation has {', '.join(found['nats'])}")
-    nats = [torch.tensor(found["nats"][name]).double() for name, found in ((likelihood, one), (against, other))]
-    less = estimate(nats[0] - nats[1], torch.tensor(one["tokens"]))
-    error = None if less.standard_error is None else less.ppl * less.standard_error
-    return Ratio(likelihood, against, less.ppl, error)
+    return Ratio(likelihood, against, *ratio_of(one["nats"][likelihood], other["nats"][against], one["tokens"]))
+
+
+def _per_window(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Raises `InputError` where an evaluation does not have it."""
+    if "per_window" not in evaluation:
+        raise InputError("an evaluation has no per_window; it is another file, or of an older version: evaluate again")
+    return evaluation["per_window"]
 
 
 def comparisons(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Ratio]:
-    """Every likelihood of `ours` to its like in `theirs`: exact ones to a left-to-right model's only one."""
-    names, others = (list(evaluation.get("per_window", {}).get("nats", ())) for evaluation in (ours, theirs))
+    """Every likelihood of `ours` to its like in `theirs`: exact ones to a left-to-right model's only one.
+
+    Raises `InputError` as `paired` does.
+    """
+    names, others = (list(_per_window(evaluation)["nats"]) for evaluation in (ours, theirs))
     exact = [name for name in others if name in EXACT]
     for name in names:
         if name in others:

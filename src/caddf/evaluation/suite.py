@@ -142,8 +142,7 @@ def evaluate(
         noise = [window_generator(settings.seed, i if at is None else at) for i, at in zip(batch, own, strict=True)]
         model = checked(model, x0, vocab_size)
         parts.append(_measure(model, x0.to(device), scored, settings, block_size, noise, bound))
-        for row in torch.cat([x0, scored], 1).cpu():  # windows by themselves, however they are read together
-            text.update(row.numpy().tobytes())
+        text.update(torch.cat([x0, scored], 1).numpy().tobytes())
         if byte_lengths is not None:
             text_bytes += int(byte_lengths[x0[scored]].sum())
         done += len(batch)

@@ -73,7 +73,8 @@ class OverCaches(nn.Module):
         """States of the slots `positions`, whose keys and values go into `caches`; fused where `seen` is given."""
         slots = Slots.of(positions)
         assert self.causal is not None
-        inputs, earlier = self.before(tokens, positions), self.causal.earlier(tokens, slots, self.config.bos_id)
+        bos_id = self.config.bos_id
+        inputs, earlier = tokens_before(tokens, slots, bos_id), self.causal.earlier(tokens, slots, bos_id)
         states = States(None, None, self._read(inputs, slots, caches, earlier))
         return states if seen is None else self.fuse(states, positions, caches, seen)
 

@@ -258,7 +258,9 @@ class Ablations:
     def values(self, shop: Workshop, chosen: dict[str, Variant]) -> Values:
         """A row for each variant, target and batch; `perplexities` has all data sets."""
         decoded = decodings(shop, contest(self, chosen))
-        rows = [self._row(shop, chosen[row["model"]], row, decoded["rows"]) for row in decoded["rows"]
+        path = shop.evaluation(self.variants["full"], shop.settings.prompts)
+        full = read_json(path) if path.exists() else {}
+        rows = [self._row(shop, chosen[row["model"]], row, decoded["rows"], full) for row in decoded["rows"]
                 if row["model"] in chosen]  # fmt: skip
         shown = perplexities(shop, chosen, only=("causal", "block", "diffusion"))
         quality = {"sets": SETS, "sources": shop.sources(), "rows": shown}
@@ -278,8 +280,8 @@ class Ablations:
             "first, within the round."
         )
 
-    def _row(self, shop: Workshop, variant: Variant, row: Values, rows: list[Values]) -> Values:
-        """A decoder's row, with what was evaluated of its model."""
+    def _row(self, shop: Workshop, variant: Variant, row: Values, rows: list[Values], full_model: Values) -> Values:
+        """A decoder's row, with what was evaluated of its model, and that over what was of the full one."""
         evaluated = read_json(shop.evaluation(variant, shop.settings.prompts))
         likelihoods, drafts = evaluated["likelihoods"], evaluated["mtp"]
         name = {"causal": "causal", "fused": "block"}.get(row["target"], "")
@@ -293,9 +295,9 @@ class Ablations:
             **{name: row[name] for name in ("model", "decoder", "settings", "target", "batch", "parameters")},
             "tokens_seen": shop.trained(variant)["tokens"],
             "target_ppl": _ppl(exact),
-            "target_ratio": None if exact is None else self._to_full(shop, evaluated, name),
+            "target_ratio": None if exact is None else self._to_full(evaluated, full_model, name),
             "diffusion_ppl": _ppl(likelihoods["diffusion"]),
-            "diffusion_ratio": self._to_full(shop, evaluated, "diffusion"),
+            "diffusion_ratio": self._to_full(evaluated, full_model, "diffusion"),
             "mtp_accuracy": drafts["accuracy"],
             "mtp_agreement": drafts.get("agreement"),
             "tokens_per_round": row["tokens_per_round"],
@@ -306,10 +308,9 @@ class Ablations:
             "ratio_quartiles": None if ratio is None else [ratio.low, ratio.high],
         }
 
-    def _to_full(self, shop: Workshop, evaluated: Values, likelihood: str) -> Values | None:
+    @staticmethod
+    def _to_full(evaluated: Values, full: Values, likelihood: str) -> Values | None:
         """A perplexity over the full model's, paired; None where that is not there."""
-        path = shop.evaluation(self.variants["full"], shop.settings.prompts)
-        full = read_json(path) if path.exists() else {}
         if not {"per_window"} <= full.keys() & evaluated.keys():
             return None
         found = paired(evaluated, full, likelihood)
