@@ -37,6 +37,7 @@ def _config(
     draft: str,
     alibi: bool = True,
     embeddings: str = "separate",
+    own_state: bool = False,
 ) -> ModelConfig:
     return ModelConfig(
         VOCABULARY,
@@ -49,6 +50,7 @@ def _config(
         exchange=exchange,  # type: ignore[arg-type]
         draft=draft,  # type: ignore[arg-type]
         embeddings=embeddings,  # type: ignore[arg-type]
+        own_state=own_state,
         block_size=BLOCK,
     )
 
@@ -61,11 +63,15 @@ MODELS: dict[str, ModelConfig] = {
     **{f"off-{draft}": _config(None, "late", "mutual", draft) for draft in DRAFTS},
     "without-alibi": _config(CAUSAL, "late", "mutual", "factorised", alibi=False),
     "tied": _config(CAUSAL, "late", "mutual", "chained", embeddings="tied"),
-    "token-shift": _config(BranchConfig(2, 16, 2, token_shift=True), "late", "mutual", "chained", embeddings="tied"),
+    "token-shift": _config(
+        BranchConfig(2, 16, 2, token_shift=True), "late", "mutual", "chained", embeddings="tied", own_state=True
+    ),
+    "own-state-one-way": _config(CAUSAL, "late", "one_way", "factorised", own_state=True),
+    "own-state-layers": _config(CAUSAL, "layers", "one_way", "chained", own_state=True),
     "learned": _config(BranchConfig(2, 16, 2, positions="learned", bias=True), "late", "mutual", "factorised"),
 }
 """Every choice of fusion, exchange, draft and causal branch that is valid, one without linear biases, one with
-tied embeddings, one with a token shift too, and GPT-2's positions and biases."""
+tied embeddings, one with a token shift and the fusion's own state too, and GPT-2's positions and biases."""
 
 PATTERNS: list[Pattern] = [AnyOrder(), Infill(), Block(BLOCK), Block(BLOCK, offset=2), Block(1), Block(CONTEXT)]
 
@@ -78,8 +84,14 @@ def build(config: ModelConfig, scale: float = 1.0, seed: int = 0) -> DualBranch:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(scale)
-        if model.causal is not None and model.causal.shifted is not None:  # which starts as 0
-            nn.init.normal_(model.causal.shifted.map, std=0.25)
+    return hear(model)
+
+
+def hear(model: DualBranch) -> DualBranch:
+    """What starts as 0, so that a model starts as one without it, at random."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.25)
     return model
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from catalogue import hear
 
 from caddf.categorical import RowGenerators, Warp, inverse_cdf
 from caddf.decoding import Autoregressive, Speculative, Task
@@ -24,13 +25,15 @@ TEMPLATES = [[1, 2, 3] + [V] * 5 + [5, 6] + [V] * 6, [4] + [V] * 7 + [7] * 8, [V
 def dual(kind: str, vocab: int = V, block_size: int = K) -> DualBranch:
     torch.manual_seed(1)
     branches = {"causal": BranchConfig(1, 16, 2, token_shift=True), "diffusion": BranchConfig(2, 16, 2, alibi=True)}
-    model = DualBranch(ModelConfig(vocab, T, block_size=block_size, **branches, **KINDS[kind])).double().eval()
+    model = (
+        DualBranch(ModelConfig(vocab, T, block_size=block_size, own_state=True, **branches, **KINDS[kind]))
+        .double()
+        .eval()
+    )
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(8)
-    if model.causal is not None:
-        torch.nn.init.normal_(model.causal.shifted.map, std=0.25)  # which starts as 0
-    return model.requires_grad_(False)
+    return hear(model).requires_grad_(False)
 
 
 def task(model, tokens, warp=None, template=False) -> Task:

@@ -33,7 +33,7 @@ def dual(context: int = T, alibi: bool = True, bias: bool = False, draft_vocab: 
     diffusion = BranchConfig(2, 32, 4, bias=bias, alibi=alibi)
     config = ModelConfig(
         V, context, diffusion, BranchConfig(2, 48, 3, bias=bias, token_shift=True), embeddings="tied",
-        draft="chained", block_size=6, draft_vocab=draft_vocab,
+        draft="chained", block_size=6, draft_vocab=draft_vocab, own_state=True,
     )  # fmt: skip
     return loud(DualBranch(config))
 

@@ -64,8 +64,10 @@ class ModelSettings:
     bias: of the causal branch's maps and norms: true as in GPT-2 (with positions learned).
     alibi: linear biases in attention in both directions, by which heads see what is next to them first; not set, true
         for the dual branch.
-    token_shift: of the causal branch: its inputs are two tokens, one mapped, and not one; not set, true for the dual
-        branch.
+    token_shift: of the causal branch: its inputs are two tokens, one mapped, and not one, as is what a chain of drafts
+        hears; not set, true for the dual branch.
+    own_state: the fusion reads the canvas state of its own position besides what cross-attention finds; not set, true
+        where there is cross-attention.
     """
 
     size: Size = "demo"
@@ -84,6 +86,7 @@ class ModelSettings:
     bias: bool = False
     alibi: bool | None = None
     token_shift: bool | None = None
+    own_state: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("match", "causal_layers", "diffusion_layers"):
@@ -123,6 +126,7 @@ class ModelSettings:
             exchange=exchange,
             embeddings=self.embeddings or ("tied" if self.causal == "on" else "separate"),
             draft=draft,
+            own_state=self.own_state if self.own_state is not None else self.causal == "on" and self.fusion != "none",
             draft_vocab=DRAFTED if self.draft_vocab is None and large else self.draft_vocab,
             block_size=self.block_size,
         )
@@ -161,6 +165,7 @@ class ModelSettings:
 
 TWO_BRANCHES = (
     "causal", "fusion", "exchange", "embeddings", "causal_layers", "diffusion_layers", "draft", "draft_vocab",
+    "own_state",
 )  # fmt: skip
 """Choices that a network of one branch does not have."""
 GPT2_LIKE = ("positions", "bias", "token_shift")

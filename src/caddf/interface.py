@@ -100,6 +100,19 @@ class LanguageModel(Protocol):
 
 
 @dataclass(frozen=True)
+class Projection:
+    """What makes a head's logits of all positions: `states @ tokens.T + bias`, of `small` alone where it names tokens.
+
+    A model that gives it, by `projection(states, head)`, is trained without its logits ever standing in memory.
+    """
+
+    states: Float[Tensor, "B L D"]
+    tokens: Float[Tensor, "V D"]
+    bias: Float[Tensor, " V"] | None = None
+    small: Int[Tensor, " V"] | None = None
+
+
+@dataclass(frozen=True)
 class Round:
     """What one round of left-to-right decoding made of its rows.
 

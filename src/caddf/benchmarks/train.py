@@ -67,10 +67,13 @@ class TrainSettings:
 
 
 class FullLogits:
-    """A model whose losses come from log-probabilities of all positions, [B, L, V] in one piece: nothing is saved."""
+    """A model whose losses come from log-probabilities of all positions, [B, L, V] in one piece, by autograd."""
+
+    projection = None
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.made: tuple[Any, dict[str | None, Tensor]] = None, {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -83,9 +86,24 @@ class FullLogits:
         self, states: Any, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: str | None = None
     ) -> Float[Tensor, " N"]:
         """Cross-entropy at every position, and then of those in `where`."""
-        heads = () if head is None else (head,)
-        log_p = self.model.log_probs(states, torch.ones_like(where), *heads)
-        return F.nll_loss(log_p, targets.flatten(), reduction="none").view(targets.shape)[where]
+        return F.nll_loss(self._all(states, where, head), targets.flatten(), reduction="none").view(where.shape)[where]
+
+    def log_probs(self, states: Any, where: Bool[Tensor, "B L"], head: str) -> Float[Tensor, "N V"]:
+        """Those of all positions, made once for each head, and then of those in `where`."""
+        return self._all(states, where, head)[where.flatten()]
+
+    def _all(self, states: Any, where: Bool[Tensor, "B L"], head: str | None) -> Float[Tensor, "BL V"]:
+        if self.made[0] is not states:
+            self.made = states, {}
+        if head not in self.made[1]:
+            with torch.enable_grad():
+                heads = () if head is None else (head,)
+                self.made[1][head] = self.model.log_probs(states, torch.ones_like(where), *heads)
+        return self.made[1][head]
+
+    def forget(self) -> None:
+        """What was made of the last states is let go."""
+        self.made = None, {}
 
 
 class Stepper:
@@ -114,6 +132,8 @@ class Stepper:
         with self.autocast():
             loss = self.objective(self.model, self.tokens, self.generator).total
         loss.backward()
+        if isinstance(self.model, FullLogits):
+            self.model.forget()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from caddf.caches import Caches, Slots
 from caddf.errors import InputError
-from caddf.interface import AnyOrder, Block, Head, Infill, Pattern
+from caddf.interface import AnyOrder, Block, Head, Infill, Pattern, Projection
 from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
@@ -50,10 +50,18 @@ class DualBranch(OverCaches):
             width = config.diffusion.width
             within = width if config.fusion == "layers" else None
             self.causal = CausalBranch(config.causal, config.rows, config.context, within)
-            self.fusion = Mixer(config.causal, width) if config.fusion == "none" else CrossFusion(config.causal, width)
+            self.fusion = (
+                Mixer(config.causal, width)
+                if config.fusion == "none"
+                else CrossFusion(config.causal, width, config.own_state)
+            )
         tied = self.causal.embedding if self.causal is not None and config.embeddings == "tied" else None
         self.diffusion = DiffusionBranch(config.diffusion, config.rows, source_width, embedding=tied)
-        self.chain = DraftChain(config.diffusion) if config.draft == "chained" else None
+        self.chain: DraftChain | None = None
+        if config.draft == "chained":
+            shift = self.causal is not None and self.causal.shifted is not None
+            embedding = cast(nn.Embedding, self.diffusion.embedding) if tied is None else tied
+            self.chain = DraftChain(config.diffusion, embedding if shift else None)
         self.draft_tokens: Tensor | None
         small = None if config.draft_vocab is None else torch.arange(config.draft_vocab)
         self.register_buffer("draft_tokens", small)
@@ -85,7 +93,7 @@ class DualBranch(OverCaches):
                 h_trans = self._read(inputs, Slots.of(positions), caches)
         seen = self._canvas(prefix, canvas, pattern, h_trans)
         chained = self.chain is not None and isinstance(pattern, Block)
-        draft = self._drafts(seen, inputs, pattern) if isinstance(pattern, Block) else seen.states
+        draft = self._drafts(seen, prefix, pattern) if isinstance(pattern, Block) else seen.states
         fused = None if h_trans is None else self._fused(h_trans, inputs, positions, seen, pattern)
         return States(fused, draft, h_trans, chained), caches
 
@@ -128,13 +136,12 @@ class DualBranch(OverCaches):
         clean = torch.cat([index[:, None] >= index, index.new_zeros(len(index), len(whole), dtype=torch.bool)], 1)
         visible = torch.cat([clean, torch.cat([own[:, None] > index, same], 1)]) & (at > at[:, None] - context)
         read = visible[len(positions) :][: len(positions)]
-        return Canvas(self.diffusion(both, at, visible), at, read)
+        return Canvas(self.diffusion(both, at, visible), at, read, first=len(positions))
 
-    def _drafts(self, seen: Canvas, inputs: Int[Tensor, "B L"], pattern: Block) -> Float[Tensor, "B L d"]:
+    def _drafts(self, seen: Canvas, prefix: Int[Tensor, "B L"], pattern: Block) -> Float[Tensor, "B L d"]:
         """Draft states under `Block`: the noised part of the canvas, chained where the model has a chain."""
-        positions = torch.arange(inputs.shape[1], device=inputs.device)
-        offset = seen.states.shape[1] - _whole(pattern, len(positions))
-        h_cad = seen.states[:, offset : offset + len(positions)]
+        positions = torch.arange(prefix.shape[1], device=prefix.device)
+        h_cad = seen.states[:, seen.first : seen.first + len(positions)]
         if self.chain is None:
             return h_cad
         index, size = pattern.index(positions), min(pattern.size, len(positions))
@@ -144,7 +151,7 @@ class DualBranch(OverCaches):
             whole = x.new_zeros(len(x), size * int(index[-1] - index[0] + 1), x.shape[-1])
             return whole.index_copy(1, place, x).view(-1, size, x.shape[-1])
 
-        drafts = self.chain(blocks(h_cad), blocks(self.diffusion.embedding(inputs)))
+        drafts = self.chain(blocks(h_cad), blocks(self._heard(prefix, positions)))
         return drafts.view(len(h_cad), -1, h_cad.shape[-1])[:, place]
 
     def _fused(
@@ -187,6 +194,14 @@ class DualBranch(OverCaches):
         nats = head_nll(read[inside], table, index[inside])
         return nats.new_full(targets.shape, torch.inf).masked_scatter(inside, nats)
 
+    def projection(self, states: States, head: Head) -> Projection:
+        """What makes the logits of all positions; a chain's may be of a small vocabulary."""
+        read = getattr(states, head)
+        if read is None:
+            raise InputError(f"head is {head}; a model with causal off has the heads {sorted(self.heads)} alone")
+        small = self.draft_tokens if head == "draft" and states.chained else None
+        return Projection(read, self.tokens_of(head) if small is None else self.small_table(), small=small)
+
     def tokens_of(self, head: Head) -> Float[Tensor, "V D"]:
         """The head's output embeddings: the rows of the V real tokens alone."""
         branch = self.diffusion if head == "draft" or self.causal is None else self.causal
@@ -214,14 +229,9 @@ class DualBranch(OverCaches):
         self, states: States, where: Bool[Tensor, "B L"], head: Head
     ) -> tuple[Float[Tensor, "N D"], Readout, Int[Tensor, " n"] | None]:
         """States, what makes logits of them, and the small vocabulary where the head has one here."""
-        read = getattr(states, head)
-        if read is None:
-            raise InputError(f"head is {head}; a model with causal off has the heads {sorted(self.heads)} alone")
-        small = self.draft_tokens if head == "draft" and states.chained else None
-        readouts = {} if self.native is None else self.native.heads
-        if (name := "chain" if head == "draft" and states.chained else head) in readouts:
-            return states_at(read, where), readouts[name], small
-        return states_at(read, where), self.tokens_of(head) if small is None else self.small_table(), small
+        made, readouts = self.projection(states, head), {} if self.native is None else self.native.heads
+        name = "chain" if head == "draft" and states.chained else head
+        return states_at(made.states, where), readouts.get(name, made.tokens), made.small
 
     # Accounts.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from caddf.caches import Caches, Slots
 from caddf.errors import InputError
-from caddf.interface import Block, Head, Infill, Pattern, Rounds
+from caddf.interface import Block, Head, Infill, Pattern, Projection, Rounds
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.config import BranchConfig
 from caddf.models.layers import Readout, head_log_probs, head_nll, states_at
@@ -121,15 +121,19 @@ class CausalModel(nn.Module):
         """`-log_probs` (nats) of `targets` at the positions in `where`, in chunks of logits."""
         return head_nll(*self._head(states, where, head), targets[where])
 
+    def projection(self, states: States, head: Head) -> Projection:
+        """What makes the logits of all positions."""
+        if head != "causal" or states.causal is None:
+            raise InputError(f"head is {head}; a causal model has the head causal alone")
+        return Projection(states.causal, self.tokens_of(head))
+
     def tokens_of(self, head: Head) -> Float[Tensor, "V D"]:
         """The head's output embeddings: the rows of the V real tokens alone."""
         return self.causal.embedding.weight[: self.vocab_size]
 
     def _head(self, states: States, where: Bool[Tensor, "B L"], head: Head) -> tuple[Tensor, Readout]:
-        if head != "causal" or states.causal is None:
-            raise InputError(f"head is {head}; a causal model has the head causal alone")
-        readouts = {} if self.native is None else self.native.heads
-        return states_at(states.causal, where), readouts.get(head, self.tokens_of(head))
+        made, readouts = self.projection(states, head), {} if self.native is None else self.native.heads
+        return states_at(made.states, where), readouts.get(head, made.tokens)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters per part, and in all."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from caddf.caches import KVCache, Slots
 from caddf.models.config import BranchConfig
-from caddf.models.layers import Layer, Rotation, initialise, rotation
+from caddf.models.layers import Layer, Rotation, TiedEmbedding, initialise, rotation
 
 
 class DraftChain(nn.Module):
@@ -16,20 +16,24 @@ class DraftChain(nn.Module):
 
     Its input at i is `h_cad[i]` and the embedding of token i-1, normed, since beside a state it would go unheard (as in
     DeepSeek-V3's multi-token prediction, eq. 21); its attention is that of a decoder over the block, whose places count
-    from 0. Training reads whole blocks, drafting one place after the other.
+    from 0. Training reads whole blocks, drafting one place after the other. With `shifted` (a token shift), which is
+    tied to an `embedding`, it hears a map of token i-2 as well, which starts at 0.
     """
 
-    def __init__(self, config: BranchConfig) -> None:
+    def __init__(self, config: BranchConfig, embedding: nn.Embedding | None = None) -> None:
         super().__init__()
         self.config = config
         self.before_norm = nn.LayerNorm(config.width, bias=config.bias)
         self.join = nn.Linear(2 * config.width, config.width, bias=config.bias)
         self.layer = Layer(config.width, config.heads, bias=config.bias)
         self.norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.shifted = None if embedding is None else TiedEmbedding(embedding, config.width)
         initialise(self, 1)
+        if self.shifted is not None:
+            nn.init.zeros_(self.shifted.map)
 
     def forward(self, h_cad: Float[Tensor, "N k d"], before: Float[Tensor, "N k d"]) -> Float[Tensor, "N k d"]:
-        """Draft states of N blocks at once; `before` embeds the token before each place."""
+        """Draft states of N blocks at once; `before` is what it hears at each place."""
         turn = self._rotary(torch.arange(h_cad.shape[1], device=h_cad.device))
         x, h = self._join(h_cad, before)
         return self._out(x + self.layer.attention(h, turn, self.layer.attention.keys_values(h, turn), causal=True))

@@ -17,7 +17,7 @@ class BranchConfig:
     on the linear maps and norms, as GPT-2 has. `alibi` adds `layers.nearness` to the scores of attention in both
     directions: within the diffusion branch, and between it and the causal branch (which has no use for it itself).
     `token_shift` adds to each of the causal branch's inputs a map of the one before it, so that two tokens are read
-    before there is any attention (after the token shift of RWKV, Peng et al. 2023).
+    before there is any attention (after the token shift of RWKV, Peng et al. 2023); a chain of drafts hears two, too.
     """
 
     layers: int
@@ -48,6 +48,8 @@ class ModelConfig:
     causal: the causal branch, or None ("off": the diffusion branch with its draft head alone).
     fusion: `late` (eq. 10, after the last causal layer), `layers` (eq. 7 too: cross-attention in every causal layer),
         or `none` (no cross-attention).
+    own_state: the fusion reads the canvas state of its own position, too, which cross-attention has to find (eq. 10
+        has what is found alone); `none` reads nothing else.
     exchange: `one_way` (the causal branch reads the diffusion branch) or `mutual` (and the reverse; needs `late`).
     embeddings: `separate` for each branch, or `tied` (the diffusion branch's are the causal branch's under one map).
     draft: `factorised`, or `chained` (one light causal layer over the drafts of a block).
@@ -67,6 +69,7 @@ class ModelConfig:
     block_size: int = 8
     draft_vocab: int | None = None
     embeddings: Literal["separate", "tied"] = "separate"
+    own_state: bool = False
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -93,6 +96,11 @@ class ModelConfig:
                 )
         if self.embeddings == "tied" and self.causal is None:
             raise InputError("embeddings is tied without a causal branch to be tied to; set embeddings to separate")
+        if self.own_state and (self.causal is None or self.fusion == "none"):
+            raise InputError(
+                "own_state is true without cross-attention beside which it would be read; leave it out with causal off "
+                "or fusion none"
+            )
         if self.exchange == "mutual" and self.causal is not None and self.fusion != "late":
             raise InputError(
                 f"exchange is mutual with fusion {self.fusion}; mutual exchange needs fusion late, since with "

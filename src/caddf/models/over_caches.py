@@ -44,7 +44,8 @@ class OverCaches(nn.Module):
         if self.config.diffusion.alibi:
             scores = nearness(positions, seen.positions, self.fusion.cross.heads, self.causal.norm.weight)
             visible = among(scores, visible)
-        return self.fusion(h_trans, turn, keys_values, visible)
+        own = seen.at(positions) if self.config.own_state else None
+        return self.fusion(h_trans, turn, keys_values, visible, own)
 
     def incremental(self, pattern: Pattern) -> bool:
         """With fusion `late` the causal branch's caches hold for any canvas; in blocks, with mutual exchange."""
@@ -123,8 +124,7 @@ class OverCaches(nn.Module):
         """Draft states of a window, chained where the model has a chain and the window is a block."""
         if self.chain is None or seen.visible is not None:
             return States(None, seen.states, None)
-        before = self.diffusion.embedding(self.before(tokens, seen.positions))
-        return States(None, self.chain(seen.states, before), None, chained=True)
+        return States(None, self.chain(seen.states, self._heard(tokens, seen.positions)), None, chained=True)
 
     def allocate_drafts(self, rows: int, size: int) -> KVCache | None:
         """An empty cache for the drafts of a window of `size`; None where they do not chain."""
@@ -145,7 +145,7 @@ class OverCaches(nn.Module):
             positions = seen.positions.expand(len(tokens), -1).gather(1, places)
         else:
             h_cad, positions = seen.states[:, slots.where], seen.positions[..., slots.where]
-        before = self.diffusion.embedding(self.before(tokens, positions))
+        before = self._heard(tokens, positions)
         if self.native is not None and (drafts := self.native.chain(h_cad, before, slots, cache)) is not None:
             return States(None, drafts, None, chained=True)
         return States(None, self.chain.step(h_cad, before, slots, cache), None, chained=True)
@@ -176,11 +176,19 @@ class OverCaches(nn.Module):
         return self.native.rounds(lengths, size, caches, temperature=temperature, least=least)
 
     def before(
-        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"]
+        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"], by: int = 1
     ) -> Int[Tensor, "B n"]:
-        """The token before each of `positions` (BOS at 0): what slots at them read."""
+        """The token `by` places before each of `positions` (BOS before the first): what slots at them read."""
         slots = Slots.of(positions) if positions.ndim == 1 else Slots(positions, None, 0)
-        return tokens_before(tokens, slots, self.config.bos_id)
+        return tokens_before(tokens, slots, self.config.bos_id, by)
+
+    def _heard(
+        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"]
+    ) -> Float[Tensor, "B n d"]:
+        """What the chain hears at `positions`."""
+        assert self.chain is not None
+        before = self.diffusion.embedding(self.before(tokens, positions))
+        return before if self.chain.shifted is None else before + self.chain.shifted(self.before(tokens, positions, 2))
 
     def _read(
         self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches, earlier: Int[Tensor, "B n"] | None = None

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from caddf.errors import InputError
-from caddf.interface import AnyOrder, Block, Head, Pattern
+from caddf.interface import AnyOrder, Block, Head, Pattern, Projection
 from caddf.models.config import BranchConfig
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.layers import LevelScale, head_log_probs, head_nll
@@ -144,25 +144,23 @@ class SingleBranch(nn.Module):
 
     def log_probs(self, states: SingleStates, where: Bool[Tensor, "B L"], head: Head = "draft") -> Float[Tensor, "N V"]:
         """log q(x0_i | x_t) (nats) at the positions in `where`, over the V real tokens."""
-        return head_log_probs(self._read(states, where, head), *self._tokens)
+        made = self.projection(states, head)
+        return head_log_probs(made.states[where], made.tokens, made.bias)
 
     def nll(
         self, states: SingleStates, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "draft"
     ) -> Float[Tensor, " N"]:
         """`-log_probs` (nats) of `targets`, in chunks of logits."""
-        tokens, bias = self._tokens
-        return head_nll(self._read(states, where, head), tokens, targets[where], bias=bias)
+        made = self.projection(states, head)
+        return head_nll(made.states[where], made.tokens, targets[where], bias=made.bias)
 
-    @property
-    def _tokens(self) -> tuple[Float[Tensor, "V d"], Float[Tensor, " V"] | None]:
-        if self.output is None:
-            return self.diffusion.embedding.weight[: self.vocab_size], None
-        return self.output.weight, self.output.bias
-
-    def _read(self, states: SingleStates, where: Bool[Tensor, "B L"], head: Head) -> Float[Tensor, "N d"]:
+    def projection(self, states: SingleStates, head: Head) -> Projection:
+        """What makes the logits of all positions."""
         if head not in self.heads:
             raise InputError(f"head is {head}; a single branch has draft alone")
-        return states.draft[where]
+        if self.output is None:
+            return Projection(states.draft, self.diffusion.embedding.weight[: self.vocab_size])
+        return Projection(states.draft, self.output.weight, self.output.bias)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters per part, the embeddings (and a linear head) apart, and in all."""
@@ -212,10 +210,11 @@ class ScoreNetwork(SingleBranch):
             log_s = log_s - shift[where.nonzero()[:, 0]][:, None].to(log_s)
         return log_s.scatter(-1, states.canvas[where][:, None], 0.0) if self.process == "uniform" else log_s
 
-    def _read(self, states: SingleStates, where: Bool[Tensor, "B L"], head: Head) -> Float[Tensor, "N d"]:
+    def projection(self, states: SingleStates, head: Head) -> Projection:
+        """What makes the posterior's logits, which are the absorbing process's log-scores up to a constant."""
         if self.process == "uniform":
             raise InputError("process is uniform; its score network has no q(x0 | x_t) to read (absorbing has)")
-        return super()._read(states, where, head)
+        return super().projection(states, head)
 
 
 def build_single(config: SingleConfig) -> SingleBranch:

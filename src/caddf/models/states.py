@@ -27,10 +27,20 @@ class States:
 class Canvas:
     """Canvas states as the fusion reads them: m states at `positions`, and what each output sees of them.
 
-    `turn` is their rotation in the fusion, where it has been made before.
+    `turn` is their rotation in the fusion, where it has been made before. From the index `first` on they are those of
+    the canvas itself, at consecutive positions.
     """
 
     states: Float[Tensor, "B m d"]
     positions: Int[Tensor, "..."]
     visible: Bool[Tensor, "..."] | None
     turn: Rotation | None = None
+    first: int = 0
+
+    def at(self, positions: Int[Tensor, "B n"] | Int[Tensor, " n"]) -> Float[Tensor, "B n d"]:
+        """The states of the canvas at `positions` (at its ends, for positions beyond them)."""
+        index = positions - self.positions[..., self.first : self.first + 1] + self.first
+        index = index.clamp(self.first, self.states.shape[1] - 1)
+        if index.ndim == 1:
+            return self.states[:, index]
+        return self.states.gather(1, index[..., None].expand(len(self.states), -1, self.states.shape[-1]))

@@ -171,16 +171,18 @@ class Native:
         if stack is None or self.diffusion is None or not few(h_cad[..., 0]):
             return None
         (rows, count), width, small = u.shape, h_cad.shape[1], self.model.draft_tokens
-        before = self.model.before(x, (start[:, None] + torch.arange(width)).expand(rows, -1))
+        places, shifted = (start[:, None] + torch.arange(width)).expand(rows, -1), self.model.chain.shifted
+        before, earlier = (self.model.before(x, places, by) for by in (1, 2))
         first = (n - start).clamp(0, width - 1)
         head = cast(NativeHead, self.heads["chain"]).tokens()
-        table = self.diffusion.embedding.weight
+        table, extra = self.diffusion.embedding.weight, None if shifted is None else shifted.weight
         tokens, q = before.new_empty(rows, count), u.new_zeros(rows, count, self.model.vocab_size)
-        h_cad, before, first, u = (given.contiguous() for given in (h_cad, before, first, u))
+        h_cad, before, earlier, first, u = (each.contiguous() for each in (h_cad, before, earlier, first, u))
         drafted, (cos, sin) = torch.empty_like(first), cache.turns or (None, None)
         given = CDraft(
-            rows, width, count, h_cad.data_ptr(), before.data_ptr(), first.data_ptr(), u.data_ptr(),
-            table.data_ptr(), head, address(small), self.model.vocab_size, temperature, least, cache_of(cache),
+            rows, width, count, h_cad.data_ptr(), before.data_ptr(), earlier.data_ptr(), first.data_ptr(),
+            u.data_ptr(), table.data_ptr(), address(extra), head, address(small), self.model.vocab_size, temperature,
+            least, cache_of(cache),
             address(cos), address(sin), tokens.data_ptr(), q.data_ptr(), drafted.data_ptr(),
             threads_for(stack.weights.bytes + (4 >> head.type) * head.out * table.shape[1], rows),
         )  # fmt: skip

@@ -8,9 +8,10 @@ typedef struct {
   int64_t rows, width, count;  // places of a window, and most drafts of a row
   const float *states;         // [rows, width, D]: what the chain reads besides tokens
   const int64_t *before;       // [rows, width]: the token before each place, known up to a row's first draft
+  const int64_t *earlier;      // and the one before that, read where there is `shifted`
   const int64_t *first;        // [rows]: the place of that draft
   const double *u;             // [rows, count]: uniforms
-  const float *embedding;      // [tokens, D]
+  const float *embedding, *shifted;  // [tokens, D]: of the token before; of the one before that, or NULL
   Map head;                    // its logits are those of `ids`, or of all tokens where that is NULL
   const int64_t *ids;
   int64_t vocabulary;
@@ -36,6 +37,10 @@ static double mass(const float *p, int64_t count) {
   double sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   for (; i < count; i++) sum += p[i];
   return sum;
+}
+
+static void add(float *to, const float *x, int64_t n) {
+  for (int64_t k = 0; k < n; k++) to[k] += x[k];
 }
 
 static float largest(const float *x, int64_t n, int64_t *at) {
@@ -124,6 +129,10 @@ static void draft(const Stack *s, const Draft *d, Drafting *w, Pass *p, int64_t 
         w->positions[at] = place;
         memcpy(w->x + at * D, d->states + (row * d->width + place) * D, D * sizeof(float));
         memcpy(w->before + at * D, d->embedding + token * D, D * sizeof(float));
+        if (!d->shifted) continue;
+        int64_t of = row * d->width;
+        int64_t earlier = j > 1 ? d->tokens[row * d->count + j - 2] : j ? d->before[of + d->first[row]] : d->earlier[of + place];
+        add(w->before + at * D, d->shifted + earlier * D, D);
       }
     TOGETHER
     if (thread == 0) p->n = n;
@@ -275,13 +284,9 @@ typedef struct {  // a round of a causal target: a window of drafts that starts 
   int64_t *work;                          // [5, rows]: passes of both branches, positions read, and without caches; rounds
 } Round;
 
-static int64_t before(const Round *r, int64_t row, int64_t at) { return at ? r->x[row * r->length + at - 1] : r->bos; }
+static int64_t before(const Round *r, int64_t row, int64_t at) { return at > 0 ? r->x[row * r->length + at - 1] : r->bos; }
 
 static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static void add(float *to, const float *x, int64_t n) {
-  for (int64_t k = 0; k < n; k++) to[k] += x[k];
-}
 
 // Where a row's window starts and ends.
 static int64_t start_of(const Round *r, int64_t row) { return r->n[row] ? least_of(r->n[row], r->length) - 1 : 0; }
@@ -300,6 +305,7 @@ static int drafts_of(const Round *r, int64_t count) {
       memcpy(look->x + at * width, draft->embedding + token * width, width * sizeof(float));
       ((int64_t *)look->positions)[at] = start + i;
       ((int64_t *)draft->before)[at] = start + i <= stands ? before(r, row, start + i) : r->bos;
+      ((int64_t *)draft->earlier)[at] = start + i <= stands ? before(r, row, start + i - 1) : r->bos;
     }
     ((int64_t *)look->until)[row] = start;
     ((int64_t *)draft->first)[row] = n - start;
@@ -336,7 +342,7 @@ int caddf_round(const Round *r) {
       float *to = pass->x + index * width;
       ((int64_t *)pass->positions)[index] = at;
       memcpy(to, r->embedding + (real ? before(r, row, at) : r->bos) * width, width * sizeof(float));
-      if (r->shifted) add(to, r->shifted + (real && at ? before(r, row, at - 1) : r->bos) * width, width);
+      if (r->shifted) add(to, r->shifted + (real ? before(r, row, at - 1) : r->bos) * width, width);
       if (r->table) add(to, r->table + at * width, width);
     }
   pass->n = wide;

@@ -88,8 +88,10 @@ class Rounds:
         cos, sin = self._keep(cache).turns
         drafting = chain.weights.bytes + (4 >> head.type) * head.out * window.width
         self.draft = CDraft(
-            rows, size, 0, states, self._new(rows, size, dtype=torch.long), self._new(rows, dtype=torch.long),
-            self._new(rows, size, dtype=torch.double), address(self._keep(native.diffusion.embedding.weight)), head,
+            rows, size, 0, states, self._new(rows, size, dtype=torch.long), self._new(rows, size, dtype=torch.long),
+            self._new(rows, dtype=torch.long), self._new(rows, size, dtype=torch.double),
+            address(self._keep(native.diffusion.embedding.weight)),
+            None if (shifted := model.chain.shifted) is None else address(self._keep(shifted.weight)), head,
             address(small), model.vocab_size, temperature, least, cache_of(cache), address(cos), address(sin),
             self._new(rows, size, dtype=torch.long), self._new(rows, size, model.vocab_size, dtype=torch.double),
             self._new(rows, dtype=torch.long), threads_for(drafting, rows),

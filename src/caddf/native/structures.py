@@ -73,7 +73,8 @@ class CDraft(ctypes.Structure):
 
     _fields_ = (
         ("rows", _number), ("width", _number), ("count", _number), ("states", _pointer), ("before", _pointer),
-        ("first", _pointer), ("u", _pointer), ("embedding", _pointer), ("head", CMap), ("ids", _pointer),
+        ("earlier", _pointer), ("first", _pointer), ("u", _pointer), ("embedding", _pointer), ("shifted", _pointer),
+        ("head", CMap), ("ids", _pointer),
         ("vocabulary", _number), ("temperature", ctypes.c_double), ("least", ctypes.c_double), ("cache", CCache),
         ("cos", _pointer), ("sin", _pointer), ("tokens", _pointer), ("q", _pointer), ("drafts", _pointer),
         ("threads", _number),

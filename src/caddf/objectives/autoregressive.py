@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from caddf.interface import Infill, LanguageModel
+from caddf.objectives.heads import Term, score
 from caddf.objectives.loss import Loss
 
 
@@ -19,5 +20,6 @@ class AutoregressiveLoss:
     def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
         """The mean over tokens; nothing is drawn."""
         states, _ = model(x0, torch.full_like(x0, model.mask_id), Infill())
-        total = model.nll(states, torch.ones_like(x0, dtype=torch.bool), x0, "causal").mean()
+        mean = torch.full(x0.shape, 1 / x0.numel(), dtype=torch.float64, device=x0.device)
+        total = score(model, states, x0, {"causal": Term(mean)}).total
         return Loss(total, {"causal": total.detach()})

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from caddf.errors import InputError
 from caddf.interface import Block, LanguageModel
-from caddf.objectives.loss import Loss, Times, draw_times, nats_at
+from caddf.objectives.heads import Term, score
+from caddf.objectives.loss import Loss, Times, draw_times
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,6 @@ class BlockDiffusion:
         rate = (self.beta + (self.omega - self.beta) * times)[:, block]
         masked = (torch.rand(x0.shape, generator=generator, dtype=torch.float64) < rate).to(x0.device)
         states, _ = model(x0, torch.where(masked, model.mask_id, x0), pattern)
-        nats = nats_at(model, states, masked, x0, "draft")
-        total = (nats / rate.to(nats)).mean()
+        weights = masked / (rate.to(x0.device) * x0.numel())
+        total = score(model, states, x0, {"draft": Term(weights)}).total
         return Loss(total, {"block_diffusion": total.detach()})

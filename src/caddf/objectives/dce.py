@@ -11,6 +11,7 @@ from torch import Tensor
 
 from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, LanguageModel
+from caddf.objectives.heads import Term, score
 from caddf.objectives.loss import Loss, Times, draw_times, nats_at
 from caddf.schedules import LogLinear, Schedule
 
@@ -33,7 +34,10 @@ class Denoising(ABC):
 
     def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
         """The mean over tokens."""
-        total = self.nats(model, x0, generator).mean()
+        x_t, weight = self.draw(x0, model.mask_id, generator)
+        states, _ = model(x_t, x_t, AnyOrder())
+        weights = (x_t == model.mask_id) * weight[:, None].to(x0.device) / x0.numel()
+        total = score(model, states, x0, {model.denoiser: Term(weights)}).total
         return Loss(total, {"denoise": total.detach()})
 
 
@@ -80,6 +84,13 @@ class TimeDCE(Denoising):
         nats = nats_at(model, states, where, x0, model.denoiser)
         term = where * self.schedule.score_factor(t).log()[:, None].to(nats)
         return self.schedule.weight(t)[:, None].to(nats) * (nats - term)
+
+    def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
+        """The mean over tokens, with the time term where it is asked for."""
+        if not self.time_term:
+            return super().__call__(model, x0, generator)
+        total = self.nats(model, x0, generator).mean()
+        return Loss(total, {"denoise": total.detach()})
 
     def _corrupt(
         self, x0: Int[Tensor, "B L"], mask_id: int, generator: torch.Generator

@@ -12,9 +12,10 @@ from torch import Tensor
 from caddf.errors import InputError
 from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, Block, Infill, LanguageModel, Pattern
-from caddf.objectives.distillation import Divergence, divergence_at
+from caddf.objectives.distillation import Distillation, Divergence
 from caddf.objectives.forms import Form, ScheduleName, denoising
-from caddf.objectives.loss import Loss, Times, nats_at
+from caddf.objectives.heads import Term, score
+from caddf.objectives.loss import Loss, Times
 
 
 @dataclass(frozen=True)
@@ -144,28 +145,27 @@ class Synergistic:
         states, _ = model(prefix, canvas, pattern)
         masked = canvas == model.mask_id
 
-        def mean(nats: Float[Tensor, "B L"], each: Bool[Tensor, "B L"] | Float[Tensor, "B L"] = masked) -> Tensor:
+        def mean(each: Bool[Tensor, "B L"] | Float[Tensor, "B L"] = masked) -> Float[Tensor, "B L"]:
             if weight is not None:
-                return (weight[:, None].to(nats) * nats).mean()
-            return (each * nats).sum() / each.sum().clamp(min=torch.finfo(nats.dtype).tiny)
+                return each * weight[:, None].to(x0.device) / x0.numel()
+            return each / each.sum(dtype=torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
 
-        main = mean(nats_at(model, states, masked, x0, model.denoiser))
-        parts, total = {name: main.detach()}, main
+        terms = {model.denoiser: Term(mean())}
+        names: dict[str, str] = {model.denoiser: name}
+        distillation = None
         if model.denoiser != "draft":
-            nats = nats_at(model, states, masked, x0, "draft")
-            never = nats == torch.inf  # what a small draft vocabulary does not have
-            each = masked if drafts is None else masked * drafts.to(nats)
-            draft = mean(nats.masked_fill(never, 0), each * ~never)
-            parts[f"{name}_draft"] = draft.detach()
+            each = masked if drafts is None else masked * drafts
+            small = None if (read := getattr(model, "projection", None)) is None else read(states, "draft").small
+            if small is not None:  # what it does not have is not scored
+                each = each * torch.isin(x0, small)
+            terms["draft"], names["draft"] = Term(mean(each), config.draft_weight), f"{name}_draft"
             if drafts is not None and config.distill:
-                gap = mean(divergence_at(model, states, masked, config.distill_from, config.distill_form), each)
-                parts[f"{name}_distill"] = gap.detach()
-                draft = (1 - config.distill) * draft + config.distill * gap
-            total = total + config.draft_weight * draft
+                distillation = Distillation(config.distill, config.distill_from, config.distill_form)
         if "causal" in model.heads and not isinstance(pattern, AnyOrder):
-            causal = model.nll(states, torch.ones_like(masked), x0, "causal").mean()
-            parts[f"{name}_causal"], total = causal.detach(), total + config.causal_weight * causal
-        return Loss(total, parts)
+            everywhere = torch.full(x0.shape, 1 / x0.numel(), dtype=torch.float64, device=x0.device)
+            terms["causal"], names["causal"] = Term(everywhere, config.causal_weight), f"{name}_causal"
+        scores = score(model, states, x0, terms, distillation)
+        return Loss(scores.total, {names.get(head, f"{name}_{head}"): part for head, part in scores.parts.items()})
 
 
 def _rounded(count: float, generator: torch.Generator) -> int:

@@ -1,0 +1,253 @@
+"""Losses of several heads at once, with their gradients: logits are made once, a few rows at a time, and not kept.
+
+A cross-entropy and its gradient need the same softmax, and so does the divergence of drafts from the head that verifies
+them. Kept for the backward pass are the gradients of states and tables alone (as in Liger Kernel, Hsu et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from caddf.interface import Head, LanguageModel, Projection
+from caddf.objectives.distillation import Distillation, divergence
+from caddf.objectives.loss import nats_at
+
+FEWEST, ELEMENTS = 256, 1 << 20
+"""Rows of a chunk at least, since a table is read for each chunk, and its logits at most where that is more rows."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A head's part in a loss: `coefficient` times the sum of `weights` times -log p(x0); weight 0 is not scored."""
+
+    weights: Float[Tensor, "B L"]
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`total`: a scalar to descend; `parts`: each head's sum without its coefficient, and the divergence, `distill`."""
+
+    total: Float[Tensor, ""]
+    parts: dict[str, Float[Tensor, ""]]
+
+
+def score(
+    model: LanguageModel,
+    states: Any,
+    x0: Int[Tensor, "B L"],
+    terms: Mapping[Head, Term],
+    distillation: Distillation | None = None,
+) -> Scores:
+    """The sum of `terms`; with `distillation` a share of the draft's is its divergence from another head instead.
+
+    A token that a small draft vocabulary lacks must have weight 0 there. A model without a `projection` is asked for
+    its log-probabilities, and autograd does the rest.
+    """
+    if getattr(model, "projection", None) is None:
+        return _by_log_probs(model, states, x0, terms, distillation)
+    weights = {head: term.weights.flatten() for head, term in terms.items()}
+    where = {head: weight.nonzero()[:, 0] for head, weight in weights.items()}
+    if distillation is not None:  # the head that drafts are compared with is read where they are
+        source = distillation.source
+        weights.setdefault(source, torch.zeros_like(weights["draft"]))
+        where[source] = ((weights[source] != 0) | (weights["draft"] != 0)).nonzero()[:, 0]
+    heads: dict[str, _Rows] = {}
+    tensors: list[Tensor | None] = []
+    for head, at in where.items():
+        read: Projection = model.projection(states, head)  # type: ignore[attr-defined]
+        flat = read.states.flatten(0, 1)
+        tensors += [flat if len(at) == len(flat) else flat[at], read.tokens, read.bias]
+        targets = x0.flatten()[at]
+        if read.small is not None:
+            targets = torch.searchsorted(read.small, targets).clamp(max=len(read.small) - 1)
+        coefficient = terms[head].coefficient if head in terms else 0.0
+        heads[head] = _Rows(at, targets, weights[head][at], coefficient, read.small)
+    total, values = _Score.apply(heads, distillation, torch.is_grad_enabled(), *tensors)
+    parts = dict(zip([*heads, "distill"], values.unbind(), strict=True))
+    return Scores(total, {name: parts[name] for name in [*terms, *(["distill"] if distillation is not None else [])]})
+
+
+def _by_log_probs(
+    model: LanguageModel,
+    states: Any,
+    x0: Int[Tensor, "B L"],
+    terms: Mapping[Head, Term],
+    distillation: Distillation | None,
+) -> Scores:
+    """The same as a user of the model would write it."""
+    parts: dict[str, Tensor] = {}
+    total = torch.zeros((), device=x0.device)
+    for head, term in terms.items():
+        nats = nats_at(model, states, term.weights != 0, x0, head)
+        value = (term.weights.to(nats) * nats).sum()
+        parts[head], share = value.detach(), 1.0
+        if head == "draft" and distillation is not None:
+            where, share = term.weights != 0, 1 - distillation.share
+            with torch.no_grad():
+                log_p = model.log_probs(states, where, distillation.source)
+            gaps = divergence(log_p, model.log_probs(states, where, "draft"), distillation.form)
+            gap = (term.weights[where].to(gaps) * gaps).sum()
+            parts["distill"] = gap.detach()
+            total = total + term.coefficient * distillation.share * gap
+        total = total + term.coefficient * share * value
+    return Scores(total, parts)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a head scores: flat positions in order, the tokens there, weights, and which tokens it has where not all."""
+
+    where: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
+    weights: Float[Tensor, " N"]
+    coefficient: float
+    small: Int[Tensor, " n"] | None
+
+
+class _Work:
+    """A head's rows as they are scored, and the gradients that come of it."""
+
+    def __init__(self, rows: _Rows, states: Tensor, tokens: Tensor, bias: Tensor | None, learns: bool) -> None:
+        device = states.device.type
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        exact = torch.promote_types(kind, torch.float32)
+        self.rows, self.learns = rows, learns
+        self.states, self.tokens, self.bias = states.to(kind), tokens.to(kind), bias
+        self.weights, self.value = rows.weights.to(exact), states.new_zeros((), dtype=exact)
+        self.gradients: tuple[Tensor, Tensor, Tensor | None] | None = None
+        if learns:
+            into = None if bias is None else torch.zeros_like(bias)
+            self.gradients = torch.empty_like(self.states), torch.zeros_like(tokens), into
+        self.size = max(FEWEST, ELEMENTS // len(tokens))
+        self.room = states.new_empty(min(self.size, len(states)), len(tokens), dtype=kind)
+        self.exact = self.room if kind == exact else torch.empty_like(self.room, dtype=exact)
+
+    def chunks(self) -> Iterator[slice]:
+        """The rows, a few at a time."""
+        return (slice(i, min(i + self.size, len(self.states))) for i in range(0, len(self.states), self.size))
+
+    def log_probs(self, rows: slice) -> Float[Tensor, "n V"]:
+        """Of a chunk, in room that the next one takes."""
+        n = rows.stop - rows.start
+        logits = torch.mm(self.states[rows], self.tokens.t(), out=self.room[:n])
+        if self.exact is not self.room:
+            logits = self.exact[:n].copy_(logits)
+        if self.bias is not None:
+            logits += self.bias
+        return torch.log_softmax(logits, -1, out=logits)
+
+    def learn(self, rows: slice, gradient: Float[Tensor, "n V"]) -> None:
+        """Takes the gradient of a chunk's logits."""
+        assert self.gradients is not None
+        states, tokens, bias = self.gradients
+        if bias is not None:
+            bias += gradient.sum(0)
+        gradient = gradient.to(self.states.dtype)
+        torch.mm(gradient, self.tokens, out=states[rows])
+        if tokens.dtype == gradient.dtype:
+            tokens.addmm_(gradient.t(), self.states[rows])
+        else:
+            tokens += gradient.t() @ self.states[rows]
+
+    def entropy(self, rows: slice, log_p: Float[Tensor, "n V"]) -> Int[Tensor, "n 1"]:
+        """Adds the chunk's cross-entropy to the value; the targets, as an index."""
+        targets = self.rows.targets[rows, None]
+        self.value -= (self.weights[rows] * log_p.gather(1, targets)[:, 0]).sum()
+        return targets
+
+    def score(self, rows: slice, log_p: Float[Tensor, "n V"]) -> None:
+        """Cross-entropy of the tokens that stand there: its gradient is p less their indicator. Overwrites log p."""
+        targets, weights = self.entropy(rows, log_p), self.weights[rows, None] * self.rows.coefficient
+        if self.learns:
+            self.learn(rows, log_p.exp_().mul_(weights).scatter_add_(1, targets, -weights))
+
+    def distil(self, source: Int[Tensor, " m"], log_p: Float[Tensor, "m V"], how: Distillation) -> Float[Tensor, ""]:
+        """Of the drafts at those among the positions `source` that they have; the sum of their divergence from p."""
+        first, last = torch.searchsorted(self.rows.where, source[[0, -1]] + torch.tensor([0, 1]).to(source)).tolist()
+        gap, size = self.value.new_zeros(()), self.size
+        for rows in (slice(i, min(i + size, last)) for i in range(first, last, size)):
+            at = torch.searchsorted(source, self.rows.where[rows])
+            log_q, log_t = self.log_probs(rows), log_p if len(at) == len(log_p) else log_p[at]
+            if self.rows.small is not None:
+                log_t = log_t[:, self.rows.small]
+            targets, weights = self.entropy(rows, log_q), self.weights[rows, None]
+            gaps, gradient = _divergence(log_t, log_q, how)
+            gap += (self.weights[rows] * gaps).sum()
+            if self.learns:
+                q = log_q.exp_()
+                rest = q.mul_(1 - how.share).scatter_add_(1, targets, (how.share - 1) * torch.ones_like(weights))
+                self.learn(rows, gradient.mul_(how.share).add_(rest).mul_(weights * self.rows.coefficient))
+        return gap
+
+
+def _divergence(
+    log_p: Float[Tensor, "n V"], log_q: Float[Tensor, "n V"], how: Distillation
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"]]:
+    """`divergence` over the tokens that drafts have, and its gradient at their logits."""
+    p, q = log_p.exp(), log_q.exp()
+    if how.form == "tv":
+        below = q * (q < p)
+        return 1 - torch.minimum(p, q).sum(-1), (below.sum(-1, keepdim=True) * q).sub_(below)
+    share = p.sum(-1, keepdim=True)
+    gaps = (p * (log_p - log_q)).sum(-1) - torch.xlogy(share, share)[:, 0]
+    return gaps, q.mul_(share).sub_(p)
+
+
+class _Score(torch.autograd.Function):
+    """Total and values of `score`, the gradients made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        heads: dict[str, _Rows],
+        distillation: Distillation | None,
+        learning: bool,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`tensors` are states at each head's positions, its table and its bias, head by head."""
+        work: dict[str, _Work] = {}
+        for i, (name, rows) in enumerate(heads.items()):
+            states, tokens, bias = tensors[3 * i : 3 * i + 3]
+            assert states is not None and tokens is not None
+            wanted = any(ctx.needs_input_grad[3 + 3 * i : 6 + 3 * i])
+            work[name] = _Work(rows, states, tokens, bias, learning and wanted and rows.coefficient != 0)
+        drafts = None if distillation is None else work["draft"]
+        kinds = [each.value.dtype for each in work.values()]
+        gap = torch.zeros((), dtype=kinds[0], device=tensors[0].device)  # type: ignore[union-attr]
+        with torch.autocast(gap.device.type, enabled=False):
+            for name, head in work.items():
+                if head is drafts:
+                    continue
+                for chunk in head.chunks():
+                    log_p = head.log_probs(chunk)
+                    if drafts is not None and distillation is not None and name == distillation.source:
+                        gap = gap + drafts.distil(head.rows.where[chunk], log_p, distillation)
+                    head.score(chunk, log_p)
+        total, share = torch.zeros_like(gap), 0.0 if distillation is None else distillation.share
+        for head in work.values():
+            own = share if head is drafts else 0.0
+            total = total + head.rows.coefficient * ((1 - own) * head.value + own * gap)
+        ctx.gradients = [head.gradients or (None, None, None) for head in work.values()]
+        values = torch.stack([*(head.value for head in work.values()), gap])
+        ctx.mark_non_differentiable(values)
+        return total, values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, total: Float[Tensor, ""], _: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, times that of the total."""
+        each = (gradient for head in ctx.gradients for gradient in head)
+        return (
+            None,
+            None,
+            None,
+            *(None if gradient is None else gradient * total.to(gradient.dtype) for gradient in each),
+        )
