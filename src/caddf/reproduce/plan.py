@@ -35,6 +35,10 @@ CONTEXT = 1024
 """Longest rows that are decoded (Table 3: 1024, of which half are new); models of a shorter context take all of it."""
 
 
+DEMO = {"steps": 600, "batch_size": 4}
+"""Training at scale `demo`, where it is not set: ten minutes of a CPU's core for the largest of the networks."""
+
+
 @dataclass(frozen=True)
 class ReproduceSettings:
     """A table, and what it costs.
@@ -45,8 +49,8 @@ class ReproduceSettings:
     out: folder of the table; not set, results/TABLE-SCALE.
     training_set: what the methods are trained on.
     methods: a comma-separated choice of the table's methods; not set, all of them (of table3, six).
-    steps: updates of each method; not set, the preset's.
-    batch_size: rows of an update; not set, the preset's.
+    steps: updates of each method; not set, the preset's, and 600 at scale demo.
+    batch_size: rows of an update; not set, the preset's, and 4 at scale demo.
     windows: scored per data set, the same for every method.
     samples: Monte-Carlo samples per window and bound.
     prompts: the data set whose text is continued (table3, table4).
@@ -67,17 +71,20 @@ class ReproduceSettings:
     methods: str | None = None
     steps: int | None = None
     batch_size: int | None = None
-    windows: int = 200
-    samples: int = 8
+    windows: int = 64
+    samples: int = 4
     prompts: str = "prolong"
     judge: str | None = None
-    batch: str = "1,8"
+    batch: str = "1"
     repeats: int = 5
     only: Literal["all", "data", "train", "evaluate", "decode", "table"] = "all"
     device: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in DEMO.items() if self.scale == "demo" else ():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         at_least_one(windows=self.windows, samples=self.samples, repeats=self.repeats)
         TrainConfig(steps=self.steps, batch_size=self.batch_size)  # raises
         check_seed(self.seed)
