@@ -105,7 +105,7 @@ class Attention(nn.Module):
         keys, values = (part.to(queries.dtype) for part in keys_values)
         if visible is not None and visible.is_floating_point():
             visible = visible.to(queries.dtype)
-            visible = visible[None] if visible.ndim == 3 else visible  # with rows or without, never between: else no flash
+            visible = visible[None] if visible.ndim == 3 else visible  # in three dimensions it would not be flash
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, is_causal=causal)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
