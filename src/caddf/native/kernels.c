@@ -332,27 +332,76 @@ static void rotate(float *to, const float *x, const float *cos, const float *sin
   }
 }
 
-static inline __attribute__((always_inline)) void attend_sized(float *out, const float *query, const float *keys, const float *values, int64_t from, int64_t to,
-                   int64_t size, float *scores, const float *slope, const float *side, int64_t head, int64_t distance) {
-  float scale = 1.0f / sqrtf((float)size), largest = -INFINITY;
-  int64_t count = to - from, whole = size / 8 * 8;
-  for (int64_t j = 0; j < count; j += 4) {
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Attention of several queries to the keys and values of one head, in tiles, so that what one query has fetched the others
+// find near; each query's sums run over its keys from first to last, whatever the tiles.
+
+enum { TILE = 256 };
+
+typedef struct {
+  const float *query;               // turned
+  int64_t from, to, distance;       // the slots that it sees, and its own from slot 0
+  float *scores, *out, sum;
+} Query;
+
+#define SIZED static inline __attribute__((always_inline))
+
+// Scores of the keys `j` to `end - 1` of those that a query sees.
+SIZED void score_sized(const Query *q, const float *keys, int64_t j, int64_t end, int64_t size) {
+  const float *query = q->query;
+  float *scores = q->scores;
+  int64_t whole = size / 8 * 8;
+  keys += q->from * size;
+  for (; j < end; j += 4) {
     v8 sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
     for (int64_t k = 0; k < whole; k += 8)
       for (int i = 0; i < 4; i++)
-        if (j + i < count) sums[i] = fused(load(query + k), load(keys + (from + j + i) * size + k), sums[i]);
+        if (j + i < end) sums[i] = fused(load(query + k), load(keys + (j + i) * size + k), sums[i]);
     totals(sums, scores + j);
     for (int64_t k = whole; k < size; k++)
       for (int i = 0; i < 4; i++)
-        if (j + i < count) scores[j + i] += query[k] * keys[(from + j + i) * size + k];
+        if (j + i < end) scores[j + i] += query[k] * keys[(j + i) * size + k];
   }
-  for (int64_t j = 0; j < count; j++) {
-    scores[j] *= scale;
-    if (slope) scores[j] -= slope[head] * fabsf((float)(from + j - distance) - side[head]);
-    if (scores[j] > largest) largest = scores[j];
+}
+
+// The same of a query and the next at once, where they see the same slots: a key is fetched once. Returns where it ended.
+SIZED int64_t score_both(const Query *q, const float *keys, int64_t j, int64_t end, int64_t size) {
+  const float *one = q[0].query, *two = q[1].query;
+  if (q[0].from != q[1].from || size % 8) return j;
+  end = least_of(end, least_of(q[0].to, q[1].to) - q->from);
+  keys += q->from * size;
+  for (; j + 4 <= end; j += 4) {
+    v8 ones[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)}, twos[4] = {ones[0], ones[0], ones[0], ones[0]};
+    for (int64_t k = 0; k < size; k += 8) {
+      v8 one_k = load(one + k), two_k = load(two + k);
+      for (int i = 0; i < 4; i++) {
+        v8 key = load(keys + (j + i) * size + k);
+        ones[i] = fused(one_k, key, ones[i]), twos[i] = fused(two_k, key, twos[i]);
+      }
+    }
+    totals(ones, q[0].scores + j), totals(twos, q[1].scores + j);
   }
-  int64_t padded = (count + 7) / 8 * 8;
+  return j;
+}
+
+// Weights in the place of scores, and their sum.
+static void soften(Query *q, int64_t size, const float *slope, const float *side, int64_t head) {
+  float scale = 1.0f / sqrtf((float)size), *scores = q->scores;
+  int64_t count = q->to - q->from, padded = (count + 7) / 8 * 8;
   for (int64_t j = count; j < padded; j++) scores[j] = -INFINITY;
+  v8 tops = all(-INFINITY), away = all((float)(q->from - q->distance) - (slope ? side[head] : 0));
+  for (int i = 0; i < 8; i++) away[i] += i;
+  for (int64_t j = 0; j < padded; j += 8, away += 8) {
+    v8 x = load(scores + j) * all(scale);
+    if (slope) x = fused(choose(away > 0, -away, away), all(slope[head]), x);
+    store(scores + j, x);
+    tops = choose(x > tops, x, tops);
+  }
+  float largest = tops[0];
+  for (int i = 1; i < 8; i++) largest = tops[i] > largest ? tops[i] : largest;
   v8 sum = all(0.0f);
   for (int64_t j = 0; j < padded; j += 8) {
     v8 p = exponential(load(scores + j) - all(largest));
@@ -362,30 +411,58 @@ static inline __attribute__((always_inline)) void attend_sized(float *out, const
     else
       for (int64_t i = 0; i < count - j; i++) sum[i] += p[i];
   }
+  q->sum = total(sum);
+}
+
+// Adds the values `j` to `end - 1` of those that a query sees, by their weights.
+SIZED void gather_sized(const Query *q, const float *values, int64_t j, int64_t end, int64_t size) {
+  const float *scores = q->scores;
+  float *out = q->out, rest[8] = {0};
   v8 acc[32];
-  float rest[8] = {0};
-  int64_t lanes = size / 8;
-  for (int64_t k = 0; k < lanes; k++) acc[k] = all(0.0f);
-  for (int64_t j = 0; j < count; j++) {
-    const float *value = values + (from + j) * size;
+  int64_t lanes = size / 8, whole = 8 * lanes;
+  values += q->from * size;
+  for (int64_t k = 0; k < lanes; k++) acc[k] = load(out + 8 * k);
+  for (int64_t k = whole; k < size; k++) rest[k - whole] = out[k];
+  for (; j < end; j++) {
+    const float *value = values + j * size;
     v8 p = all(scores[j]);
     for (int64_t k = 0; k < lanes; k++) acc[k] = fused(p, load(value + 8 * k), acc[k]);
     for (int64_t k = whole; k < size; k++) rest[k - whole] += scores[j] * value[k];
   }
-  float inverse = 1.0f / total(sum);
-  for (int64_t k = 0; k < lanes; k++) store(out + 8 * k, acc[k] * all(inverse));
-  for (int64_t k = whole; k < size; k++) out[k] = rest[k - whole] * inverse;
+  for (int64_t k = 0; k < lanes; k++) store(out + 8 * k, acc[k]);
+  for (int64_t k = whole; k < size; k++) out[k] = rest[k - whole];
 }
 
-// One query over the slots `from` to `to - 1`; `distance` is the query's from slot 0. Usual sizes are known to the compiler.
-static void attend(float *out, const float *query, const float *keys, const float *values, int64_t from, int64_t to,
-                   int64_t size, float *scores, const float *slope, const float *side, int64_t head, int64_t distance) {
+SIZED void attend_sized(Query *q, int64_t n, const float *keys, const float *values, int64_t size, const float *slope,
+                        const float *side, int64_t head) {
+  int64_t longest = 0;
+  for (int64_t i = 0; i < n; i++) longest = most(longest, q[i].to - q[i].from);
+  for (int64_t j = 0; j < longest; j += TILE)
+    for (int64_t i = 0, at = j; i < n; i++) {
+      if (i % 2 == 0) at = i + 1 < n ? score_both(q + i, keys, j, j + TILE, size) : j;
+      score_sized(q + i, keys, at, least_of(j + TILE, q[i].to - q[i].from), size);
+    }
+  for (int64_t i = 0; i < n; i++) {
+    soften(q + i, size, slope, side, head);
+    memset(q[i].out, 0, size * sizeof(float));
+  }
+  for (int64_t j = 0; j < longest; j += TILE)
+    for (int64_t i = 0; i < n; i++) gather_sized(q + i, values, j, least_of(j + TILE, q[i].to - q[i].from), size);
+  for (int64_t i = 0; i < n; i++) {
+    float inverse = 1.0f / q[i].sum;
+    for (int64_t k = 0; k < size; k++) q[i].out[k] *= inverse;
+  }
+}
+
+// Usual sizes are known to the compiler.
+static void attend(Query *q, int64_t n, const float *keys, const float *values, int64_t size, const float *slope,
+                   const float *side, int64_t head) {
   if (size == 32)
-    attend_sized(out, query, keys, values, from, to, 32, scores, slope, side, head, distance);
+    attend_sized(q, n, keys, values, 32, slope, side, head);
   else if (size == 64)
-    attend_sized(out, query, keys, values, from, to, 64, scores, slope, side, head, distance);
+    attend_sized(q, n, keys, values, 64, slope, side, head);
   else
-    attend_sized(out, query, keys, values, from, to, size, scores, slope, side, head, distance);
+    attend_sized(q, n, keys, values, size, slope, side, head);
 }
 
 static int64_t position(const Pass *p, int64_t row, int64_t i) { return p->positions[p->alike ? i : row * p->n + i]; }
@@ -407,44 +484,52 @@ static void keep(const Pass *p, const Cache *cache, const float *made, int64_t l
   }
 }
 
+// A query of a pass, turned; its scores lie in the room of its thread.
+static Query query_of(const Stack *s, const Pass *p, const float *queries, float *out, float *turned, float *scores,
+                      int64_t seen, int64_t row, int64_t i, int64_t head, int64_t size) {
+  int64_t at = position(p, row, i), index = (row * p->n + i) * s->width + head * size;
+  float *query = turned + i * size;
+  rotate(query, queries + index, angle(p->cos, at, size), angle(p->sin, at, size), size);
+  return (Query){.query = query, .scores = scores + i * seen, .out = out + index, .distance = at};
+}
+
 static void self_attention(const Stack *s, const Pass *p, int64_t layer, const float *queries, const float *made,
-                           float *out, float *scores, int64_t thread, int64_t threads) {
+                           float *out, float *scores, int64_t seen, int64_t thread, int64_t threads) {
   const Attention *f = &s->layers[layer].self;
   int64_t heads = f->heads, size = s->width / heads, from, to;
+  float turned[p->n * size];
+  Query q[p->n];
   share(p->rows * heads, thread, threads, 1, &from, &to);
   for (int64_t each = from; each < to; each++) {
     int64_t row = each / heads, head = each % heads;
     keep(p, &p->own, made, layer, heads, size, p->cos, p->sin, s->context == 0, row, head);
     int64_t base = ((layer * p->rows + row) * heads + head) * p->own.slots * size;
     for (int64_t i = 0; i < p->n; i++) {
-      int64_t at = position(p, row, i), since = 0, until = p->n, distance = i, index = row * p->n + i;
-      if (s->context) {
-        until = at + 1, since = until > s->context ? until - s->context : 0, distance = at;
-      }
-      float query[256];
-      rotate(query, queries + index * s->width + head * size, angle(p->cos, at, size), angle(p->sin, at, size), size);
-      attend(out + index * s->width + head * size, query, p->own.keys + base, p->own.values + base, since, until, size,
-             scores, f->slope, f->side, head, distance);
+      q[i] = query_of(s, p, queries, out, turned, scores, seen, row, i, head, size);
+      if (s->context)
+        q[i].to = q[i].distance + 1, q[i].from = most(q[i].to - s->context, 0);
+      else
+        q[i].to = p->n, q[i].from = 0, q[i].distance = i;
     }
+    attend(q, p->n, p->own.keys + base, p->own.values + base, size, f->slope, f->side, head);
   }
 }
 
 static void cross_attention(const Stack *s, const Pass *p, int64_t layer, const float *queries, float *out, float *scores,
-                            int64_t thread, int64_t threads) {
+                            int64_t seen, int64_t thread, int64_t threads) {
   const Attention *f = &s->layers[layer].cross;
   int64_t heads = f->heads, size = s->width / heads, from, to;
+  float turned[p->n * size];
+  Query q[p->n];
   share(p->rows * heads, thread, threads, 1, &from, &to);
   for (int64_t each = from; each < to; each++) {
     int64_t row = each / heads, head = each % heads;
     int64_t base = ((layer * p->rows + row) * heads + head) * p->source.slots * size;
-    int64_t until = p->until[row] + 1, since = until > p->source_context ? until - p->source_context : 0;
     for (int64_t i = 0; i < p->n; i++) {
-      int64_t at = position(p, row, i), index = row * p->n + i;
-      float query[256];
-      rotate(query, queries + index * s->width + head * size, angle(p->cos, at, size), angle(p->sin, at, size), size);
-      attend(out + index * s->width + head * size, query, p->source.keys + base, p->source.values + base, since, until,
-             size, scores, f->slope, f->side, head, at);
+      q[i] = query_of(s, p, queries, out, turned, scores, seen, row, i, head, size);
+      q[i].to = p->until[row] + 1, q[i].from = most(q[i].to - p->source_context, 0);
     }
+    attend(q, p->n, p->source.keys + base, p->source.values + base, size, f->slope, f->side, head);
   }
 }
 
@@ -457,7 +542,7 @@ static void cross_attention(const Stack *s, const Pass *p, int64_t layer, const 
 #define TOGETHER
 #endif
 
-static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, float *scores, int64_t thread,
+static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, float *scores, int64_t seen, int64_t thread,
                 int64_t threads) {
   int64_t rows = p->rows * p->n, d = s->width;
   float *h = room, *queries = h + rows * 2 * d, *made = queries + rows * d, *mixed = made + rows * room_width;
@@ -479,7 +564,7 @@ static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, 
     map(&layer->self.query, h, rows, queries, PLAIN, thread, threads, &layer->self.key_value);
     map(&layer->self.key_value, h, rows, made, PLAIN, thread, threads, &layer->self.out);
     TOGETHER
-    self_attention(s, p, i, queries, made, mixed, scores, thread, threads);
+    self_attention(s, p, i, queries, made, mixed, scores, seen, thread, threads);
     TOGETHER
     map(&layer->self.out, mixed, rows, p->x, ADD, thread, threads, crossed ? &layer->cross.query : &layer->up);
     TOGETHER
@@ -488,7 +573,7 @@ static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, 
       TOGETHER
       map(&layer->cross.query, h, rows, queries, PLAIN, thread, threads, &layer->cross.out);
       TOGETHER
-      cross_attention(s, p, i, queries, mixed, scores, thread, threads);
+      cross_attention(s, p, i, queries, mixed, scores, seen, thread, threads);
       TOGETHER
       map(&layer->cross.out, mixed, rows, p->x, ADD, thread, threads, &layer->up);
       TOGETHER
@@ -513,11 +598,10 @@ static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, 
   }
 }
 
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
+// Besides what it returns, a pass needs room for the scores of each thread: `p->n * seen`.
 static int64_t floats_of(const Stack *s, const Pass *p, int64_t *made, int64_t *seen) {
   *made = most(s->hidden, 2 * most(s->width, s->exchange_width));
-  *seen = most(p->own.slots, p->source.slots) + 8;
+  *seen = (most(p->own.slots, p->source.slots) + 23) / 16 * 16;
   return p->rows * p->n * (4 * s->width + *made);
 }
 
@@ -526,15 +610,16 @@ static float *memory_of(int64_t floats) { return aligned_alloc(64, ((size_t)floa
 // 0, or -1 where memory is short.
 int caddf_stack(const Stack *s, const Pass *p) {
   int64_t made, seen, room = floats_of(s, p, &made, &seen);
-  float *memory = memory_of(room + p->threads * seen);
+  float *memory = memory_of(room + p->threads * p->n * seen);
   if (!memory) return -1;
 #ifdef _OPENMP
   if (p->threads > 1) {
 #pragma omp parallel num_threads((int)p->threads)
-    run(s, p, memory, made, memory + room + omp_get_thread_num() * seen, omp_get_thread_num(), omp_get_num_threads());
+    run(s, p, memory, made, memory + room + omp_get_thread_num() * p->n * seen, seen, omp_get_thread_num(),
+        omp_get_num_threads());
   } else
 #endif
-    run(s, p, memory, made, memory + room, 0, 1);
+    run(s, p, memory, made, memory + room, seen, 0, 1);
   free(memory);
   return 0;
 }

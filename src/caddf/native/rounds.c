@@ -137,7 +137,7 @@ static void draft(const Stack *s, const Draft *d, Drafting *w, Pass *p, int64_t 
     TOGETHER
     if (thread == 0) p->n = n;
     TOGETHER
-    run(s, p, w->room, w->made, w->scores + thread * w->seen, thread, threads);
+    run(s, p, w->room, w->made, w->scores + thread * d->width * w->seen, w->seen, thread, threads);
     TOGETHER
     if (n > 1) {  // the head reads the last place of each row alone
       if (thread == 0)
@@ -176,7 +176,7 @@ int caddf_draft(const Stack *s, const Draft *d) {
   Drafting w = {0};
   int64_t states = d->rows * d->width * s->width, room = floats_of(s, &p, &w.made, &w.seen);
   int64_t logits = d->rows * d->head.out;
-  float *memory = memory_of(2 * states + logits + room + d->threads * w.seen);
+  float *memory = memory_of(2 * states + logits + room + d->threads * d->width * w.seen);
   w.positions = malloc(d->rows * d->width * sizeof(int64_t) + d->rows * sizeof(double));
   if (!memory || !w.positions) {
     free(memory), free(w.positions);
@@ -184,7 +184,7 @@ int caddf_draft(const Stack *s, const Draft *d) {
   }
   w.chance = (double *)(w.positions + d->rows * d->width);
   w.x = memory, w.before = w.x + states, w.room = w.before + states, w.scores = w.room + room;
-  w.logits = w.scores + d->threads * w.seen;
+  w.logits = w.scores + d->threads * d->width * w.seen;
   p.x = w.x, p.before = w.before, p.positions = w.positions;
   for (int64_t row = 0; row < d->rows; row++) w.chance[row] = 1, d->drafts[row] = 0;
 #ifdef _OPENMP
@@ -285,8 +285,6 @@ typedef struct {  // a round of a causal target: a window of drafts that starts 
 } Round;
 
 static int64_t before(const Round *r, int64_t row, int64_t at) { return at > 0 ? r->x[row * r->length + at - 1] : r->bos; }
-
-static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Where a row's window starts and ends.
 static int64_t start_of(const Round *r, int64_t row) { return r->n[row] ? least_of(r->n[row], r->length) - 1 : 0; }
