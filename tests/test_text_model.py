@@ -14,7 +14,7 @@ import caddf.text_model
 from caddf import InputError, TextModel, load
 from caddf.checkpoint import load_tensors
 from caddf.experiment import ModelSettings
-from caddf.interface import AnyOrder, Infill
+from caddf.interface import AnyOrder, Block, Infill
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig
@@ -172,13 +172,15 @@ def test_weights_of_another_run(model, saved):
 
 
 @torch.inference_mode()
-def test_a_token_shift_begins_as_none(model, saved, tmp_path):
-    TextModel(plain := dual_branch(token_shift=False), BYTES).save_pretrained(tmp_path / "plain")
-    shifted = dual_branch()
-    assert initialise_from(shifted, tmp_path / "plain", BYTES) == ["causal.shifted.map"]
+def test_a_token_shift_and_the_fusions_own_state_begin_as_none(model, saved, tmp_path):
+    TextModel(plain := dual_branch(token_shift=False, own_state=False), BYTES).save_pretrained(tmp_path / "plain")
+    grown = dual_branch()
+    anew = initialise_from(grown, tmp_path / "plain", BYTES)
+    assert anew == ["causal.shifted.map", "chain.shifted.map", "fusion.mixer.own.weight"]
     x0 = torch.arange(64).view(2, 32)
-    one, other = (network(x0, torch.full_like(x0, network.mask_id), Infill())[0] for network in (plain, shifted))
-    assert torch.equal(one.fused, other.fused)
+    for pattern in (Infill(), Block(8)):
+        one, other = (network(x0, torch.full_like(x0, network.mask_id), pattern)[0] for network in (plain, grown))
+        assert torch.equal(one.fused, other.fused) and torch.equal(one.draft, other.draft)
     with pytest.raises(InputError, match=r"token_shift=True.*; this model's is BranchConfig.*token_shift=False"):
         initialise_from(plain, saved, BYTES)
     alone = CausalModel(CausalConfig(BYTES.vocab_size, 32, BranchConfig(2, 32, 2, token_shift=True)))
