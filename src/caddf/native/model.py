@@ -170,25 +170,32 @@ class Native:
         stack = self.stacks.get("chain")
         if stack is None or self.diffusion is None or not few(h_cad[..., 0]):
             return None
-        (rows, count), width, small = u.shape, h_cad.shape[1], self.model.draft_tokens
-        places, shifted = (start[:, None] + torch.arange(width)).expand(rows, -1), self.model.chain.shifted
+        (rows, count), width = u.shape, h_cad.shape[1]
+        places = (start[:, None] + torch.arange(width)).expand(rows, -1)
         before, earlier = (self.model.before(x, places, by) for by in (1, 2))
         first = (n - start).clamp(0, width - 1)
-        head = cast(NativeHead, self.heads["chain"]).tokens()
-        table, extra = self.diffusion.embedding.weight, None if shifted is None else shifted.weight
         tokens, q = before.new_empty(rows, count), u.new_zeros(rows, count, self.model.vocab_size)
-        h_cad, before, earlier, first, u = (each.contiguous() for each in (h_cad, before, earlier, first, u))
-        drafted, (cos, sin) = torch.empty_like(first), cache.turns or (None, None)
-        given = CDraft(
-            rows, width, count, h_cad.data_ptr(), before.data_ptr(), earlier.data_ptr(), first.data_ptr(),
-            u.data_ptr(), table.data_ptr(), address(extra), head, address(small), self.model.vocab_size, temperature,
-            least, cache_of(cache),
-            address(cos), address(sin), tokens.data_ptr(), q.data_ptr(), drafted.data_ptr(),
-            threads_for(stack.weights.bytes + (4 >> head.type) * head.out * table.shape[1], rows),
-        )  # fmt: skip
+        given, drafted = self.draft_settings(rows, width, cache, temperature, least), torch.empty_like(first)
+        made = {"states": h_cad, "before": before, "earlier": earlier, "first": first, "u": u}
+        made = {name: each.contiguous() for name, each in made.items()} | {"tokens": tokens, "q": q, "drafts": drafted}
+        given.count = count
+        for name, each in made.items():
+            setattr(given, name, each.data_ptr())
         if library().caddf_draft(ctypes.addressof(stack.stack), ctypes.addressof(given)):
             raise MemoryError("the kernels' working memory could not be had")
         return tokens, q, drafted
+
+    def draft_settings(self, rows: int, width: int, cache: KVCache, temperature: float, least: float) -> CDraft:
+        """What windows of `width` are drafted by; what they are drafted from, and go to, is for the caller."""
+        assert self.diffusion is not None
+        head, shifted = cast(NativeHead, self.heads["chain"]).tokens(), self.model.chain.shifted
+        table, (cos, sin) = self.diffusion.embedding.weight, cache.turns or (None, None)
+        read = self.stacks["chain"].weights.bytes + (4 >> head.type) * head.out * table.shape[1]
+        return CDraft(
+            rows=rows, width=width, embedding=address(table), shifted=address(shifted and shifted.weight), head=head,
+            ids=address(self.model.draft_tokens), vocabulary=self.model.vocab_size, temperature=temperature,
+            least=least, cache=cache_of(cache), cos=address(cos), sin=address(sin), threads=threads_for(read, rows),
+        )  # fmt: skip
 
 
 def _window_pass(weights: Weights, diffusion: DiffusionBranch) -> StackPass:

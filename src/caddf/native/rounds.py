@@ -74,7 +74,7 @@ class Rounds:
         """The window's pass and the chain's drafts."""
         assert caches.exchange is not None and caches.exchange.turns is not None and native.diffusion is not None
         model, config, size = native.model, native.diffusion.config, self.size
-        window, chain, cache = self.stacks["look"], self.stacks["chain"], model.allocate_drafts(rows, size)
+        window, cache = self.stacks["look"], model.allocate_drafts(rows, size)
         states = self._new(rows, size, window.width)
         own = (config.layers, rows, config.heads, size, config.width // config.heads)
         turns = caches.exchange.turns
@@ -84,18 +84,12 @@ class Rounds:
             self._new(rows, dtype=torch.long), native.context, CCache(), None, None,
             threads_for(window.weights.bytes, rows * size),
         )  # fmt: skip
-        head, small = cast(NativeHead, native.heads["chain"]).tokens(), model.draft_tokens
-        cos, sin = self._keep(cache).turns
-        drafting = chain.weights.bytes + (4 >> head.type) * head.out * window.width
-        self.draft = CDraft(
-            rows, size, 0, states, self._new(rows, size, dtype=torch.long), self._new(rows, size, dtype=torch.long),
-            self._new(rows, dtype=torch.long), self._new(rows, size, dtype=torch.double),
-            address(self._keep(native.diffusion.embedding.weight)),
-            None if (shifted := model.chain.shifted) is None else address(self._keep(shifted.weight)), head,
-            address(small), model.vocab_size, temperature, least, cache_of(cache), address(cos), address(sin),
-            self._new(rows, size, dtype=torch.long), self._new(rows, size, model.vocab_size, dtype=torch.double),
-            self._new(rows, dtype=torch.long), threads_for(drafting, rows),
-        )  # fmt: skip
+        self.draft = native.draft_settings(rows, size, self._keep(cache), temperature, least)
+        self._keep((native.diffusion.embedding.weight, model.chain.shifted and model.chain.shifted.weight))
+        self.draft.states, self.draft.u = states, self._new(rows, size, dtype=torch.double)
+        self.draft.q = self._new(rows, size, model.vocab_size, dtype=torch.double)
+        for name, shape in (("before", 2), ("earlier", 2), ("tokens", 2), ("first", 1), ("drafts", 1)):
+            setattr(self.draft, name, self._new(*(rows, size)[:shape], dtype=torch.long))
 
     def _keep(self, held: Any) -> Any:
         """`held` lives as long as these rounds."""
