@@ -121,6 +121,21 @@ def test_windows_and_chains_are_the_modules(make, start):
         torch.testing.assert_close(two.draft, one.draft, rtol=0, atol=NEAR)
 
 
+@pytest.mark.parametrize("make", [dual, lambda: dual(context=24), odd, gpt2])
+@torch.inference_mode()
+def test_a_prompt_is_read_in_pieces_to_the_same_bits(make, monkeypatch):
+    model, x = native.attach(make()), tokens(3)
+    whole, pieces = model.allocate(3, T), model.allocate(3, T)
+    one = model.read(x, torch.arange(50), whole)
+    monkeypatch.setattr("caddf.native.model.WIDEST", 3 * 17)
+    two = model.read(x, torch.arange(50), pieces)
+    assert torch.equal(one.causal, two.causal) and torch.equal(
+        whole.causal.keys[:, :, :, :50], pieces.causal.keys[:, :, :, :50]
+    )
+    monkeypatch.setattr("caddf.native.model.WIDEST", 2)  # fewer positions than rows: the modules do it
+    torch.testing.assert_close(model.read(x, torch.arange(50), pieces).causal, one.causal, rtol=0, atol=NEAR)
+
+
 @torch.inference_mode()
 def test_bits_depend_neither_on_the_batch_nor_on_the_width_of_a_pass():
     model, x = native.attach(dual()), tokens(3)

@@ -17,7 +17,7 @@ from caddf.models.chain import DraftChain
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.layers import Attention, nearest, state_of
 from caddf.native.build import library
-from caddf.native.passes import KINDS, Biases, NativeHead, StackPass, Weights, few, threads_for
+from caddf.native.passes import KINDS, WIDEST, Biases, NativeHead, StackPass, Weights, few, threads_for
 from caddf.native.rounds import Rounds
 from caddf.native.structures import CDraft, address, cache_of
 from caddf.quantise import Quantisation
@@ -103,12 +103,21 @@ class Native:
     def causal(
         self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches, earlier: Int[Tensor, "B n"] | None
     ) -> Float[Tensor, "B n D"] | None:
-        """h_trans of `slots` over the causal branch's cache, and what the diffusion branch reads of it."""
-        stack = self.stacks.get("causal")
-        if stack is None or not few(inputs) or (self.branch.table is not None and slots.upto > self.context):
+        """h_trans of `slots` over the causal branch's cache, and what the diffusion branch reads of it.
+
+        Long prompts are read in pieces, which changes none of their bits.
+        """
+        stack, rotary, size = self.stacks.get("causal"), self.branch.table is None, WIDEST // len(inputs)
+        if stack is None or not size or torch.is_grad_enabled() or not (rotary or slots.upto <= self.context):
             return None
-        x, rotary = self.branch.embed(inputs, slots, earlier), self.branch.table is None
-        return stack(x, slots.positions, caches.causal, turns=rotary, exchange=caches.exchange)
+        pieces = zip(
+            self.branch.embed(inputs, slots, earlier).split(size, 1), slots.positions.split(size, -1), strict=True
+        )
+        states = [
+            stack(x.contiguous(), at.contiguous(), caches.causal, turns=rotary, exchange=caches.exchange)
+            for x, at in pieces
+        ]
+        return states[0] if len(states) == 1 else torch.cat(states, 1)
 
     def window(
         self, canvas: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], until: Int[Tensor, " B"], caches: Caches

@@ -30,8 +30,8 @@ from caddf.native.structures import (
 )
 from caddf.quantise import Quantisation, integers
 
-WIDEST = 96
-"""Most positions of a pass; beyond, matrix products of many rows are the faster ones."""
+WIDEST = 512
+"""Most positions of a pass; at about twice as many a BLAS is as fast."""
 ALONE = 1 << 20
 """Bytes of weights below which a pass is one thread's: others would wait longer than they work."""
 KINDS: tuple[Quantisation | None, ...] = (None, "bf16", "int8")

@@ -16,11 +16,15 @@ from torch import Tensor
 from caddf.caches import Caches
 from caddf.interface import Round
 from caddf.native.build import library
-from caddf.native.passes import WIDEST, NativeHead, threads_for
+from caddf.native.passes import NativeHead, threads_for
 from caddf.native.structures import CCache, CDraft, CPass, CRound, address, cache_of
 
 if TYPE_CHECKING:
     from caddf.native.model import Native
+
+
+MOST = 96
+"""Places of all rows of a round, each of which keeps room for the probabilities of all tokens."""
 
 
 class Rounds:
@@ -68,7 +72,7 @@ class Rounds:
         table = native.branch.table
         drafts = not size or (caches.exchange is not None and {"look", "chain"} <= native.stacks.keys())
         reach = size <= native.context and (table is None or caches.causal.length <= native.context)
-        return "causal" in native.stacks and drafts and reach and rows * (size + 1) <= WIDEST
+        return "causal" in native.stacks and drafts and reach and rows * (size + 1) <= MOST
 
     def _draft(self, native: Native, rows: int, caches: Caches, temperature: float, least: float) -> None:
         """The window's pass and the chain's drafts."""

@@ -19,8 +19,9 @@ from caddf.interface import Head, LanguageModel, Projection
 from caddf.objectives.distillation import Distillation, divergence
 from caddf.objectives.loss import nats_at
 
-FEWEST, ELEMENTS = 256, 1 << 20
-"""Rows of a chunk at least, since a table is read for each chunk, and its logits at most where that is more rows."""
+FEWEST, ELEMENTS, LAUNCHED = 256, 1 << 20, 1 << 26
+"""Rows of a chunk at least, since a table is read for each chunk, and its logits at most where that is more rows: on a
+CPU what its caches hold, elsewhere what is worth its launches."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class _Work:
         if learns:
             into = None if bias is None else torch.zeros_like(bias)
             self.gradients = torch.empty_like(self.states), torch.zeros_like(tokens), into
-        self.size = max(FEWEST, ELEMENTS // len(tokens))
+        self.size = max(FEWEST, (ELEMENTS if device == "cpu" else LAUNCHED) // len(tokens))
         self.room = states.new_empty(min(self.size, len(states)), len(tokens), dtype=kind)
         self.exact = self.room if kind == exact else torch.empty_like(self.room, dtype=exact)
 
