@@ -10,7 +10,7 @@ from torch import Tensor
 
 from caddf.interface import Infill, LanguageModel
 from caddf.objectives.heads import Term, score
-from caddf.objectives.loss import Loss
+from caddf.objectives.loss import Loss, weights_like
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,5 @@ class AutoregressiveLoss:
     def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
         """The mean over tokens; nothing is drawn."""
         states, _ = model(x0, torch.full_like(x0, model.mask_id), Infill())
-        mean = torch.full(x0.shape, 1 / x0.numel(), dtype=torch.float64, device=x0.device)
-        total = score(model, states, x0, {"causal": Term(mean)}).total
+        total = score(model, states, x0, {"causal": Term(weights_like(x0, 1.0))}).total
         return Loss(total, {"causal": total.detach()})

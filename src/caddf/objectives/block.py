@@ -11,7 +11,7 @@ from torch import Tensor
 from caddf.errors import InputError
 from caddf.interface import Block, LanguageModel
 from caddf.objectives.heads import Term, score
-from caddf.objectives.loss import Loss, Times, draw_times
+from caddf.objectives.loss import Loss, Times, draw_times, weights_like
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,6 @@ class BlockDiffusion:
         rate = (self.beta + (self.omega - self.beta) * times)[:, block]
         masked = (torch.rand(x0.shape, generator=generator, dtype=torch.float64) < rate).to(x0.device)
         states, _ = model(x0, torch.where(masked, model.mask_id, x0), pattern)
-        weights = masked / (rate.to(x0.device) * x0.numel())
+        weights = masked * weights_like(x0, 1 / rate)
         total = score(model, states, x0, {"draft": Term(weights)}).total
         return Loss(total, {"block_diffusion": total.detach()})

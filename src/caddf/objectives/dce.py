@@ -12,7 +12,7 @@ from torch import Tensor
 from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, LanguageModel
 from caddf.objectives.heads import Term, score
-from caddf.objectives.loss import Loss, Times, draw_times, nats_at
+from caddf.objectives.loss import Loss, Times, draw_times, nats_at, weights_like
 from caddf.schedules import LogLinear, Schedule
 
 
@@ -36,7 +36,7 @@ class Denoising(ABC):
         """The mean over tokens."""
         x_t, weight = self.draw(x0, model.mask_id, generator)
         states, _ = model(x_t, x_t, AnyOrder())
-        weights = (x_t == model.mask_id) * weight[:, None].to(x0.device) / x0.numel()
+        weights = (x_t == model.mask_id) * weights_like(x0, weight[:, None])
         total = score(model, states, x0, {model.denoiser: Term(weights)}).total
         return Loss(total, {"denoise": total.detach()})
 

@@ -15,7 +15,7 @@ from caddf.interface import AnyOrder, Block, Infill, LanguageModel, Pattern
 from caddf.objectives.distillation import Distillation, Divergence
 from caddf.objectives.forms import Form, ScheduleName, denoising
 from caddf.objectives.heads import Term, score
-from caddf.objectives.loss import Loss, Times
+from caddf.objectives.loss import Loss, Times, weights_like
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Synergistic:
         nth = positions - pattern.start(positions) - count[:, index]
         canvas = torch.where((nth < 0).to(x0.device), x0, model.mask_id)
         decay = config.draft_decay ** nth.clamp(min=0).double()
-        return self._score(model, x0, x0, canvas, pattern, "block", drafts=decay.to(x0.device))
+        return self._score(model, x0, x0, canvas, pattern, "block", drafts=decay)
 
     def _score(
         self,
@@ -143,18 +143,19 @@ class Synergistic:
         """
         config = self.config
         states, _ = model(prefix, canvas, pattern)
-        masked = canvas == model.mask_id
+        masked, everywhere = canvas == model.mask_id, weights_like(x0, 1.0)
 
         def mean(each: Bool[Tensor, "B L"] | Float[Tensor, "B L"] = masked) -> Float[Tensor, "B L"]:
             if weight is not None:
-                return each * weight[:, None].to(x0.device) / x0.numel()
-            return each / each.sum(dtype=torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+                return each * weights_like(x0, weight[:, None])
+            each = each.to(everywhere)
+            return each / each.sum().clamp(min=torch.finfo(each.dtype).tiny)
 
         terms = {model.denoiser: Term(mean())}
         names: dict[str, str] = {model.denoiser: name}
         distillation = None
         if model.denoiser != "draft":
-            each = masked if drafts is None else masked * drafts
+            each = masked if drafts is None else masked * drafts.to(everywhere).to(everywhere)
             small = None if (read := getattr(model, "projection", None)) is None else read(states, "draft").small
             if small is not None:  # what it does not have is not scored
                 each = each * torch.isin(x0, small)
@@ -162,7 +163,6 @@ class Synergistic:
             if drafts is not None and config.distill:
                 distillation = Distillation(config.distill, config.distill_from, config.distill_form)
         if "causal" in model.heads and not isinstance(pattern, AnyOrder):
-            everywhere = torch.full(x0.shape, 1 / x0.numel(), dtype=torch.float64, device=x0.device)
             terms["causal"], names["causal"] = Term(everywhere, config.causal_weight), f"{name}_causal"
         scores = score(model, states, x0, terms, distillation)
         return Loss(scores.total, {names.get(head, f"{name}_{head}"): part for head, part in scores.parts.items()})
