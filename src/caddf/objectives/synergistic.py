@@ -155,7 +155,7 @@ class Synergistic:
         names: dict[str, str] = {model.denoiser: name}
         distillation = None
         if model.denoiser != "draft":
-            each = masked if drafts is None else masked * drafts.to(everywhere).to(everywhere)
+            each = masked if drafts is None else masked * drafts.to(everywhere)
             small = None if (read := getattr(model, "projection", None)) is None else read(states, "draft").small
             if small is not None:  # what it does not have is not scored
                 each = each * torch.isin(x0, small)
