@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import statistics
 import subprocess
 import sys
@@ -126,6 +127,7 @@ def fresh(function: Callable[..., T], *given: Any) -> T:
     done = subprocess.run([sys.executable, "-c", CHILD], input=pickle.dumps((function, given)), capture_output=True)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise RuntimeError(f"{function.__name__} ended with {done.returncode}: {said[-1] if said else 'no word'}")
+        why = "killed, as happens where memory runs out" if done.returncode == -signal.SIGKILL else "no word"
+        raise RuntimeError(f"{function.__name__} ended with {done.returncode}: {said[-1] if said else why}")
     result: T = pickle.loads(done.stdout)
     return result

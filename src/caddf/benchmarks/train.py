@@ -185,6 +185,10 @@ def train(settings: TrainSettings, console: Console) -> Results:
     ]
     steppers: dict[tuple[str, int, str], Stepper] = {}
     rows = list(zip(table, results.values["rows"], strict=True))
+    for place, row in rows:  # before this process takes memory of its own
+        if settings.memory and row["peak_memory"] is None and device.type == "cpu":
+            row["peak_memory"] = fresh(resident_peak, settings, *place)
+            results.save()
     for turn, (place, row) in in_turns(rows, settings.repeats):
         if len(row["rounds"]) > turn:
             continue
@@ -206,11 +210,7 @@ def train(settings: TrainSettings, console: Console) -> Results:
             markup=False,
             soft_wrap=True,
         )
-    steppers.clear()
-    for place, row in rows:
-        if settings.memory and row["peak_memory"] is None and device.type == "cpu":
-            row["peak_memory"] = fresh(resident_peak, settings, *place)
-            results.save()
+    for _, row in rows:
         speed = Spread.of([each["tokens_per_second"] for each in row["rounds"]])
         row["tokens_per_second"], row["tokens_per_second_quartiles"] = speed.median, [speed.low, speed.high]
     put(results.values, ratios(results.values["rows"]))

@@ -339,7 +339,7 @@ static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 // Attention of several queries to the keys and values of one head, in tiles, so that what one query has fetched the others
 // find near; each query's sums run over its keys from first to last, whatever the tiles.
 
-enum { TILE = 256 };
+enum { KEYS = 64 };  // of a tile: 16 KiB where heads have 64 channels
 
 typedef struct {
   const float *query;               // turned
@@ -435,19 +435,20 @@ SIZED void gather_sized(const Query *q, const float *values, int64_t j, int64_t 
 
 SIZED void attend_sized(Query *q, int64_t n, const float *keys, const float *values, int64_t size, const float *slope,
                         const float *side, int64_t head) {
-  int64_t longest = 0;
+  int64_t longest = 0, tile = KEYS;
   for (int64_t i = 0; i < n; i++) longest = most(longest, q[i].to - q[i].from);
-  for (int64_t j = 0; j < longest; j += TILE)
+  if (n == 1) tile = most(longest, 1);
+  for (int64_t j = 0; j < longest; j += tile)
     for (int64_t i = 0, at = j; i < n; i++) {
-      if (i % 2 == 0) at = i + 1 < n ? score_both(q + i, keys, j, j + TILE, size) : j;
-      score_sized(q + i, keys, at, least_of(j + TILE, q[i].to - q[i].from), size);
+      if (i % 2 == 0) at = i + 1 < n ? score_both(q + i, keys, j, j + tile, size) : j;
+      score_sized(q + i, keys, at, least_of(j + tile, q[i].to - q[i].from), size);
     }
   for (int64_t i = 0; i < n; i++) {
     soften(q + i, size, slope, side, head);
     memset(q[i].out, 0, size * sizeof(float));
   }
-  for (int64_t j = 0; j < longest; j += TILE)
-    for (int64_t i = 0; i < n; i++) gather_sized(q + i, values, j, least_of(j + TILE, q[i].to - q[i].from), size);
+  for (int64_t j = 0; j < longest; j += tile)
+    for (int64_t i = 0; i < n; i++) gather_sized(q + i, values, j, least_of(j + tile, q[i].to - q[i].from), size);
   for (int64_t i = 0; i < n; i++) {
     float inverse = 1.0f / q[i].sum;
     for (int64_t k = 0; k < size; k++) q[i].out[k] *= inverse;
