@@ -54,7 +54,7 @@ from caddf.data import TokenSet, prepare
 from caddf.decoding import DECODERS, Autoregressive
 from caddf.errors import InputError
 from caddf.evaluation import causal_nll
-from caddf.experiment import ARCHITECTURES, METHODS
+from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings
 from caddf.interface import AnyOrder, Infill
 from caddf.models.causal_model import CausalModel
 from caddf.text_model import TextModel
@@ -583,3 +583,24 @@ def test_the_documents_example_runs(tmp_path, monkeypatch):
     names: dict = {}
     exec(compile(source, str(DOCUMENT), "exec"), names)
     assert names["results"].values["ratios"]["bandwidth_share"] > 0
+
+
+def test_full_logits_learn_what_ours_learns_with_a_small_draft_vocabulary():
+    settings = ModelSettings("debug", draft_vocab=100)
+    method = METHODS["caddf-lambda-dce"]
+    config = method.configure(settings, settings.preset.vocab_size, 0)
+    torch.manual_seed(0)
+    model = ARCHITECTURES[method.architecture].network(config).double()
+    objective = method.build(method.settings(**method.defaults), config)
+    x0 = torch.randint(512, (4, SHORT), generator=torch.Generator().manual_seed(1))
+    learnt = []
+    for asked in (model, FullLogits(model)):
+        model.zero_grad()
+        loss = objective(asked, x0, torch.Generator().manual_seed(3))
+        loss.total.backward()
+        learnt.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (ours, gradients), (plain, expected) = learnt
+    torch.testing.assert_close(ours.total, plain.total)
+    assert ours.parts.keys() == plain.parts.keys() and gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient)

@@ -156,8 +156,8 @@ class Synergistic:
         distillation = None
         if model.denoiser != "draft":
             each = masked if drafts is None else masked * drafts.to(everywhere)
-            small = None if (read := getattr(model, "projection", None)) is None else read(states, "draft").small
-            if small is not None:  # what it does not have is not scored
+            small = getattr(model, "draft_tokens", None)
+            if small is not None and states.chained:  # what a small vocabulary does not have is not scored
                 each = each * torch.isin(x0, small)
             terms["draft"], names["draft"] = Term(mean(each), config.draft_weight), f"{name}_draft"
             if drafts is not None and config.distill:
