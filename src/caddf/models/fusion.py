@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -33,10 +32,8 @@ class Mixer(nn.Module):
         own: Float[Tensor, "B n d"] | None = None,
     ) -> Float[Tensor, "B n D"]:
         """Fused states, normed for the head."""
-        hidden = self.mlp.up(torch.cat([h_trans, context], -1))
-        if self.own is not None:
-            hidden = hidden + self.own(own)
-        return self.norm(h_trans + self.mlp.down(F.gelu(hidden, approximate="tanh")))
+        more = None if self.own is None else self.own(own)
+        return self.norm(h_trans + self.mlp(torch.cat([h_trans, context], -1), more))
 
 
 class CrossFusion(nn.Module):

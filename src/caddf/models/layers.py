@@ -118,9 +118,10 @@ class MLP(nn.Module):
         self.up = nn.Linear(width, hidden, bias=bias)
         self.down = nn.Linear(hidden, out, bias=bias)
 
-    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... E"]:
-        """`down(gelu(up(x)))`."""
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+    def forward(self, x: Float[Tensor, "... D"], more: Float[Tensor, "... H"] | None = None) -> Float[Tensor, "... E"]:
+        """`down(gelu(up(x) + more))`."""
+        hidden = self.up(x) if more is None else self.up(x) + more
+        return self.down(F.gelu(hidden, approximate="tanh"))
 
 
 class Layer(nn.Module):

@@ -183,9 +183,10 @@ class _Work:
             gaps, gradient = _divergence(log_t, log_q, how)
             gap += (self.weights[rows] * gaps).sum()
             if self.learns:
-                q = log_q.exp_()
-                rest = q.mul_(1 - how.share).scatter_add_(1, targets, (how.share - 1) * torch.ones_like(weights))
-                self.learn(rows, gradient.mul_(how.share).add_(rest).mul_(weights * self.rows.coefficient))
+                if how.share < 1:
+                    rest = log_q.exp_().scatter_add_(1, targets, -torch.ones_like(weights))
+                    gradient.mul_(how.share).add_(rest, alpha=1 - how.share)
+                self.learn(rows, gradient.mul_(weights * self.rows.coefficient))
         return gap
 
 

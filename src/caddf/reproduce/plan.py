@@ -36,7 +36,7 @@ CONTEXT = 1024
 
 
 DEMO = {"steps": 600, "batch_size": 4}
-"""Training at scale `demo`, where it is not set: ten minutes of a CPU's core for the largest of the networks."""
+"""Training at scale `demo`, where it is not set: a quarter of an hour of a core for the slowest of the networks."""
 
 
 @dataclass(frozen=True)
