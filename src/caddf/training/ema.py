@@ -23,9 +23,9 @@ def updated(average: Average, model: nn.Module, step: int, decay: float) -> Aver
     Early on it forgets faster, at `(1 + step) / (10 + step)`, so that it does not remember the initialisation.
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
-    return {
-        name: torch.lerp(average[name], _precise(parameter), weight) for name, parameter in model.named_parameters()
-    }
+    named = dict(model.named_parameters())
+    moved = torch._foreach_lerp([average[name] for name in named], [_precise(each) for each in named.values()], weight)
+    return dict(zip(named, moved, strict=True))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -63,29 +63,38 @@ class Muon(AdamW):
         finally:
             self.param_groups = everything
         for group in everything:
-            for parameter in group["params"] if group["matrix"] else ():
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(parameter)
-                state["step"] += 1
-                average = state["exp_avg"].lerp_(parameter.grad, 1 - self.momentum)
-                direction = orthogonal(parameter.grad.lerp(average, self.momentum))  # Nesterov's
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction, alpha=-0.2 * math.sqrt(max(parameter.shape)) * group["lr"])
+            if group["matrix"]:
+                self._turn([each for each in group["params"] if each.grad is not None], group)
         return loss
 
+    def _turn(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Steps of matrices: those of one shape together, since one by one their launches cost more than they do."""
+        alike: dict[torch.Size, list[Tensor]] = {}
+        for parameter in parameters:
+            alike.setdefault(parameter.shape, []).append(parameter)
+            state = self.state[parameter]
+            if not state:
+                state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(parameter)
+            state["step"] += 1
+        for shape, these in alike.items():
+            gradients = [cast(Tensor, each.grad) for each in these]
+            averages = [self.state[each]["exp_avg"] for each in these]
+            torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
+            ahead = torch._foreach_lerp(gradients, averages, self.momentum)  # Nesterov's
+            directions = orthogonal(torch.stack(ahead)).unbind()
+            torch._foreach_mul_(these, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(these, directions, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
-def orthogonal(matrix: Float[Tensor, "m n"], steps: int = 5) -> Float[Tensor, "m n"]:
+
+def orthogonal(matrix: Float[Tensor, "*N m n"], steps: int = 5) -> Float[Tensor, "*N m n"]:
     """Roughly U V' of the singular value decomposition: singular values between about 0.7 and 1.2.
 
     Newton-Schulz iterations with the coefficients of Jordan et al. 2024.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrix.shape[0] > matrix.shape[1]
+    tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
