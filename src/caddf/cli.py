@@ -357,7 +357,7 @@ def _generate(parser: ArgumentParser, arguments: list[str]) -> int:
     add("--record", type=str | None, metavar="FILE", help="keep every frame as JSON, for caddf report")
     _model_options(parser)
     add("--compile", type=Compile, default="auto", metavar="{auto,always,never}",
-        help="passes over caches through kernels compiled for this machine; auto: on a CPU")  # fmt: skip
+        help="decoding by compiled kernels on a CPU, CUDA graphs on a GPU; auto: where the model suits")  # fmt: skip
     _json_option(parser)
     add_choices(parser, "settings of some decoders; not set, the decoder's own default", DECODERS, skip=("until",))
     values = parse(parser, arguments)

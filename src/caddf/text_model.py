@@ -106,7 +106,7 @@ class TextModel:
         """A model from a run (its latest checkpoint), a model folder, or a repository of the hub, ready to be read.
 
         `quantize` rounds its matrices to int8 or bf16, for decoding on CPUs (`caddf.quantise`);
-        `compile` says whether passes of a few positions over caches are those of compiled kernels (`caddf.compile`).
+        `compile` says whether decoding goes through compiled kernels, or on a GPU CUDA graphs (`caddf.compile`).
         GPT-2, SEDD, RADD and MDLM are read as their authors published them (`caddf.models.published`).
         Raises `InputError` where there is none, or it is truncated, foreign, or of another version.
         """

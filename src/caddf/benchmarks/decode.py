@@ -63,7 +63,7 @@ class DecodeSettings(Conditions):
     memory: measure peak memory too (on a CPU, each row decodes once more in a process of its own).
     dtype: of weights and arithmetic.
     quantize: int8 or bf16 weights instead, on a CPU: of all models.
-    compile: passes over caches through compiled kernels, off the clock: auto is of those that can, on a CPU.
+    compile: kernels on a CPU, rounds as CUDA graphs on a GPU, made off the clock: auto is of the models that can.
     device: auto (a GPU where there is one), cpu, cuda or mps.
     seed: of weights, prompts and draws.
     out: folder of the results; not set, results/decode-SIZE or results/decode-trained.

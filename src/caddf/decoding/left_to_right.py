@@ -378,7 +378,7 @@ class CachedReader:
             if bool((state.read < n)[rows].any()):
                 return None
         done = rounds(x, n, rows, state.read, task.generators.several(rows, 2 * size + 1))
-        self.counts.all.add_(done.work)
+        self.counts.all.add_(done.work.to(self.counts.all.device))
         return done, replace(state, read=done.read, settled=True)
 
     def keep(self, state: Progress, below: Int[Tensor, " B"]) -> Progress:

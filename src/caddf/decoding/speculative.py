@@ -13,7 +13,7 @@ from torch import Tensor
 from caddf.categorical import inverse_cdf
 from caddf.decoding.left_to_right import Plan, Reader, Target, first_open, reader_for
 from caddf.decoding.task import Counts, Frame, Task
-from caddf.decoding.verification import residual, verify
+from caddf.decoding.verification import at_place, residual, verify
 from caddf.errors import InputError
 from caddf.interface import LanguageModel
 
@@ -72,8 +72,8 @@ class Speculative:
 
             # Correct the first rejected draft, or add the bonus token; drafts behind it are forgotten.
             more = (stop < shown) & _at(wanted, stop[:, None])[:, 0]
-            q_stop = _row(q, stands) * (stop < end)[:, None] if count else torch.zeros_like(p[:, 0])
-            token = inverse_cdf(residual(share[:, None] * _row(p, stands), q_stop), u[:, -1])
+            q_stop = at_place(q, stands) * (stop < end)[:, None] if count else torch.zeros_like(p[:, 0])
+            token = inverse_cdf(residual(share[:, None] * at_place(p, stands), q_stop), u[:, -1])
             drafts = torch.where((at >= n[:, None]) & (at < end[:, None]) & wanted, x, task.mask_id)
             x = torch.where(wanted & (at >= stop[:, None]) & rows[:, None], task.mask_id, x)
             here = (at == stop[:, None]) & more[:, None]
@@ -137,8 +137,3 @@ def _put(
     """`x` with `tokens` at the marked of the positions `place`."""
     extended = torch.cat([x, x.new_zeros(len(x), 1)], 1)
     return extended.scatter(1, torch.where(where, place, x.shape[1]), tokens)[:, :-1]
-
-
-def _row(probs: Float[Tensor, "B n V"], index: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-    """What stands at one index of each row, or beyond the last at the last."""
-    return probs[torch.arange(len(probs)), index.clamp(max=probs.shape[1] - 1)]

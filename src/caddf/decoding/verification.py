@@ -52,6 +52,12 @@ def verify(
     return stop, s.gather(1, stop[:, None])[:, 0]
 
 
+def at_place(probs: Float[Tensor, "B n V"], index: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+    """What stands at one place of each row, or beyond the last at the last."""
+    index = index.clamp(max=probs.shape[1] - 1)[:, None, None]
+    return probs.gather(1, index.expand(-1, 1, probs.shape[-1]))[:, 0]
+
+
 def residual(p: Float[Tensor, "B V"], q: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     """(p - q)+, unnormalised: what follows where drafts end; p itself where nothing was drafted (q = 0).
 

@@ -17,11 +17,12 @@ from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.fusion import CrossFusion, Mixer
-from caddf.models.layers import Readout, head_log_probs, head_nll, state_of, states_at
+from caddf.models.layers import Readout, head_log_probs, head_nll, over_all, state_of, states_at
 from caddf.models.over_caches import OverCaches
 from caddf.models.states import Canvas, States
 
 if TYPE_CHECKING:
+    from caddf.graphs import Graphs
     from caddf.native import Native
 
 
@@ -65,11 +66,12 @@ class DualBranch(OverCaches):
         self.draft_tokens: Tensor | None
         small = None if config.draft_vocab is None else torch.arange(config.draft_vocab)
         self.register_buffer("draft_tokens", small)
-        self._small: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
+        self._small: tuple[Tensor, tuple[tuple[int, int], ...], Tensor] | None = None
         self.heads: frozenset[Head] = frozenset({"draft"} if self.causal is None else {"draft", "causal", "fused"})
         self.denoiser: Head = "draft" if self.causal is None else "fused"
         self.chained, self.block_size = self.chain is not None, config.block_size
         self.native: Native | None = None  # passes of a few positions, in another form than the modules'
+        self.graphs: Graphs | None = None  # whole rounds
 
     def forward(
         self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Caches | None = None
@@ -176,10 +178,7 @@ class DualBranch(OverCaches):
         A chain's drafts over a small vocabulary are -inf outside it.
         """
         read, table, small = self._head(states, where, head)
-        log_q = head_log_probs(read, table)
-        if small is None:
-            return log_q
-        return log_q.new_full((len(log_q), self.vocab_size), -torch.inf).index_copy(1, small, log_q)
+        return over_all(head_log_probs(read, table), small, self.vocab_size)
 
     def nll(
         self, states: States, where: Bool[Tensor, "B L"], targets: Int[Tensor, "B L"], head: Head = "fused"
@@ -221,9 +220,9 @@ class DualBranch(OverCaches):
         if torch.is_grad_enabled() and weight.requires_grad:
             return weight[small]
         which = state_of(weight)
-        if self._small is None or self._small[0] != which:
-            self._small = (which, weight[small])
-        return self._small[1]
+        if self._small is None or self._small[0] is not weight or self._small[1] != which:
+            self._small = (weight, which, weight[small])  # held, so that no other table is where it was
+        return self._small[2]
 
     def _head(
         self, states: States, where: Bool[Tensor, "B L"], head: Head

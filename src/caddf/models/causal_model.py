@@ -20,6 +20,7 @@ from caddf.models.layers import Readout, head_log_probs, head_nll, states_at
 from caddf.models.states import States
 
 if TYPE_CHECKING:
+    from caddf.graphs import Graphs
     from caddf.native import Native
 
 
@@ -65,6 +66,7 @@ class CausalModel(nn.Module):
         self.block_size = config.block_size
         self.causal = CausalBranch(config.branch, config.rows, config.context)
         self.native: Native | None = None  # passes of a few positions, in another form than the modules'
+        self.graphs: Graphs | None = None  # whole rounds
 
     def forward(
         self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Caches | None = None
@@ -91,12 +93,12 @@ class CausalModel(nn.Module):
     def read(
         self,
         tokens: Int[Tensor, "B T"],
-        positions: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        positions: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots,
         caches: Caches,
         seen: None = None,
     ) -> States:
         """States of the slots `positions`, whose keys and values go into `caches`."""
-        slots = Slots.of(positions)
+        slots = positions if isinstance(positions, Slots) else Slots.of(positions)
         inputs = tokens_before(tokens, slots, self.config.bos_id)
         earlier = self.causal.earlier(tokens, slots, self.config.bos_id)
         if self.native is not None and (states := self.native.causal(inputs, slots, caches, earlier)) is not None:
@@ -106,10 +108,9 @@ class CausalModel(nn.Module):
     def rounds(
         self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, temperature: float, least: float
     ) -> Rounds | None:
-        """Whole rounds of the causal target at one go, where there are kernels for it."""
-        if self.native is None:
-            return None
-        return self.native.rounds(lengths, size, caches, temperature=temperature, least=least)
+        """Whole rounds of the causal target at one go, where there are kernels or graphs for it."""
+        whole = self.native or self.graphs
+        return None if whole is None else whole.rounds(lengths, size, caches, temperature=temperature, least=least)
 
     def log_probs(self, states: States, where: Bool[Tensor, "B L"], head: Head = "causal") -> Float[Tensor, "N V"]:
         """Log-probabilities (nats) at the positions in `where`, normalised over V in float32 or better."""

@@ -276,6 +276,13 @@ def head_log_probs(
     return F.log_softmax(logits_of(states, tokens, bias), -1)
 
 
+def over_all(log_p: Float[Tensor, "N n"], small: Int[Tensor, " n"] | None, vocab_size: int) -> Float[Tensor, "N V"]:
+    """Log-probabilities of all tokens: -inf outside the `small` vocabulary, where there is one."""
+    if small is None:
+        return log_p
+    return log_p.new_full((len(log_p), vocab_size), -torch.inf).index_copy(1, small, log_p)
+
+
 def head_nll(
     states: Float[Tensor, "N D"],
     tokens: Readout,

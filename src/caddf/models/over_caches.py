@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from caddf.caches import Caches, KVCache, Slots
@@ -20,6 +20,7 @@ from caddf.models.layers import Rotation, among, nearness
 from caddf.models.states import Canvas, States
 
 if TYPE_CHECKING:
+    from caddf.graphs import Graphs
     from caddf.native import Native
 
 
@@ -33,6 +34,7 @@ class OverCaches(nn.Module):
     chain: DraftChain | None
     fusion: CrossFusion | Mixer | None
     native: Native | None
+    graphs: Graphs | None
 
     def _cross(
         self, h_trans: Float[Tensor, "B n D"], positions: Int[Tensor, "..."], turn: Rotation, seen: Canvas
@@ -67,17 +69,17 @@ class OverCaches(nn.Module):
     def read(
         self,
         tokens: Int[Tensor, "B T"],
-        positions: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        positions: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots,
         caches: Caches,
         seen: Canvas | None = None,
     ) -> States:
         """States of the slots `positions`, whose keys and values go into `caches`; fused where `seen` is given."""
-        slots = Slots.of(positions)
+        slots = positions if isinstance(positions, Slots) else Slots.of(positions)
         assert self.causal is not None
         bos_id = self.config.bos_id
         inputs, earlier = tokens_before(tokens, slots, bos_id), self.causal.earlier(tokens, slots, bos_id)
         states = States(None, None, self._read(inputs, slots, caches, earlier))
-        return states if seen is None else self.fuse(states, positions, caches, seen)
+        return states if seen is None else self.fuse(states, slots.positions, caches, seen)
 
     def fuse(
         self, states: States, positions: Int[Tensor, "B n"] | Int[Tensor, " n"], caches: Caches, seen: Canvas
@@ -112,13 +114,24 @@ class OverCaches(nn.Module):
             return Canvas(self.diffusion(canvas, positions, visible), positions, visible)
         until = until.clamp(max=caches.exchange.length - 1)
         alike = bool((until == until[0]).all())
-        last = Slots.of(until[:1] if alike else until[:, None])  # what the window sees is what its last slot sees
-        visible_states, since = last.visible(self.config.context), last.since(self.config.context)
+        last = Slots.of(until[:1] if alike else until[:, None])
+        return self.encode_over(canvas, slots, last, caches.exchange, visible)
+
+    def encode_over(
+        self,
+        canvas: Int[Tensor, "B n"],
+        slots: Slots,
+        last: Slots,
+        exchange: KVCache,
+        visible: Bool[Tensor, "..."] | None = None,
+    ) -> Canvas:
+        """h_cad of a window at `slots`, which sees of the causal states what the slot `last` sees."""
+        since = last.since(self.config.context)
         states_at = torch.arange(since, last.upto, device=canvas.device)
-        exchanged = self.diffusion.seen(positions, states_at, visible_states, sides=False)
-        exchange = [caches.exchange.read(layer, last.upto, since) for layer in range(len(self.diffusion.layers))]
-        states = self.diffusion(canvas, caches.exchange.turn(slots), visible, exchange, exchanged)
-        return Canvas(states, positions, visible)
+        exchanged = self.diffusion.seen(slots.positions, states_at, last.visible(self.config.context), sides=False)
+        keys_values = [exchange.read(layer, last.upto, since) for layer in range(len(self.diffusion.layers))]
+        states = self.diffusion(canvas, exchange.turn(slots), visible, keys_values, exchanged)
+        return Canvas(states, slots.positions, visible)
 
     def draft(self, seen: Canvas, tokens: Int[Tensor, "B T"]) -> States:
         """Draft states of a window, chained where the model has a chain and the window is a block."""
@@ -134,15 +147,15 @@ class OverCaches(nn.Module):
         self,
         seen: Canvas,
         tokens: Int[Tensor, "B T"],
-        places: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        places: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots,
         cache: KVCache,
     ) -> States:
         """Chained draft states at `places` of a window alone; `cache` holds what the chain read of those before."""
         assert self.chain is not None
-        slots = Slots.of(places)
+        slots = places if isinstance(places, Slots) else Slots.of(places)
         if slots.first is None:
-            h_cad = seen.states.gather(1, places[..., None].expand(-1, -1, seen.states.shape[-1]))
-            positions = seen.positions.expand(len(tokens), -1).gather(1, places)
+            h_cad = seen.states.gather(1, slots.positions[..., None].expand(-1, -1, seen.states.shape[-1]))
+            positions = seen.positions.expand(len(tokens), -1).gather(1, slots.positions)
         else:
             h_cad, positions = seen.states[:, slots.where], seen.positions[..., slots.where]
         before = self._heard(tokens, positions)
@@ -170,10 +183,9 @@ class OverCaches(nn.Module):
     def rounds(
         self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, temperature: float, least: float
     ) -> Rounds | None:
-        """Whole rounds of the causal target at one go, where there are kernels for it."""
-        if self.native is None:
-            return None
-        return self.native.rounds(lengths, size, caches, temperature=temperature, least=least)
+        """Whole rounds of the causal target at one go, where there are kernels or graphs for it."""
+        whole = self.native or self.graphs
+        return None if whole is None else whole.rounds(lengths, size, caches, temperature=temperature, least=least)
 
     def before(
         self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"], by: int = 1

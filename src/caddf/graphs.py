@@ -1,0 +1,379 @@
+"""Whole rounds of a causal target as one CUDA graph: a window, its drafts, their verification, and the token behind.
+
+On a GPU the time of a round is that of launching its hundreds of kernels, one after the other. Here they are recorded
+once, on buffers that stay where they are, and launched together ever after. What is recorded is `Engine.round`, made of
+the model's own modules: it writes what `decoding.speculative` and `decoding.autoregressive` write from the same
+uniforms, with no step that waits for a number to come back from the GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from caddf.caches import Caches, KVCache, Slots
+from caddf.categorical import Warp, inverse_cdf
+from caddf.decoding.verification import at_place, residual, verify
+from caddf.interface import Round
+from caddf.models.causal import CausalBranch
+from caddf.models.chain import DraftChain
+from caddf.models.layers import TiedEmbedding, head_log_probs, over_all
+from caddf.models.states import States
+
+MOST = 256
+"""Places of all rows of a round, each of which has probabilities of all tokens."""
+NARROWEST, STEP = 128, 256
+"""Slots that the narrowest graph attends to (others: twice as many, and so on), and of which caches hold a multiple."""
+IDLE = 4
+"""Engines that wait for another generation like theirs: each holds caches and graphs."""
+WARM = 3
+"""Rounds before one is recorded, in which libraries choose their kernels and tables are made."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a graph is recorded for."""
+
+    rows: int
+    length: int
+    size: int
+    temperature: float
+    least: float
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Graphs:
+    """A model's rounds (`caddf.interface.Incremental.rounds`), whose engines go from one generation to the next.
+
+    Where there is no GPU the same rounds run step by step. A copied model has no graphs: they read the first's weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.idle, self.failed = cast(Any, model), list[Engine](), False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model has weights of its own."""
+        return None
+
+    @staticmethod
+    def suits(model: nn.Module) -> bool:
+        """Whether the model has rounds at all: a causal branch that reads no canvas."""
+        branch = getattr(model, "causal", None)
+        return hasattr(model, "graphs") and isinstance(branch, CausalBranch) and not hasattr(branch.layers[0], "cross")
+
+    def fit(self, rows: int, size: int, caches: Caches) -> bool:
+        """Whether there are such rounds: drafts need a chain, and what the diffusion branch reads of causal states."""
+        model, branch = self.model, self.model.causal
+        chained = isinstance(getattr(model, "chain", None), DraftChain)
+        drafts = not size or (caches.exchange is not None and chained)
+        reach = size <= branch.context and (branch.table is None or caches.causal.length <= branch.context)
+        return self.suits(model) and drafts and reach and rows * (size + 1) <= MOST
+
+    def rounds(
+        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, temperature: float, least: float
+    ) -> GraphRounds | None:
+        """Whole rounds over what `caches` hold at the first of them; None where they do not fit, or recording failed.
+
+        Engines whose weights stand elsewhere by now, or whose tables were made of others, are let go.
+        """
+        if self.failed or not self.fit(len(lengths), size, caches):
+            return None
+        branch, weight = self.model.causal, self.model.causal.embedding.weight
+        length = -(-caches.causal.length // STEP) * STEP
+        length = length if branch.table is None else min(length, branch.context)
+        shape = Shape(len(lengths), length, size, temperature, least, weight.dtype, weight.device)
+        read = _read_by(self.model)
+        self.idle = [each for each in self.idle if each.reads(read)]
+        engine = next((each for each in self.idle if each.shape == shape), None)
+        if engine is None:
+            engine = Engine(self.model, shape, read)
+        else:
+            self.idle.remove(engine)
+        rounds = GraphRounds(engine, lengths, caches)
+        weakref.finalize(rounds, self._back, engine).atexit = False
+        return rounds
+
+    def _back(self, engine: Engine) -> None:
+        """`engine` is free; of those that are, the last ones used are kept."""
+        self.failed = self.failed or engine.failed
+        self.idle = [] if self.failed else [*self.idle, engine][-IDLE:]
+
+
+class GraphRounds:
+    """The rounds of one generation; its engine is its own until it ends."""
+
+    def __init__(self, engine: Engine, lengths: Int[Tensor, " B"], caches: Caches) -> None:
+        self.engine, self.lengths, self.caches = engine, lengths, cast("Caches | None", caches)
+        self.most = self.upto = 0
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+        read: Int[Tensor, " B"],
+        u: Float[Tensor, "B 2k+1"],
+    ) -> Round:
+        """One round of the rows that go on."""
+        engine, opening, places = self.engine, False, self.engine.shape.size + 1
+        # How far the rows have come is known from above, and looked at only where that asks for a wider graph.
+        if self.caches is not None or engine.bucket(self.most + places) > self.upto:
+            self.most = int(torch.where(rows, n, 0).max())
+            self.upto = engine.bucket(self.most + places)
+        if self.caches is not None:
+            engine.begin(self.lengths, x.shape[1], self.caches, max(self.most, 1))  # drafts from 0 on see slot 0
+            self.caches, opening = None, bool(((n == 0) & rows).any())
+        engine.give(x, n, rows, read, u)
+        engine.run(self.upto, opening)
+        self.most += places
+        return engine.made(x.shape[1])
+
+
+class Engine:
+    """Buffers of one shape, the round on them, and its graphs, one for each width of attention.
+
+    What a round is given it only reads, and what it writes into the caches is the same each time: it can be run again.
+    """
+
+    def __init__(self, model: Any, shape: Shape, read: list[Tensor]) -> None:
+        self.model, self.shape, self.read_by, self.warp = model, shape, read, Warp(shape.temperature)
+        self.capture, self.failed = shape.device.type == "cuda", False
+        self.graphs: dict[int, Any] = {}
+        self.pool: Any = None
+        rows, length, size = shape.rows, shape.length, shape.size
+        with torch.inference_mode(False), torch.no_grad():  # buffers that may be written in either mode
+            self.caches: Caches = model.allocate(rows, length)
+            self.chain: KVCache | None = model.allocate_drafts(rows, size) if size else None
+            self.x, self.lengths, self.beyond = self._new(rows, length), self._new(rows), self._new()
+            self.n, self.held, self.rows = self._new(rows), self._new(rows), self._new(rows, dtype=torch.bool)
+            self.u = self._new(rows, 2 * size + 1, dtype=torch.float64)
+            self.tokens, self.marks = self._new(2, rows, length), self._new(2, rows, length, dtype=torch.bool)
+            self.numbers = self._new(7, rows)
+
+    def _new(self, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.shape.device)
+
+    def reads(self, read: list[Tensor]) -> bool:
+        """Whether what it reads is still where these are."""
+        return len(read) == len(self.read_by) and all(
+            one.data_ptr() == other.data_ptr() for one, other in zip(read, self.read_by, strict=True)
+        )
+
+    def bucket(self, slots: int) -> int:
+        """How many slots a round attends to where `slots` are wanted."""
+        width = NARROWEST
+        while width < slots:
+            width *= 2
+        return min(width, self.shape.length)
+
+    def begin(self, lengths: Int[Tensor, " B"], beyond: int, caches: Caches, upto: int) -> None:
+        """A generation of rows that end at `lengths`, of which `caches` hold the slots below `upto`."""
+        self.lengths.copy_(lengths)
+        self.beyond.fill_(beyond)
+        for own, other in ((self.caches.causal, caches.causal), (self.caches.exchange, caches.exchange)):
+            if own is not None and other is not None:
+                own.keys[:, :, :, :upto].copy_(other.keys[:, :, :, :upto])
+                own.values[:, :, :, :upto].copy_(other.values[:, :, :, :upto])
+
+    def give(
+        self,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+        read: Int[Tensor, " B"],
+        u: Float[Tensor, "B 2k+1"],
+    ) -> None:
+        """What the next round starts from."""
+        self.x[:, : x.shape[1]].copy_(x)
+        for own, given in ((self.n, n), (self.rows, rows), (self.held, read), (self.u, u)):
+            own.copy_(given, non_blocking=True)
+
+    def run(self, upto: int, opening: bool) -> None:
+        """One round: its graph where there is one; the first round of a text without a prompt has none."""
+        if opening or not self.capture:
+            self.round(upto, opening)
+            return
+        with torch.cuda.device(self.shape.device):
+            if upto not in self.graphs:
+                try:
+                    self.graphs[upto] = self._record(upto)
+                except RuntimeError as error:
+                    self.capture, self.failed = False, True
+                    self.graphs.clear()
+                    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                    warnings.warn(f"a CUDA graph could not be recorded; going on without: {said}", stacklevel=2)
+                    self.round(upto, opening)
+                    return
+            self.graphs[upto].replay()
+
+    def _record(self, upto: int) -> Any:
+        """A graph of one round."""
+        current, stream = torch.cuda.current_stream(), _side(self.shape.device)
+        try:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(WARM):
+                    self.round(upto)
+            current.wait_stream(stream)
+            self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                self.round(upto)
+            return graph
+        finally:
+            torch.cuda.set_stream(current)  # where recording fails, it may leave its own
+
+    def made(self, length: int) -> Round:
+        """What the last round came to, in tensors of its own; rows are `length` long."""
+        tokens, marks, numbers = self.tokens[..., :length].clone(), self.marks[..., :length].clone(), self.numbers
+        numbers = numbers.clone()
+        return Round(tokens[0], marks[0], tokens[1], marks[1], numbers[0], numbers[1], numbers[2:])
+
+    def round(self, upto: int, opening: bool = False) -> None:
+        """A round of rows that attend to the slots below `upto`, from what was given to what is made of it.
+
+        With `opening` rows may have no token yet, and so a draft more. Rows that do not go on are read like the others.
+        """
+        rows, lengths, size = self.rows, self.lengths, self.shape.size
+        count = size if opening else max(size - 1, 0)
+        n = self.n.clamp(max=upto - 1)
+        at = torch.arange(self.shape.length, device=n.device)
+        # What stands, `[M]` behind it whatever a row holds there, and a last place for what has none.
+        x = F.pad(torch.where(at < n[:, None], self.x, self.model.mask_id), (0, 1), value=self.model.mask_id)
+        start = (n - 1).clamp(min=0)
+        whole = torch.where(rows, torch.minimum(start + size, lengths), n) if size else n
+        end, q = whole, None
+        if count:
+            x, q, end = self._draft(x, n, start, whole, upto, count)
+
+        # Verify in one pass, and read behind the drafts for one token more.
+        place = n[:, None] + torch.arange(count + 1, device=n.device)
+        slots = Slots(place.clamp(max=upto - 1), None, upto)
+        log_p = self._log_probs(self.model.read(x, slots, self.caches), "causal")
+        place, shown = place[:, :count], torch.where(rows, torch.minimum(end + 1, lengths), n)
+        drafted, drafting = x.gather(1, place.clamp(max=x.shape[1] - 1)), place < end[:, None]
+        stands, token = self._verify(log_p, q, drafted, drafting, end - n)
+
+        stop = n + stands
+        more = stop < shown
+        after, column = stop + more, n[:, None]
+        here = (at == stop[:, None]) & more[:, None]
+        tokens = torch.where((at >= column) & (at < stop[:, None]), x[:, :-1], self.x)
+        self.tokens[0].copy_(torch.where(here, token[:, None], tokens))
+        self.tokens[1].copy_(torch.where((at >= column) & (at < end[:, None]), x[:, :-1], self.model.mask_id))
+        self.marks[0].copy_((at >= column) & (at < after[:, None]) & rows[:, None])
+        self.marks[1].copy_(here & (stop < end)[:, None])
+        one, looked = rows.long(), ((whole > n).any() & rows).long()
+        first_open = torch.where(after < lengths, after, self.beyond)
+        read = torch.minimum(torch.maximum(self.held, shown), stop + 1)
+        made = (
+            torch.where(rows, first_open, self.n),
+            torch.where(rows, read, self.held),
+            one,
+            looked,
+            shown - n + looked * size,
+            one * shown + looked * 2 * whole,
+            one,
+        )
+        self.numbers.copy_(torch.stack(made))
+
+    def _draft(
+        self,
+        x: Int[Tensor, "B T+1"],
+        n: Int[Tensor, " B"],
+        start: Int[Tensor, " B"],
+        end: Int[Tensor, " B"],
+        upto: int,
+        count: int,
+    ) -> tuple[Int[Tensor, "B T+1"], Float[Tensor, "B m V"] | None, Int[Tensor, " B"]]:
+        """`x` with up to `count` drafts of each row from n on, what they were drawn from (None: greedy), their end."""
+        model, (rows, last), size, greedy = self.model, (len(n), x.shape[1] - 1), self.shape.size, self._greedy
+        assert self.caches.exchange is not None and self.chain is not None
+        window = start[:, None] + torch.arange(size, device=n.device)
+        canvas = x.gather(1, window.clamp(max=last))
+        until = Slots(start[:, None], None, upto)
+        seen = model.encode_over(canvas, Slots(window, None, upto), until, self.caches.exchange)
+        first, drawn_from = n - start, []
+        chance, sure = self.u.new_zeros(rows), torch.ones_like(self.rows)
+        for j in range(count):
+            if j:
+                places = (first + j).clamp(max=size - 1)[:, None]
+            else:  # the first step reads what stands before the first draft, too
+                places = torch.arange(min(size, 2), device=n.device).expand(rows, -1)
+            states = model.draft_step(seen, x, Slots(places, None, size), self.chain).draft
+            if not j:
+                states = at_place(states, first)[:, None]
+            log_q = self._log_probs(States(None, states, None, chained=True), "draft")[:, 0]
+            drafting = n + j < end
+            if self.shape.least:
+                chance = chance + log_q.amax(-1).double() * drafting
+                sure = sure & (chance.exp() >= self.shape.least)
+                end = torch.where(sure, end, torch.minimum(end, n + max(j, 1)))
+                drafting = n + j < end
+            if greedy:
+                token = log_q.argmax(-1)
+            else:
+                drawn_from.append(self.warp(log_q) * drafting[:, None])
+                token = inverse_cdf(drawn_from[-1], self.u[:, j])
+            x = x.scatter(1, torch.where(drafting, n + j, last)[:, None], token[:, None])
+        return x, None if greedy else torch.stack(drawn_from, 1), end
+
+    def _verify(
+        self,
+        log_p: Float[Tensor, "B m+1 V"],
+        q: Float[Tensor, "B m V"] | None,
+        drafted: Int[Tensor, "B m"],
+        drafting: Bool[Tensor, "B m"],
+        count: Int[Tensor, " B"],
+    ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+        """How many of a row's first `count` places stand, and the token behind them."""
+        if self._greedy:
+            best = log_p.argmax(-1)
+            stands = ((drafted == best[:, :-1]) & drafting).long().cumprod(1).sum(1)
+            return stands, best.gather(1, stands[:, None])[:, 0]
+        p, size = self.warp(log_p), self.shape.size
+        if q is None:
+            return torch.zeros_like(count), inverse_cdf(p[:, 0], self.u[:, -1])
+        drafted = drafted.clamp(max=self.model.vocab_size - 1)
+        stands, share = verify(p, q, drafted, drafting, count, self.u[:, size : size + q.shape[1]])
+        q_stop = at_place(q, stands) * (stands < count)[:, None]
+        return stands, inverse_cdf(residual(share[:, None] * at_place(p, stands), q_stop), self.u[:, -1])
+
+    def _log_probs(self, states: States, head: str) -> Float[Tensor, "B n V"]:
+        """A head's log-probabilities at all of the states, `states` having those of that head."""
+        made = self.model.projection(states, head)
+        log_p = head_log_probs(made.states.flatten(0, 1), made.tokens, made.bias)
+        return over_all(log_p, made.small, self.model.vocab_size).view(*made.states.shape[:2], -1)
+
+    @property
+    def _greedy(self) -> bool:
+        return self.shape.temperature == 0
+
+
+@functools.cache
+def _side(device: torch.device) -> Any:
+    """The stream on which graphs are recorded: one for all, since libraries hold memory for each."""
+    return torch.cuda.Stream(device)
+
+
+@torch.no_grad()
+def _read_by(model: Any) -> list[Tensor]:
+    """All that a graph of the model reads by its address: its weights, and the tables that are made of them and kept.
+
+    Weights may change where they are; a table is then made anew, elsewhere as long as someone holds the old one.
+    """
+    held = [each.detach() for each in (*model.parameters(), *model.buffers())]
+    held += [each.weight for each in model.modules() if isinstance(each, TiedEmbedding)]
+    if getattr(model, "draft_tokens", None) is not None:
+        held.append(model.small_table())
+    return held

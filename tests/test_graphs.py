@@ -1,0 +1,350 @@
+"""Rounds on buffers that stay where they are: what the decoder's steps give, with nothing that waits for a number.
+
+Graphs are recorded on a GPU alone. Here the same rounds run step by step, and as often as recording runs them.
+"""
+
+import copy
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from caddf import graphs
+from caddf.categorical import RowGenerators, Warp
+from caddf.compile import compiled
+from caddf.decoding import Autoregressive, Speculative, Task
+from caddf.graphs import Engine, Graphs, Shape
+from caddf.models.backbone import DualBranch
+from caddf.models.causal_model import CausalConfig, CausalModel
+from caddf.models.config import BranchConfig, ModelConfig
+
+V, T = 83, 40
+
+
+def loud(model):
+    """In float64, with weights that are large enough for every part to be heard, biases among them."""
+    for parameter in model.parameters():
+        parameter.data = (parameter.data + 0.1 * torch.randn(parameter.shape)).double()
+    return model.eval().requires_grad_(False)
+
+
+def dual(context: int = T, **settings) -> DualBranch:
+    torch.manual_seed(4)
+    own = {"token_shift": True, **settings.pop("causal", {})}
+    diffusion = BranchConfig(2, 32, 4, alibi=settings.pop("alibi", True))
+    settings = {"embeddings": "tied", "draft": "chained", "block_size": 6, "own_state": True, **settings}
+    return loud(DualBranch(ModelConfig(V, context, diffusion, BranchConfig(2, 48, 3, **own), **settings)))
+
+
+def small() -> DualBranch:
+    return dual(draft_vocab=40)
+
+
+def learned() -> DualBranch:
+    return dual(causal={"positions": "learned", "bias": True, "token_shift": False}, embeddings="separate", alibi=False)
+
+
+def gpt2() -> CausalModel:
+    torch.manual_seed(0)
+    return loud(CausalModel(CausalConfig(V, T, BranchConfig(2, 48, 3, positions="learned", bias=True), block_size=6)))
+
+
+def shifted() -> CausalModel:
+    torch.manual_seed(0)
+    return loud(CausalModel(CausalConfig(V, 24, BranchConfig(2, 48, 3, token_shift=True), block_size=6)))
+
+
+def attached(model):
+    model.graphs = Graphs(model)
+    return model
+
+
+def texts(rows: int, prompt: int, seed: int = 0) -> torch.Tensor:
+    """Prompts of unequal length, the first's given."""
+    x = torch.randint(V, (rows, T), generator=torch.Generator().manual_seed(seed))
+    return torch.where(torch.arange(T) < prompt + 3 * torch.arange(rows)[:, None], x, V)
+
+
+def written(model, decoder, x, *, seed: int = 0, temperature: float = 1.0, finished=None):
+    lengths = torch.tensor([T, T - 5, T - 1, T - 18])[: len(x)]
+    task = Task(x, lengths, V, RowGenerators(seed, len(x)), Warp(temperature=temperature))
+    task = task if finished is None else replace(task, finished=finished)
+    return [replace(frame, counts=frame.counts.copy()) for frame in decoder(model, task)]
+
+
+def assert_alike(one, two):
+    assert len(one) == len(two) > 2
+    for whole, steps in zip(one, two, strict=True):
+        for name in ("tokens", "fresh", "drafts", "corrected"):
+            a, b = getattr(whole, name), getattr(steps, name)
+            assert (a is None and b is None) or torch.equal(a, b), name
+        assert torch.equal(whole.counts.all, steps.counts.all)
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """How many rounds were made, and how wide their attention was; the narrowest is that of few slots."""
+    monkeypatch.setattr(graphs, "NARROWEST", 16)
+    made, round = [], Engine.round
+    monkeypatch.setattr(Engine, "round", lambda self, upto, *more: (made.append(upto), round(self, upto, *more))[1])
+    return made
+
+
+KINDS = {
+    "autoregressive": (dual, Autoregressive()),
+    "of a model of one branch": (gpt2, Autoregressive()),
+    "of one that slides": (shifted, Autoregressive()),
+    "drafts": (dual, Speculative()),
+    **{f"{k} drafts": (dual, Speculative(block_size=k)) for k in (1, 2, 3, 8)},
+    "unsure drafts": (dual, Speculative(least=0.2)),
+    "surer drafts": (dual, Speculative(least=0.6)),
+    "drafts that are never sure": (dual, Speculative(least=1.0)),
+    "a context that slides": (lambda: dual(context=24), Speculative(block_size=4)),
+    "a small vocabulary": (small, Speculative()),
+    "a small vocabulary, unsure": (small, Speculative(least=0.2)),
+    "learned positions": (learned, Speculative()),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("prompt", [0, 9])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_a_round_is_what_its_steps_are(kind, prompt, temperature, rounds):
+    """Rows of unequal length, one of which meets its end early: the same tokens, marks and counts, frame by frame."""
+    make, decoder = KINDS[kind]
+    plain, model = make(), attached(make())
+
+    def early(rows: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([False, False, True, False]) & (rows[:, prompt + 10] != V)
+
+    given = {"temperature": temperature, "finished": early}
+    x = texts(4, prompt)
+    one = written(model, decoder, x, **given)
+    assert len(one) - len(rounds) <= 1 and len({*rounds}) > 1  # all of them but where a prompt is read
+    rounds.clear()
+    assert_alike(one, written(plain, decoder, x, **given))
+    assert not rounds
+    assert one[-1].tokens[:2].unique().numel() > 1 + 4 * bool(temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@torch.inference_mode()
+def test_a_single_row_and_many_seeds(temperature, rounds):
+    plain, model = dual(), attached(dual())
+    for seed in range(6):
+        x = texts(1, 1 + seed, seed)
+        given = {"seed": seed, "temperature": temperature}
+        assert_alike(written(model, Speculative(), x, **given), written(plain, Speculative(), x, **given))
+    assert rounds and len(model.graphs.idle) == 1  # one engine served them all
+
+
+class Forbidden(TorchDispatchMode):
+    """Fails where a number is waited for, or where a shape follows from one, and where tensors come from the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, indices = function.name(), args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
+        waits = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "lift_fresh", "is_nonzero", "equal.")
+        assert not any(word in name for word in waits if word != "equal." or name.startswith("aten::equal")), name
+        if "index" in name:
+            assert not any(isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in indices), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_waited_for(kind, temperature, monkeypatch):
+    """Once tables are made, a round is operations on tensors alone."""
+    make, decoder = KINDS[kind]
+    model, round, seen = attached(make()), Engine.round, []
+
+    def strict(self, upto, opening=False):
+        round(self, upto, opening)
+        with Forbidden():
+            round(self, upto, opening)
+        seen.append(upto)
+
+    monkeypatch.setattr(Engine, "round", strict)
+    with torch.no_grad():
+        written(model, decoder, texts(2, T - 8), temperature=temperature)
+    assert seen
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """As on a GPU, but for the recording: the round runs as often as it would, and then for each replay."""
+    taken = []
+
+    class Graph:
+        def __init__(self, engine, upto):
+            self.engine, self.upto = engine, upto
+
+        def replay(self):
+            self.engine.round(self.upto)
+
+    def record(self, upto):
+        taken.append(upto)
+        for _ in range(graphs.WARM):
+            self.round(upto)
+        return Graph(self, upto)
+
+    class Anywhere:
+        def __init__(self, device):
+            pass
+
+        __enter__ = __exit__ = lambda *_: None
+
+    init = Engine.__init__
+    monkeypatch.setattr(
+        Engine, "__init__", lambda self, *given: (init(self, *given), setattr(self, "capture", True))[0]
+    )
+    monkeypatch.setattr(Engine, "_record", record)
+    monkeypatch.setattr(torch.cuda, "device", Anywhere)
+    monkeypatch.setattr(graphs, "NARROWEST", 16)
+    return taken
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["autoregressive", "drafts", "unsure drafts", "of a model of one branch"])
+@torch.inference_mode()
+def test_rounds_that_are_recorded_can_run_again(kind, temperature, recorded):
+    make, decoder = KINDS[kind]
+    plain, model = make(), attached(make())
+    for _ in range(2):
+        x = texts(3, 0)
+        one, two = (written(m, decoder, x, temperature=temperature) for m in (model, plain))
+        assert_alike(one, two)
+        assert len(recorded) == len({*recorded}) > 1  # each width once, for both texts
+
+
+@torch.inference_mode()
+def test_where_recording_fails_decoding_goes_on_and_says_so_once(recorded, monkeypatch):
+    plain, model, record = dual(), attached(dual()), Engine._record
+
+    def fails(self, upto):
+        if upto > 16:
+            raise RuntimeError("\nno graph\nand much more")
+        return record(self, upto)
+
+    monkeypatch.setattr(Engine, "_record", fails)
+    with pytest.warns(UserWarning, match="a CUDA graph could not be recorded; going on without: no graph$") as said:
+        one = written(model, Speculative(), texts(3, 2))
+        two = written(model, Speculative(), texts(3, 2))
+    assert len(said) == 1 and recorded == [16]
+    for frames in (one, two):
+        assert_alike(frames, written(plain, Speculative(), texts(3, 2)))
+
+
+@torch.inference_mode()
+def test_two_texts_at_once_never_share_an_engine():
+    plain, model = dual(), attached(dual())
+    tasks = [
+        [Task(texts(2, 5, s), torch.tensor([T, T - 3]), V, RowGenerators(s, 2)) for s in range(2)] for _ in range(2)
+    ]
+    alone = [list(Speculative()(plain, task)) for task in tasks[0]]
+    pair = list(zip(*(Speculative()(model, task) for task in tasks[1]), strict=False))
+    assert len(pair) > 3
+    for one, two in zip(pair, zip(*alone, strict=False), strict=True):
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
+    gc.collect()
+    assert len(model.graphs.idle) == 2
+    frames = Speculative()(model, tasks[1][0])
+    next(frames)
+    assert len(model.graphs.idle) == 1
+    del frames
+    gc.collect()
+    assert len(model.graphs.idle) == 2
+
+
+def test_few_engines_wait():
+    model = attached(dual())
+    for size in (2, 3, 4, 5, 6, 7):
+        model.graphs.rounds(torch.tensor([T]), size, model.allocate(1, T), temperature=1.0, least=0.0)
+    gc.collect()
+    assert [engine.shape.size for engine in model.graphs.idle] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("make", [dual, small, learned, gpt2])
+def test_weights_may_change_between_texts(make):
+    """In place, in parts that tables are made of, and by new tensors: the next text is that of the new weights."""
+    model, decoder = attached(make()), Autoregressive() if make is gpt2 else Speculative()
+
+    def check():
+        plain = copy.deepcopy(model)
+        assert plain.graphs is None
+        with torch.inference_mode():
+            one, two = (written(m, decoder, texts(2, 24)) for m in (model, plain))
+        assert_alike(one, two)
+        return one[-1].tokens
+
+    before = [check()]
+    for name, parameter in model.named_parameters():
+        if name.endswith(("embedding.weight", "map", "join.weight", "layers.1.mlp.up.weight")):
+            with torch.no_grad():
+                parameter.mul_(1.1)
+            before.append(check())
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.8
+    before.append(check())
+    model.load_state_dict({name: each * 1.2 for name, each in model.state_dict().items() if each.is_floating_point()},
+                          assign=True, strict=False)  # fmt: skip
+    before.append(check())
+    if make is small:
+        model.choose_draft_tokens(torch.arange(V))
+        before.append(check())
+    assert sum(not torch.equal(*pair) for pair in zip(before[1:], before, strict=False)) > 3
+    assert len(model.graphs.idle) == 1
+
+
+def test_engines_serve_with_gradients_on_and_off():
+    model = attached(dual()).requires_grad_(True)
+    plain = written(dual(), Speculative(), texts(2, 3))
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert_alike(written(model, Speculative(), texts(2, 3)), plain)
+    assert len(model.graphs.idle) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "rows", "fits"),
+    [
+        (dual, 6, 4, True),
+        (dual, 6, 40, False),
+        (dual, 0, 256, True),
+        (dual, T + 1, 1, False),
+        (gpt2, 0, 2, True),
+        (gpt2, 2, 2, False),
+        (lambda: dual(draft="factorised"), 6, 1, False),
+        (lambda: dual(draft="factorised"), 0, 1, True),
+        (lambda: dual(exchange="one_way"), 6, 1, False),
+        (lambda: dual(context=T - 1), 6, 1, True),
+        (lambda: dual(context=T - 1, causal={"positions": "learned"}), 6, 1, False),
+    ],
+)
+def test_other_rounds_are_read_step_by_step(make, size, rows, fits):
+    model = attached(make())
+    made = model.rounds(torch.full((rows,), T), size, model.allocate(rows, T), temperature=1.0, least=0.0)
+    assert (made is not None) == fits
+
+
+def test_on_a_cpu_there_are_none():
+    assert compiled(dual(), "auto").graphs is None and compiled(dual().float(), "auto").graphs is None
+    assert Graphs.suits(dual()) and Graphs.suits(gpt2())
+    assert not Graphs.suits(dual(fusion="layers", exchange="one_way", own_state=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_all_of_a_round_is_on_the_models_device(kind):
+    """Tensors without content, which do not mix with others, and of which nothing can be known."""
+    make, decoder = KINDS[kind]
+    model, size = make().to("meta"), 0 if isinstance(decoder, Autoregressive) else decoder.block_size or 6
+    for temperature in (0.0, 0.7):
+        least = getattr(decoder, "least", 0.0)
+        engine = Engine(model, Shape(3, T, size, temperature, least, torch.float64, torch.device("meta")), [])
+        engine.begin(torch.zeros(3, dtype=torch.long), T, engine.caches, 1)
+        for opening in (False, True):
+            engine.round(32, opening)
+        assert engine.made(T).work.device.type == "meta"
