@@ -20,7 +20,7 @@ setup: .venv/installed
 	@touch $@
 
 # Writes with the model that is shipped; where there is none, with one that is trained first.
-SHIPPED := checkpoints/demo
+SHIPPED := checkpoints/tiny
 demo: $(if $(wildcard $(SHIPPED)/config.json),demo-shipped,demo-train)
 
 demo-shipped: setup

@@ -67,9 +67,9 @@ def texts(rows: int, prompt: int, seed: int = 0) -> torch.Tensor:
     return torch.where(torch.arange(T) < prompt + 3 * torch.arange(rows)[:, None], x, V)
 
 
-def written(model, decoder, x, *, seed: int = 0, temperature: float = 1.0, finished=None):
+def written(model, decoder, x, *, seed: int = 0, warp: Warp | None = None, finished=None):
     lengths = torch.tensor([T, T - 5, T - 1, T - 18])[: len(x)]
-    task = Task(x, lengths, V, RowGenerators(seed, len(x)), Warp(temperature=temperature))
+    task = Task(x, lengths, V, RowGenerators(seed, len(x)), warp or Warp())
     task = task if finished is None else replace(task, finished=finished)
     return [replace(frame, counts=frame.counts.copy()) for frame in decoder(model, task)]
 
@@ -108,11 +108,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("warp", [Warp(0.0), Warp(0.8), Warp(0.9, 30, 0.8, 0.02)], ids=["greedy", "warm", "filters"])
 @pytest.mark.parametrize("prompt", [0, 9])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_a_round_is_what_its_steps_are(kind, prompt, temperature, rounds):
+def test_a_round_is_what_its_steps_are(kind, prompt, warp, rounds):
     """Rows of unequal length, one of which meets its end early: the same tokens, marks and counts, frame by frame."""
     make, decoder = KINDS[kind]
     plain, model = make(), attached(make())
@@ -120,14 +120,14 @@ def test_a_round_is_what_its_steps_are(kind, prompt, temperature, rounds):
     def early(rows: torch.Tensor) -> torch.Tensor:
         return torch.tensor([False, False, True, False]) & (rows[:, prompt + 10] != V)
 
-    given = {"temperature": temperature, "finished": early}
+    given = {"warp": warp, "finished": early}
     x = texts(4, prompt)
     one = written(model, decoder, x, **given)
     assert len(one) - len(rounds) <= 1 and len({*rounds}) > 1  # all of them but where a prompt is read
     rounds.clear()
     assert_alike(one, written(plain, decoder, x, **given))
     assert not rounds
-    assert one[-1].tokens[:2].unique().numel() > 1 + 4 * bool(temperature)
+    assert one[-1].tokens[:2].unique().numel() > 1 + 4 * bool(warp.temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -136,7 +136,7 @@ def test_a_single_row_and_many_seeds(temperature, rounds):
     plain, model = dual(), attached(dual())
     for seed in range(6):
         x = texts(1, 1 + seed, seed)
-        given = {"seed": seed, "temperature": temperature}
+        given = {"seed": seed, "warp": Warp(temperature)}
         assert_alike(written(model, Speculative(), x, **given), written(plain, Speculative(), x, **given))
     assert rounds and len(model.graphs.idle) == 1  # one engine served them all
 
@@ -168,7 +168,7 @@ def test_nothing_is_waited_for(kind, temperature, monkeypatch):
 
     monkeypatch.setattr(Engine, "round", strict)
     with torch.no_grad():
-        written(model, decoder, texts(2, T - 8), temperature=temperature)
+        written(model, decoder, texts(2, T - 8), warp=Warp(temperature))
     assert seen
 
 
@@ -214,7 +214,7 @@ def test_rounds_that_are_recorded_can_run_again(kind, temperature, recorded):
     plain, model = make(), attached(make())
     for _ in range(2):
         x = texts(3, 0)
-        one, two = (written(m, decoder, x, temperature=temperature) for m in (model, plain))
+        one, two = (written(m, decoder, x, warp=Warp(temperature)) for m in (model, plain))
         assert_alike(one, two)
         assert len(recorded) == len({*recorded}) > 1  # each width once, for both texts
 
@@ -261,7 +261,7 @@ def test_two_texts_at_once_never_share_an_engine():
 def test_few_engines_wait():
     model = attached(dual())
     for size in (2, 3, 4, 5, 6, 7):
-        model.graphs.rounds(torch.tensor([T]), size, model.allocate(1, T), temperature=1.0, least=0.0)
+        model.graphs.rounds(torch.tensor([T]), size, model.allocate(1, T), warp=Warp(), least=0.0)
     gc.collect()
     assert [engine.shape.size for engine in model.graphs.idle] == [4, 5, 6, 7]
 
@@ -325,7 +325,7 @@ def test_engines_serve_with_gradients_on_and_off():
 )
 def test_other_rounds_are_read_step_by_step(make, size, rows, fits):
     model = attached(make())
-    made = model.rounds(torch.full((rows,), T), size, model.allocate(rows, T), temperature=1.0, least=0.0)
+    made = model.rounds(torch.full((rows,), T), size, model.allocate(rows, T), warp=Warp(), least=0.0)
     assert (made is not None) == fits
 
 
@@ -343,7 +343,7 @@ def test_all_of_a_round_is_on_the_models_device(kind):
     model, size = make().to("meta"), 0 if isinstance(decoder, Autoregressive) else decoder.block_size or 6
     for temperature in (0.0, 0.7):
         least = getattr(decoder, "least", 0.0)
-        engine = Engine(model, Shape(3, T, size, temperature, least, torch.float64, torch.device("meta")), [])
+        engine = Engine(model, Shape(3, T, size, Warp(temperature), least, torch.float64, torch.device("meta")), [])
         engine.begin(torch.zeros(3, dtype=torch.long), T, engine.caches, 1)
         for opening in (False, True):
             engine.round(32, opening)

@@ -282,12 +282,23 @@ def test_the_library_is_built_once_and_kept(monkeypatch, tmp_path):
         build.library.cache_clear()
 
 
+WARPS = {
+    "greedy": Warp(0.0),
+    "temperature": Warp(0.8),
+    "top-k": Warp(top_k=7),
+    "one": Warp(0.7, top_k=1),
+    "top-p": Warp(0.9, top_p=0.7),
+    "min-p": Warp(min_p=0.2),
+    "all filters": Warp(1.1, 30, 0.9, 0.05),
+}
+
+
 @pytest.mark.parametrize("draft_vocab", [None, 40])
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("warp", WARPS.values(), ids=WARPS)
 @torch.inference_mode()
-def test_drafts_at_one_go_are_those_step_by_step(temperature, draft_vocab, monkeypatch):
+def test_drafts_at_one_go_are_those_step_by_step(warp, draft_vocab, monkeypatch):
     """The same uniforms give the same tokens, and q is the warped draft head's, whatever the rows' places."""
-    x, warp, drawn = tokens(3), Warp(temperature), []
+    x, drawn = tokens(3), []
     n, u = torch.tensor([20, 22, 0]), torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for at_once in (True, False):
         model = native.attach(dual(draft_vocab=draft_vocab))
@@ -348,7 +359,7 @@ def test_drafts_of_a_broken_model_are_tokens_still(temperature):
     cache, states = model.allocate_drafts(1, 6), torch.zeros(1, 6, 32)
     model.allocate(1, T)
     n, u = torch.tensor([20]), torch.full((1, 5), 0.5, dtype=torch.float64)
-    drawn, _, _ = model.native.drafts(states, tokens(1), n - 1, n, u, cache, temperature=temperature, least=0.0)
+    drawn, _, _ = model.native.drafts(states, tokens(1), n - 1, n, u, cache, warp=Warp(temperature), least=0.0)
     assert ((drawn >= 0) & (drawn < V)).all()
 
 
@@ -376,11 +387,11 @@ ROUNDS = {
 }
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("warp", WARPS.values(), ids=WARPS)
 @pytest.mark.parametrize("prompt", [0, 9])
 @pytest.mark.parametrize("kind", ROUNDS)
 @torch.inference_mode()
-def test_a_round_is_what_its_steps_are(kind, prompt, temperature, monkeypatch):
+def test_a_round_is_what_its_steps_are(kind, prompt, warp, monkeypatch):
     """Rows of unequal length, one of which meets its end early: the same tokens, marks and counts, frame by frame."""
     make, decoder = ROUNDS[kind]
     model, x, lengths = native.attach(make()), tokens(3), torch.tensor([T, T - 5, T - 1])
@@ -394,7 +405,7 @@ def test_a_round_is_what_its_steps_are(kind, prompt, temperature, monkeypatch):
         with monkeypatch.context() as patch:
             if stepwise:
                 patch.setattr(type(model), "rounds", lambda *_, **__: None)  # every reading by itself
-            task = Task(x, lengths, V, RowGenerators(0, 3), Warp(temperature=temperature), finished=early)
+            task = Task(x, lengths, V, RowGenerators(0, 3), warp, finished=early)
             frames = [replace(frame, counts=frame.counts.copy()) for frame in decoder(model, task)]
         written.append(frames)
     assert len(written[0]) == len(written[1]) > 4
@@ -403,7 +414,7 @@ def test_a_round_is_what_its_steps_are(kind, prompt, temperature, monkeypatch):
             one, two = getattr(whole, name), getattr(steps, name)
             assert (one is None and two is None) or torch.equal(one, two), name
         assert torch.equal(whole.counts.all, steps.counts.all)
-    assert written[0][-1].tokens[:2].unique().numel() > 1 + 4 * bool(temperature)
+    assert written[0][-1].tokens[:2].unique().numel() > 1 + 4 * (warp.temperature > 0 and warp.top_k != 1)
 
 
 @torch.inference_mode()

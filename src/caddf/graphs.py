@@ -45,7 +45,7 @@ class Shape:
     rows: int
     length: int
     size: int
-    temperature: float
+    warp: Warp
     least: float
     dtype: torch.dtype
     device: torch.device
@@ -79,7 +79,7 @@ class Graphs:
         return self.suits(model) and drafts and reach and rows * (size + 1) <= MOST
 
     def rounds(
-        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, temperature: float, least: float
+        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, warp: Warp, least: float
     ) -> GraphRounds | None:
         """Whole rounds over what `caches` hold at the first of them; None where they do not fit, or recording failed.
 
@@ -90,7 +90,7 @@ class Graphs:
         branch, weight = self.model.causal, self.model.causal.embedding.weight
         length = -(-caches.causal.length // STEP) * STEP
         length = length if branch.table is None else min(length, branch.context)
-        shape = Shape(len(lengths), length, size, temperature, least, weight.dtype, weight.device)
+        shape = Shape(len(lengths), length, size, warp, least, weight.dtype, weight.device)
         read = _read_by(self.model)
         self.idle = [each for each in self.idle if each.reads(read)]
         engine = next((each for each in self.idle if each.shape == shape), None)
@@ -146,7 +146,7 @@ class Engine:
     """
 
     def __init__(self, model: Any, shape: Shape, read: list[Tensor]) -> None:
-        self.model, self.shape, self.read_by, self.warp = model, shape, read, Warp(shape.temperature)
+        self.model, self.shape, self.read_by, self.warp = model, shape, read, shape.warp
         self.capture, self.failed = shape.device.type == "cuda", False
         self.graphs: dict[int, Any] = {}
         self.pool: Any = None
@@ -357,7 +357,7 @@ class Engine:
 
     @property
     def _greedy(self) -> bool:
-        return self.shape.temperature == 0
+        return self.warp.temperature == 0
 
 
 @functools.cache

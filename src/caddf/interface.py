@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from caddf.categorical import Warp
 from caddf.errors import InputError
 
 Head = Literal["fused", "draft", "causal"]
@@ -199,7 +200,7 @@ class Incremental(LanguageModel, Protocol):
         u: Float[Tensor, "B m"],
         cache: Any,
         *,
-        temperature: float,
+        warp: Warp,
         least: float,
     ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
         """m drafts of each row from position n on, in a window from `start` on: all steps of a chain at one go.
@@ -209,9 +210,7 @@ class Incremental(LanguageModel, Protocol):
         the model draws nothing itself.
         """
 
-    def rounds(
-        self, lengths: Int[Tensor, " B"], size: int, caches: Any, *, temperature: float, least: float
-    ) -> Rounds | None:
+    def rounds(self, lengths: Int[Tensor, " B"], size: int, caches: Any, *, warp: Warp, least: float) -> Rounds | None:
         """Whole rounds of the causal target over `caches`, for rows of these lengths; None where the model has none.
 
         Windows of `size` slide (`decoding.speculative`); with size 0 a round is one token, and nothing is drafted.

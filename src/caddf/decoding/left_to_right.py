@@ -345,12 +345,10 @@ class CachedReader:
         warp: Warp,
         least: float,
     ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
-        """By the model itself, where it can and the warp is but a temperature."""
-        if look.chain is None or not warp.plain:
+        """By the model itself, where it can and no token is banned."""
+        if look.chain is None or warp.banned:
             return None
-        return self.model.draw_drafts(
-            look.seen, x, look.start, n, u, look.chain, temperature=warp.temperature, least=least
-        )
+        return self.model.draw_drafts(look.seen, x, look.start, n, u, look.chain, warp=warp, least=least)
 
     def round(
         self,
@@ -361,12 +359,12 @@ class CachedReader:
         size: int = 0,
         least: float = 0.0,
     ) -> tuple[Round, Progress] | None:
-        """By the model itself, where the target is causal and the warp but a temperature."""
+        """By the model itself, where the target is causal and no token is banned."""
         task = self.plan.task
-        if self.plan.head != "causal" or not task.warp.plain or (size and not self.plan.chained):
+        if self.plan.head != "causal" or task.warp.banned or (size and not self.plan.chained):
             return None
         if state.rounds is None:
-            made = self.model.rounds(task.lengths, size, state.caches, temperature=task.warp.temperature, least=least)
+            made = self.model.rounds(task.lengths, size, state.caches, warp=task.warp, least=least)
             state = replace(state, rounds=(made,))
         assert state.rounds is not None
         (rounds,) = state.rounds

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from caddf.caches import Caches, Slots
+from caddf.categorical import Warp
 from caddf.errors import InputError
 from caddf.interface import Block, Head, Infill, Pattern, Projection, Rounds
 from caddf.models.causal import CausalBranch, tokens_before
@@ -106,11 +107,11 @@ class CausalModel(nn.Module):
         return States(None, None, self.causal(inputs, slots, caches.causal, earlier=earlier))
 
     def rounds(
-        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, temperature: float, least: float
+        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, warp: Warp, least: float
     ) -> Rounds | None:
         """Whole rounds of the causal target at one go, where there are kernels or graphs for it."""
         whole = self.native or self.graphs
-        return None if whole is None else whole.rounds(lengths, size, caches, temperature=temperature, least=least)
+        return None if whole is None else whole.rounds(lengths, size, caches, warp=warp, least=least)
 
     def log_probs(self, states: States, where: Bool[Tensor, "B L"], head: Head = "causal") -> Float[Tensor, "N V"]:
         """Log-probabilities (nats) at the positions in `where`, normalised over V in float32 or better."""

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from caddf.caches import Caches, KVCache, Slots
+from caddf.categorical import Warp
 from caddf.interface import Block, Infill, Pattern, Rounds
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.chain import DraftChain
@@ -172,20 +173,20 @@ class OverCaches(nn.Module):
         u: Float[Tensor, "B m"],
         cache: KVCache,
         *,
-        temperature: float,
+        warp: Warp,
         least: float,
     ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
         """All steps of the chain at one go, where there are kernels for it."""
         if self.native is None:
             return None
-        return self.native.drafts(seen.states, tokens, start, n, u, cache, temperature=temperature, least=least)
+        return self.native.drafts(seen.states, tokens, start, n, u, cache, warp=warp, least=least)
 
     def rounds(
-        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, temperature: float, least: float
+        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, warp: Warp, least: float
     ) -> Rounds | None:
         """Whole rounds of the causal target at one go, where there are kernels or graphs for it."""
         whole = self.native or self.graphs
-        return None if whole is None else whole.rounds(lengths, size, caches, temperature=temperature, least=least)
+        return None if whole is None else whole.rounds(lengths, size, caches, warp=warp, least=least)
 
     def before(
         self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"], by: int = 1

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from caddf.caches import Caches, KVCache, Slots
+from caddf.categorical import Warp
 from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
 from caddf.models.diffusion import DiffusionBranch
@@ -19,7 +20,7 @@ from caddf.models.layers import Attention, nearest, state_of
 from caddf.native.build import library
 from caddf.native.passes import KINDS, WIDEST, Biases, NativeHead, StackPass, Weights, few, threads_for
 from caddf.native.rounds import Rounds
-from caddf.native.structures import CDraft, address, cache_of
+from caddf.native.structures import CDraft, address, cache_of, filters
 from caddf.quantise import Quantisation
 
 NEAR = 24 << 20
@@ -151,13 +152,13 @@ class Native:
         size: int,
         caches: Caches,
         *,
-        temperature: float,
+        warp: Warp,
         least: float,
     ) -> Rounds | None:
         """Whole rounds over `caches` (`caddf.interface.Incremental.rounds`)."""
         if not Rounds.fit(self, len(lengths), size, caches):
             return None
-        return Rounds(self, lengths, size, caches, temperature, least)
+        return Rounds(self, lengths, size, caches, warp, least)
 
     def drafts(
         self,
@@ -168,7 +169,7 @@ class Native:
         u: Float[Tensor, "B m"],
         cache: KVCache,
         *,
-        temperature: float,
+        warp: Warp,
         least: float,
     ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
         """m drafts of each row from position n on, one after the other: tokens, q, and how many are to be verified.
@@ -184,7 +185,7 @@ class Native:
         before, earlier = (self.model.before(x, places, by) for by in (1, 2))
         first = (n - start).clamp(0, width - 1)
         tokens, q = before.new_empty(rows, count), u.new_zeros(rows, count, self.model.vocab_size)
-        given, drafted = self.draft_settings(rows, width, cache, temperature, least), torch.empty_like(first)
+        given, drafted = self.draft_settings(rows, width, cache, warp, least), torch.empty_like(first)
         made = {"states": h_cad, "before": before, "earlier": earlier, "first": first, "u": u}
         made = {name: each.contiguous() for name, each in made.items()} | {"tokens": tokens, "q": q, "drafts": drafted}
         given.count = count
@@ -194,7 +195,7 @@ class Native:
             raise MemoryError("the kernels' working memory could not be had")
         return tokens, q, drafted
 
-    def draft_settings(self, rows: int, width: int, cache: KVCache, temperature: float, least: float) -> CDraft:
+    def draft_settings(self, rows: int, width: int, cache: KVCache, warp: Warp, least: float) -> CDraft:
         """What windows of `width` are drafted by; what they are drafted from, and go to, is for the caller."""
         assert self.diffusion is not None
         head, shifted = cast(NativeHead, self.heads["chain"]).tokens(), self.model.chain.shifted
@@ -202,8 +203,8 @@ class Native:
         read = self.stacks["chain"].weights.bytes + (4 >> head.type) * head.out * table.shape[1]
         return CDraft(
             rows=rows, width=width, embedding=address(table), shifted=address(shifted and shifted.weight), head=head,
-            ids=address(self.model.draft_tokens), vocabulary=self.model.vocab_size, temperature=temperature,
-            least=least, cache=cache_of(cache), cos=address(cos), sin=address(sin), threads=threads_for(read, rows),
+            ids=address(self.model.draft_tokens), vocabulary=self.model.vocab_size, least=least,
+            **filters(warp), cache=cache_of(cache), cos=address(cos), sin=address(sin), threads=threads_for(read, rows),
         )  # fmt: skip
 
 

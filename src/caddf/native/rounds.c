@@ -16,6 +16,8 @@ typedef struct {
   const int64_t *ids;
   int64_t vocabulary;
   double temperature, least;   // drafting ends when the product of the largest probabilities falls below `least`
+  double top_p, min_p;         // filters, off at 1, 0
+  int64_t top_k;               // and 0
   Cache cache;
   const float *cos, *sin;
   int64_t *tokens;             // [rows, count], drawn
@@ -70,6 +72,50 @@ static double weight_of(const float *p, int64_t n) {
   return total;
 }
 
+static uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// The largest weights stay, `count` at most, each of them while those before it sum to less than `most`; the rest become
+// 0. Among equals the first come first. The bits of numbers that are not negative are in their order: the last that
+// stays is found by its first bits, the next and the last, among those that share the bits before.
+static void keep_largest(float *p, int64_t n, int64_t count, double most) {
+  static const int shifts[] = {21, 10, 0};
+  uint32_t last = 0, known = 0;
+  int64_t number = 0;
+  double sum = 0;
+  for (int level = 0; level < 3; level++) {
+    uint32_t mask = level < 2 ? 2047 : 1023;
+    int64_t numbers[2048] = {0}, at = mask;
+    double sums[2048] = {0};
+    for (int64_t i = 0; i < n; i++) {
+      uint32_t bits = bits_of(p[i]);
+      if ((bits ^ last) & known) continue;
+      numbers[bits >> shifts[level] & mask]++, sums[bits >> shifts[level] & mask] += p[i];
+    }
+    for (; at > 0 && number + numbers[at] < count && sum + sums[at] < most; at--) number += numbers[at], sum += sums[at];
+    last |= (uint32_t)at << shifts[level], known |= mask << shifts[level];
+  }
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits = bits_of(p[i]);
+    if (bits < last || (bits == last && (number >= count || sum >= most)))
+      p[i] = 0;
+    else if (bits == last)
+      number++, sum += p[i];
+  }
+}
+
+// The filters of `categorical.Warp`, in their order, on weights of which the largest is 1.
+static void filter(const Draft *d, float *p, int64_t n) {
+  if (d->top_k && d->top_k < n) keep_largest(p, n, d->top_k, INFINITY);
+  if (d->top_p < 1) keep_largest(p, n, n, d->top_p * weight_of(p, n));
+  if (d->min_p > 0)
+    for (int64_t i = 0; i < n; i++)
+      if (p[i] < d->min_p) p[i] = 0;
+}
+
 // The index at which the sum of weights first exceeds u times that of all.
 static int64_t pick(const float *p, int64_t n, double u, double *total) {
   int64_t chosen = 0;
@@ -97,6 +143,7 @@ static double draw(const Draft *d, float *logits, double u, double *q, int64_t *
     q[d->ids ? d->ids[chosen] : chosen] = 1;
   } else {
     weigh(logits, n, d->temperature);
+    filter(d, logits, n);
     double total;
     chosen = pick(logits, n, u, &total);
     double share = 1 / total;
@@ -353,7 +400,7 @@ int caddf_round(const Round *r) {
 #endif
   for (int64_t each = 0; each < r->rows * wide; each++)
     if (temperature > 0 && r->n[each / wide] + each % wide < shown[each / wide])
-      weigh(r->logits + each * V, V, temperature);
+      weigh(r->logits + each * V, V, temperature), filter(r->draft, r->logits + each * V, V);
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t n = r->n[row], end = ends[row] - n, stop = 0, token = 0, *x = r->x + row * r->length;
     r->next[row] = n, r->read[row] = r->held[row];

@@ -14,10 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.caches import Caches
+from caddf.categorical import Warp
 from caddf.interface import Round
 from caddf.native.build import library
 from caddf.native.passes import NativeHead, threads_for
-from caddf.native.structures import CCache, CDraft, CPass, CRound, address, cache_of
+from caddf.native.structures import CCache, CDraft, CPass, CRound, address, cache_of, filters
 
 if TYPE_CHECKING:
     from caddf.native.model import Native
@@ -34,7 +35,7 @@ class Rounds:
     """
 
     def __init__(
-        self, native: Native, lengths: Int[Tensor, " B"], size: int, caches: Caches, temperature: float, least: float
+        self, native: Native, lengths: Int[Tensor, " B"], size: int, caches: Caches, warp: Warp, least: float
     ) -> None:
         rows, places, self.size, self.caches = len(lengths), size + 1, size, caches
         model, branch, self.stacks, self.kept = native.model, native.branch, native.stacks.copy(), list[Any]()
@@ -49,9 +50,9 @@ class Rounds:
             cache_of(caches.exchange), address(exchange_turns[0]), address(exchange_turns[1]),
             threads_for(causal.weights.bytes, rows * places),
         )  # fmt: skip
-        self.look, self.draft = CPass(), CDraft(temperature=temperature)
+        self.look, self.draft = CPass(), CDraft(**filters(warp))
         if size:
-            self._draft(native, rows, caches, temperature, least)
+            self._draft(native, rows, caches, warp, least)
         self.given = CRound(
             rows=rows, size=size, mask=model.mask_id, bos=model.config.bos_id, lengths=self.lengths.data_ptr(),
             causal=ctypes.addressof(causal.stack), head=read,
@@ -74,7 +75,7 @@ class Rounds:
         reach = size <= native.context and (table is None or caches.causal.length <= native.context)
         return "causal" in native.stacks and drafts and reach and rows * (size + 1) <= MOST
 
-    def _draft(self, native: Native, rows: int, caches: Caches, temperature: float, least: float) -> None:
+    def _draft(self, native: Native, rows: int, caches: Caches, warp: Warp, least: float) -> None:
         """The window's pass and the chain's drafts."""
         assert caches.exchange is not None and caches.exchange.turns is not None and native.diffusion is not None
         model, config, size = native.model, native.diffusion.config, self.size
@@ -88,7 +89,7 @@ class Rounds:
             self._new(rows, dtype=torch.long), native.context, CCache(), None, None,
             threads_for(window.weights.bytes, rows * size),
         )  # fmt: skip
-        self.draft = native.draft_settings(rows, size, self._keep(cache), temperature, least)
+        self.draft = native.draft_settings(rows, size, self._keep(cache), warp, least)
         self._keep((native.diffusion.embedding.weight, model.chain.shifted and model.chain.shifted.weight))
         self.draft.states, self.draft.u = states, self._new(rows, size, dtype=torch.double)
         self.draft.q = self._new(rows, size, model.vocab_size, dtype=torch.double)

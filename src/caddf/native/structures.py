@@ -7,6 +7,7 @@ import ctypes
 from torch import Tensor
 
 from caddf.caches import KVCache
+from caddf.categorical import Warp
 
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
 
@@ -75,7 +76,8 @@ class CDraft(ctypes.Structure):
         ("rows", _number), ("width", _number), ("count", _number), ("states", _pointer), ("before", _pointer),
         ("earlier", _pointer), ("first", _pointer), ("u", _pointer), ("embedding", _pointer), ("shifted", _pointer),
         ("head", CMap), ("ids", _pointer),
-        ("vocabulary", _number), ("temperature", ctypes.c_double), ("least", ctypes.c_double), ("cache", CCache),
+        ("vocabulary", _number), ("temperature", ctypes.c_double), ("least", ctypes.c_double),
+        ("top_p", ctypes.c_double), ("min_p", ctypes.c_double), ("top_k", _number), ("cache", CCache),
         ("cos", _pointer), ("sin", _pointer), ("tokens", _pointer), ("q", _pointer), ("drafts", _pointer),
         ("threads", _number),
     )  # fmt: skip
@@ -97,6 +99,11 @@ class CRound(ctypes.Structure):
 def address(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers are; NULL for none."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def filters(warp: Warp) -> dict[str, float]:
+    """The fields of `CDraft` that a warp without banned tokens is."""
+    return {"temperature": warp.temperature, "top_k": warp.top_k, "top_p": warp.top_p, "min_p": warp.min_p}
 
 
 def cache_of(cache: KVCache | None) -> CCache:
