@@ -14,7 +14,7 @@ from caddf.decoding import Autoregressive, Speculative, Task
 from caddf.decoding.left_to_right import CachedReader, Plan
 from caddf.decoding.task import Counts
 from caddf.errors import InputError
-from caddf.interface import Block
+from caddf.interface import Block, Infill
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
@@ -119,6 +119,27 @@ def test_windows_and_chains_are_the_modules(make, start):
             for model, window, chain in zip((plain, fast), windows, chains, strict=True)
         )
         torch.testing.assert_close(two.draft, one.draft, rtol=0, atol=NEAR)
+
+
+@pytest.mark.parametrize("shorter", [0, 7])
+@pytest.mark.parametrize("make", [dual, odd])
+@torch.inference_mode()
+def test_whole_canvases_are_the_modules(make, shorter, monkeypatch):
+    """Holes at different places of two rows; rows that end earlier are the modules' own."""
+    plain, fast, read = make(), native.attach(make()), []
+    window = native.Native.window
+    monkeypatch.setattr(native.Native, "window", lambda *given: (read.append(given), window(*given))[1])
+    x, lengths = tokens(2), torch.tensor([T, T - shorter])
+    x[0, 9:14], x[1, 30] = V, V
+    seen = []
+    for model in (plain, fast):
+        cache = model.allocate(2, T)
+        model.read(x, torch.arange(T), cache)
+        seen.append(model.encode(x, torch.zeros(2, dtype=torch.long), lengths, Infill(), cache))
+    assert len(read) == (not shorter)
+    inside = torch.arange(T) < lengths[:, None]
+    torch.testing.assert_close(seen[1].states[inside], seen[0].states[inside], rtol=0, atol=NEAR)
+    assert torch.equal(seen[1].visible, seen[0].visible)
 
 
 @pytest.mark.parametrize("make", [dual, lambda: dual(context=24), odd, gpt2])

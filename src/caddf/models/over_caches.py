@@ -103,14 +103,14 @@ class OverCaches(nn.Module):
         window = torch.arange(canvas.shape[1], device=canvas.device)
         positions = window + start[:, None] if len(start) > 1 else window + start
         slots = Slots.of(positions)
-        visible, until = None, start
-        if self.native is not None and not isinstance(pattern, Infill):
-            shown = until.clamp(max=caches.causal.length - 1)
-            if (states := self.native.window(canvas, positions, shown, caches)) is not None:
-                return Canvas(states, positions, None)
+        visible, until, whole = None, start, True
         if isinstance(pattern, Infill):
             visible = (positions < lengths[:, None])[:, None, None, :]
-            until = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1)
+            until, whole = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1), bool(visible.all())
+        if self.native is not None and whole:
+            shown = until.clamp(max=caches.causal.length - 1)
+            if (states := self.native.window(canvas, positions, shown, caches)) is not None:
+                return Canvas(states, positions, visible)
         if caches.exchange is None:
             return Canvas(self.diffusion(canvas, positions, visible), positions, visible)
         until = until.clamp(max=caches.exchange.length - 1)
