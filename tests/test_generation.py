@@ -1,5 +1,7 @@
 """Prompt or template to frames: what comes out, what ends it, and what is refused before anything is decoded."""
 
+import re
+
 import pytest
 import torch
 
@@ -152,3 +154,8 @@ def test_a_plain_function_is_decoded_from(decoder):
     task = Task(torch.full((1, 7), 5), torch.tensor([7]), 5, RowGenerators(0, 1))
     *_, frame = decoder(as_model(counting, 5), task)
     assert frame.tokens.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+
+
+def test_a_hole_that_is_none_is_named(model):
+    with pytest.raises(InputError, match=re.escape("the template's [MASK:x] is no hole; write [MASK], or [MASK:24]")):
+        generate(model, template="a[MASK:4] b[MASK:x] c")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from catalogue import SCHEDULE_LIST
 
+from caddf.errors import InputError
 from caddf.schedules import Cosine, Geometric, LogLinear, Schedule
 
 EXTREMES = [1e-12, 1e-6, 1 - 1e-6, 1 - 1e-9, 1 - 1e-12]
@@ -86,3 +87,9 @@ def test_cosine_near_one_keeps_its_digits() -> None:
     d = torch.tensor(2.0**-40, dtype=torch.float64)
     close(Cosine().score_factor(1 - d), torch.sin(math.pi * d / 2), rtol=1e-11)
     close(Cosine().rate(1 - d), 1 / d, rtol=1e-11)
+
+
+@pytest.mark.parametrize("steps", [0, 1_000_001])
+def test_a_grid_has_as_many_steps_as_are_of_use(steps):
+    with pytest.raises(InputError, match=f"steps is {steps}; it must lie between 1 and 1,000,000"):
+        LogLinear().grid(steps)

@@ -148,7 +148,7 @@ def test_pushed_to_the_hub_and_loaded_from_it(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "someone")  # where no folder has the repository's name
     assert equal(load("someone/model").model, model.model)
     assert equal(load("hf:someone/model").model, model.model)
-    with pytest.raises(InputError, match="other/model is neither a folder here nor to be had from the hub"):
+    with pytest.raises(InputError, match="other/model does not exist here, and is not to be had from the hub"):
         load("other/model")
 
 

@@ -259,6 +259,16 @@ def installed_version() -> str:
         return "unknown"
 
 
+def check_writable(name: str, file: str | Path) -> None:
+    """Raises `InputError`, which calls it `name`, where no file can be written there."""
+    path = Path(file)
+    if path.is_dir():
+        raise InputError(f"{name} is {file}, which is a folder; give a file to write")
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{name} is {file}, but nothing can be written to {folder}; give another file")
+
+
 def _refuse_existing(target: Path, replace: bool) -> None:
     if not replace and (target.exists() or target.is_symlink()):
         raise InputError(f"{target} exists; give a new path, or remove it first")

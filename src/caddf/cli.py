@@ -20,7 +20,7 @@ from rich.console import Console
 
 from caddf import benchmarks, display
 from caddf.benchmarks.results import Results
-from caddf.checkpoint import installed_version, read_json, write_json_atomic
+from caddf.checkpoint import check_writable, installed_version, read_json, write_json_atomic
 from caddf.compile import Compile
 from caddf.data import TokenSet, prepare
 from caddf.data.named import NAMED
@@ -155,6 +155,8 @@ def _data_prepare(parser: ArgumentParser, arguments: list[str]) -> int:
     out = values.pop("out")
     with display.stages() as progress:
         token_set = prepare(out, progress=progress, **values)
+    if values["tokenizer"].startswith("bpe:") and token_set.tokenizer.name != values["tokenizer"]:
+        print(f"the text is too short for {values['tokenizer']}: it gave {token_set.tokenizer.name}", file=sys.stderr)
     display.token_set(display.output(), token_set)
     return 0
 
@@ -192,7 +194,8 @@ def _train(parser: ArgumentParser, arguments: list[str]) -> int:
         if sum(argument.startswith("-") for argument in arguments) > 1:
             raise InputError(
                 f"resume is {values.resume}, beside other settings; a run goes on with its own: "
-                f"caddf train --resume {values.resume}"
+                f"caddf train --resume {values.resume} (a new run with other settings can begin with its weights: "
+                f"--init-from {values.resume})"
             )
         result = resume(Path(values.resume), console)
     else:
@@ -363,8 +366,8 @@ def _generate(parser: ArgumentParser, arguments: list[str]) -> int:
     values = parse(parser, arguments)
     if values.batch < 1:
         raise InputError(f"batch is {values.batch}; it must be at least 1")
-    if values.record is not None and Path(values.record).is_dir():
-        raise InputError(f"record is {values.record}, which is a folder; give a file to write")
+    if values.record is not None:
+        check_writable("record", values.record)
     texts = {name: values[name] for name in ("prompt", "template") if values[name] is not None}
     if values.batch > 1 and sum(map(len, texts.values())) != 1:
         raise InputError(f"batch is {values.batch}, which repeats one prompt or template; give exactly one")
@@ -513,6 +516,7 @@ def _report(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("results", type=str, help="a folder of result files, at any depth")
     parser.add_argument("-o", "--out", type=str, default="report.html", metavar="FILE", help="the page")
     values = parse(parser, arguments)
+    check_writable("out", values.out)
     shown = report(Path(values.results), Path(values.out))
     for link, why in shown.unread.items():
         print(f"not shown: {link}: {why}", file=sys.stderr)

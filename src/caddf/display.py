@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -50,16 +51,26 @@ def stages() -> Iterator[Callable[[str, int], None]]:
         yield report
 
 
+SILENCE = 20.0
+"""Seconds between lines that say how far something is, where there is no bar."""
+
+
 @contextmanager
 def bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error."""
+    """A progress bar on standard error; where that is no terminal, a line now and then."""
     console = Console(stderr=True)
+    begun = said = time.monotonic()
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what)
 
         def report(done: int, total: int) -> None:
+            nonlocal said
             progress.update(task, completed=done, total=total)
+            now = time.monotonic()
+            if not console.is_terminal and done < total and now - said > SILENCE:
+                said, left = now, (now - begun) * (total - done) / max(done, 1)
+                console.print(f"{what}: {done} of {total} {unit}, about {max(1, round(left / 60))} min left")
 
         yield report
 

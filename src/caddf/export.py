@@ -79,8 +79,13 @@ def export(source: str, settings: ExportSettings) -> Path:
         facts = _facts(model, folder) | {"size": (partial / "model.safetensors").stat().st_size}
         facts |= {"name": out.name, "settings": settings, "evaluations": tables, "changes": changes}
         templates = Environment(loader=PackageLoader("caddf"), trim_blocks=True, keep_trailing_newline=True)
+        templates.filters["duration"] = _duration
         write_text_atomic(partial / "README.md", templates.get_template("model_card.md").render(facts))
     return out
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 
 def _measured(model: TextModel, data: TokenSet, windows: int) -> dict[str, float]:

@@ -15,14 +15,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from caddf.categorical import RowGenerators, Warp
-from caddf.decoding import DECODERS, Autoregressive, Decoder, Frame, Gaussian, Speculative, Task
+from caddf.decoding import DECODERS, Autoregressive, D3PMUniform, Decoder, Frame, Gaussian, Speculative, Task
 from caddf.errors import InputError
 from caddf.interface import LanguageModel
 from caddf.models.plaid import Plaid
 from caddf.text_model import TextModel, check_seed
 from caddf.tokenizer import Tokenizer
 
-MASK = re.compile(r"\[MASK(?::(\d+))?\]")
+MASK, HOLE = re.compile(r"\[MASK(?::(\d+))?\]"), re.compile(r"\[MASK\b[^\[\]]*\]")
 """A hole of a template: `[MASK]` is one token wide, `[MASK:24]` twenty-four."""
 
 Kind = Literal["given", "open", "kept", "fresh", "corrected", "rejected"]
@@ -108,7 +108,7 @@ class Snapshot:
             "evaluations": {"causal": causal, "diffusion": diffusion},
             "tokens_per_evaluation": tokens / passes if passes else 0.0,
             "rounds": int(counts.rounds[r]),
-            "cache_hit_rate": 1 - computed / needed if needed else 0.0,
+            "cache_hit_rate": max(0.0, 1 - computed / needed) if needed else 0.0,
             "seed": self.seed + r,
         }
 
@@ -213,6 +213,7 @@ def generate(
             if isinstance(model.model, Plaid)
             else f"decoder is {name}, which is PLAID's alone; this model is of another kind"
         )
+    _check_heads(model, decoder or model.decoder, chosen, filling)
     given = template if filling else prompt
     assert given is not None
     texts = [given] if isinstance(given, str) else list(given)
@@ -227,6 +228,19 @@ def generate(
     banned = (model.tokenizer.eos_id,) if filling else ()
     warp = Warp(temperature, top_k, top_p, min_p, banned)
     return _stream(model, rows, chosen, warp, filling, words, seed)
+
+
+def _check_heads(model: TextModel, name: str, chosen: Decoder, filling: bool) -> None:
+    """Raises `InputError` for a decoder, or a template, that asks for what this kind of model does not do."""
+    has, own = model.model.heads, f"this model's own decoder is {model.decoder}"
+    if isinstance(chosen, D3PMUniform) and model.decoder != name:
+        raise InputError(f"decoder is {name}, which is for models of D3PM's uniform chain alone; {own}")
+    if isinstance(chosen, Autoregressive | Speculative) and "causal" not in has:
+        raise InputError(f"decoder is {name}; this model does not read left to right: {own}")
+    if isinstance(chosen, Speculative) and "draft" not in has:
+        raise InputError(f"decoder is {name}; this model has nothing to draft with: {own}")
+    if filling and has == {"causal"}:
+        raise InputError("a template is given to a model that reads left to right alone; give a prompt")
 
 
 def _prompt(model: TextModel, text: str, new: int, longest: int | None) -> Row:
@@ -244,6 +258,9 @@ def _prompt(model: TextModel, text: str, new: int, longest: int | None) -> Row:
 def _template(model: TextModel, text: str) -> Row:
     tokens: list[int] = []
     at = 0
+    for each in HOLE.findall(text):
+        if not MASK.fullmatch(each):
+            raise InputError(f"the template's {each} is no hole; write [MASK], or [MASK:24] for a hole of 24 tokens")
     for hole in MASK.finditer(text):
         width = int(hole[1] or 1)
         if not 1 <= width <= model.context:

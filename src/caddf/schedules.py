@@ -16,6 +16,9 @@ from torch import Tensor
 
 from caddf.errors import InputError
 
+MOST_STEPS = 1_000_000
+"""Of a chain; with far fewer no two positions of a row are revealed in one step."""
+
 
 class Schedule(ABC):
     """`masked(t)` is lambda(t), the probability that a token is masked at t; `slope(t)` its derivative."""
@@ -64,8 +67,8 @@ class Schedule(ABC):
 
         The ends are exactly those, whatever the schedule's limits: a chain starts all masked.
         """
-        if steps < 1:
-            raise InputError(f"steps is {steps}; it must be at least 1")
+        if not 1 <= steps <= MOST_STEPS:
+            raise InputError(f"steps is {steps}; it must lie between 1 and {MOST_STEPS:,}")
         start = self.inverse(torch.tensor(until, dtype=torch.float64)).clamp(0, 1).item()
         masked = self.masked(torch.linspace(start, 1, steps + 1, dtype=torch.float64)).clamp(min=until)
         masked[0], masked[-1] = until, 1.0

@@ -192,7 +192,7 @@ def model_folder(source: str | Path, revision: str | None = None, token: str | N
         return folder
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{source} is neither a folder here nor to be had from the hub ({reason})") from None
+        raise InputError(f"{source} does not exist here, and is not to be had from the hub ({reason})") from None
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -203,7 +203,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError):
-        raise InputError(f"device is {device}, which this machine does not have; give auto, cpu, cuda or mps") from None
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+        has = " or ".join(["auto", *(name for name, available in there.items() if available), "cpu"])
+        raise InputError(f"device is {device}, which this machine does not have; give {has}") from None
     return resolved
 
 
