@@ -10,6 +10,7 @@ from torch import nn
 from caddf.checkpoint import (
     atomic_folder,
     check_tensors,
+    check_writable,
     link_atomic,
     load_model_config,
     load_state,
@@ -174,3 +175,12 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         write_json_atomic(tmp_path / "config.json", values)
         with pytest.raises(InputError, match=r"config\.json has format"):
             load_model_config(tmp_path)
+
+
+def test_what_cannot_be_written_is_said_before_work(tmp_path):
+    check_writable("record", tmp_path / "new" / "folder" / "file.json")
+    with pytest.raises(InputError, match=r"record is .*, which is a folder; give a file to write"):
+        check_writable("record", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"out is .*, but nothing can be written to .*; give another file"):
+        check_writable("out", tmp_path / "file" / "page.html")

@@ -18,6 +18,7 @@ import yaml
 
 import caddf
 import caddf.cli
+from caddf import display
 from caddf.cli import VERBS, main
 from caddf.decoding import DECODERS
 
@@ -601,3 +602,11 @@ def test_interrupted_and_failed_are_told_apart(say, run, monkeypatch):
     assert say(*raising(caddf.cli.TrainingError("the loss is nan")), code=1).err == "caddf: the loss is nan\n"
     with pytest.raises(OSError, match="no file of the user's"):
         main(raising(OSError("no file of the user's")))
+
+
+def test_where_there_is_no_terminal_progress_is_said_in_lines(monkeypatch, capsys):
+    monkeypatch.setattr(display, "SILENCE", 0.0)
+    with display.bar("evaluating", "windows") as progress:
+        for done in (2, 8):
+            progress(done, 8)
+    assert capsys.readouterr().err == "evaluating: 2 of 8 windows, about 1 min left\n"

@@ -8,7 +8,7 @@ import torch
 from caddf import InputError, TextModel, generate
 from caddf.categorical import RowGenerators
 from caddf.decoding import DECODERS, Autoregressive, FirstHitting, Speculative, Task
-from caddf.experiment import ModelSettings
+from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings
 from caddf.interface import as_model
 from caddf.models.backbone import DualBranch
 from caddf.tokenizer import Tokenizer
@@ -159,3 +159,27 @@ def test_a_plain_function_is_decoded_from(decoder):
 def test_a_hole_that_is_none_is_named(model):
     with pytest.raises(InputError, match=re.escape("the template's [MASK:x] is no hole; write [MASK], or [MASK:24]")):
         generate(model, template="a[MASK:4] b[MASK:x] c")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"prompt": "a", "decoder": "d3pm_uniform"}, "d3pm_uniform, which is for models of D3PM's uniform chain alone"),
+        ({"prompt": "a", "decoder": "gaussian"}, "gaussian, which is PLAID's alone"),
+    ],
+)
+def test_another_methods_decoder_is_refused(model, given, sentence):
+    with pytest.raises(InputError, match=sentence):
+        generate(model, **given)
+
+
+def test_a_model_that_reads_left_to_right_alone_says_so():
+    settings, tokenizer = ModelSettings(size="debug", context=24), Tokenizer.plain_bytes()
+    network = ARCHITECTURES["causal"].network(METHODS["gpt2"].configure(settings, tokenizer.vocab_size, 0))
+    gpt2 = TextModel(network.eval(), tokenizer, {"method": "gpt2"})
+    with pytest.raises(
+        InputError, match="a template is given to a model that reads left to right alone; give a prompt"
+    ):
+        generate(gpt2, template="a[MASK:4]")
+    with pytest.raises(InputError, match="nothing to draft with: this model's own decoder is autoregressive"):
+        generate(gpt2, "a", decoder="speculative")

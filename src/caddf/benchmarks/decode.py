@@ -103,6 +103,8 @@ def plain(given: Conditions) -> dict[str, Any]:
     for name in ("models", "prompts", "judge"):
         values[name] = None if values[name] is None else Path(values[name]).name
     del values["out"]
+    if values["models"] is not None:  # trained ones have sizes of their own
+        values |= {"size": None, "shape": None}
     return values
 
 
