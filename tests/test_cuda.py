@@ -61,10 +61,10 @@ def test_likelihoods_are_the_cpus():
         assert torch.allclose(there, measure(model, x), rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("warp", [Warp(0.0), Warp(0.8), Warp(0.9, 30, 0.8, 0.02)], ids=["greedy", "warm", "filters"])
 @pytest.mark.parametrize("decoder", [Autoregressive(), Speculative(), Speculative(least=0.2)])
 @torch.inference_mode()
-def test_rounds_as_graphs_are_their_steps(decoder, temperature):
+def test_rounds_as_graphs_are_their_steps(decoder, warp):
     """Every frame's tokens, recorded and step by step; the second text is written by the first's graphs."""
     plain, model = dual().cuda(), dual().cuda()
     model.graphs = Graphs(model)
@@ -75,7 +75,7 @@ def test_rounds_as_graphs_are_their_steps(decoder, temperature):
 
         def written(network, x=x, lengths=lengths, seed=seed):
             noise = RowGenerators(seed, len(x))
-            task = Task(x.cuda(), lengths.cuda(), V, noise, Warp(temperature=temperature))
+            task = Task(x.cuda(), lengths.cuda(), V, noise, warp)
             return [(frame.tokens, frame.counts.all.clone()) for frame in decoder(network, task)]
 
         one, two = written(model), written(plain)

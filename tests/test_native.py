@@ -344,6 +344,32 @@ def test_drafts_at_one_go_are_those_step_by_step(warp, draft_vocab, monkeypatch)
     torch.testing.assert_close(drawn[0][1].sum(-1), torch.ones(3, 5, dtype=torch.float64))
 
 
+FILTERS = {
+    "top-k": [Warp(top_k=k) for k in range(1, V + 2)],
+    "top-p": [Warp(top_p=p / 40) for p in range(1, 40)],
+    "min-p": [Warp(min_p=p / 40) for p in range(1, 40)],
+    "top-k and top-p": [Warp(1.0, k, p / 10) for k in (3, 20, 60) for p in range(1, 10)],
+}
+
+
+@pytest.mark.parametrize("kind", FILTERS)
+@torch.inference_mode()
+def test_filters_keep_what_the_warp_keeps(kind):
+    """Of the first draft of each row, which is drawn from the same logits whatever the filter."""
+    model, x, n = native.attach(dual()), tokens(3), torch.tensor([20, 30, 40])
+    task = Task(x, torch.full((3,), T), V, RowGenerators(0, 3))
+    reader = CachedReader(model, Plan.of(model, task, "causal", 6), Counts.zeros(3))
+    look, _ = reader.look(reader.start(), x, n, 6, torch.ones(3, dtype=torch.bool))
+    u = torch.rand(3, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whole = reader.chain(look, x, n, u, Warp(), 0.0)[1][:, 0]
+    kept = set()
+    for warp in FILTERS[kind]:
+        q = reader.chain(look, x, n, u, warp, 0.0)[1][:, 0]
+        torch.testing.assert_close(q, warp(whole.log()), rtol=0, atol=NEAR)
+        kept |= {*(q > 0).sum(-1).tolist()}
+    assert len(kept) > 8
+
+
 @torch.inference_mode()
 def test_drafting_ends_where_drafts_are_unsure():
     model, x, n = native.attach(dual()), tokens(2), torch.tensor([20, 30])

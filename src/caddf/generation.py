@@ -16,14 +16,15 @@ from torch import Tensor
 
 from caddf.categorical import RowGenerators, Warp
 from caddf.decoding import DECODERS, Autoregressive, D3PMUniform, Decoder, Frame, Gaussian, Speculative, Task
+from caddf.decoding.task import hit_rate
 from caddf.errors import InputError
 from caddf.interface import LanguageModel
 from caddf.models.plaid import Plaid
 from caddf.text_model import TextModel, check_seed
 from caddf.tokenizer import Tokenizer
 
-MASK, HOLE = re.compile(r"\[MASK(?::(\d+))?\]"), re.compile(r"\[MASK\b[^\[\]]*\]")
-"""A hole of a template: `[MASK]` is one token wide, `[MASK:24]` twenty-four."""
+HOLE, WIDTH = re.compile(r"\[MASK\b([^\[\]]*)\]"), re.compile(r"(?::(\d+))?")
+"""A hole of a template, and what may stand in it: `[MASK]` is one token wide, `[MASK:24]` twenty-four."""
 
 Kind = Literal["given", "open", "kept", "fresh", "corrected", "rejected"]
 
@@ -108,7 +109,7 @@ class Snapshot:
             "evaluations": {"causal": causal, "diffusion": diffusion},
             "tokens_per_evaluation": tokens / passes if passes else 0.0,
             "rounds": int(counts.rounds[r]),
-            "cache_hit_rate": max(0.0, 1 - computed / needed) if needed else 0.0,
+            "cache_hit_rate": hit_rate(computed, needed),
             "seed": self.seed + r,
         }
 
@@ -258,11 +259,10 @@ def _prompt(model: TextModel, text: str, new: int, longest: int | None) -> Row:
 def _template(model: TextModel, text: str) -> Row:
     tokens: list[int] = []
     at = 0
-    for each in HOLE.findall(text):
-        if not MASK.fullmatch(each):
-            raise InputError(f"the template's {each} is no hole; write [MASK], or [MASK:24] for a hole of 24 tokens")
-    for hole in MASK.finditer(text):
-        width = int(hole[1] or 1)
+    for hole in HOLE.finditer(text):
+        if (given := WIDTH.fullmatch(hole[1])) is None:
+            raise InputError(f"the template's {hole[0]} is no hole; write [MASK], or [MASK:24] for a hole of 24 tokens")
+        width = int(given[1] or 1)
         if not 1 <= width <= model.context:
             raise InputError(f"the template's {hole[0]} is {width} wide; it must lie between 1 and {model.context}")
         tokens += model.tokenizer.encode(text[at : hole.start()])

@@ -104,7 +104,7 @@ def plain(given: Conditions) -> dict[str, Any]:
         values[name] = None if values[name] is None else Path(values[name]).name
     del values["out"]
     if values["models"] is not None:  # trained ones have sizes of their own
-        values |= {"size": None, "shape": None}
+        values |= dict.fromkeys({"size", "shape"} & values.keys())
     return values
 
 

@@ -16,6 +16,7 @@ from caddf.benchmarks.roster import Contestant
 from caddf.categorical import RowGenerators, Warp
 from caddf.data import TokenSet
 from caddf.decoding import Counts, Decoder, Task
+from caddf.decoding.task import hit_rate
 from caddf.errors import InputError
 from caddf.evaluation import estimate, score
 from caddf.evaluation.likelihood import Likelihood
@@ -102,7 +103,7 @@ def account(network: Network, ran: Run, new_tokens: int) -> dict[str, float]:
         "diffusion_evaluations": diffusion,
         "tokens_per_evaluation": new_tokens / (causal + diffusion * cost),
         "tokens_per_round": new_tokens / rounds if rounds else None,
-        "cache_hit_rate": 1 - computed / needed if needed else 0.0,
+        "cache_hit_rate": hit_rate(computed, needed),
         "passes_causal": counts.causal.max().item(),
         "passes_diffusion": counts.diffusion.max().item(),
     }

@@ -76,6 +76,11 @@ class Counts:
                 total.add_(rows * (amount.cpu() if isinstance(amount, Tensor) else amount))
 
 
+def hit_rate(computed: float, needed: float) -> float:
+    """Share of the token-positions of a decoder without caches that came from one: 0 where more were computed."""
+    return max(0.0, 1 - computed / needed) if needed else 0.0
+
+
 @dataclass(frozen=True)
 class Frame:
     """The canvas at one moment, `[M]` where nothing stands yet.
