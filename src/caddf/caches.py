@@ -96,11 +96,9 @@ class KVCache:
             self.keys[layer, :, :, where] = keys
             self.values[layer, :, :, where] = values
             return
-        # One index for all of it, not a layer's slots within the layer: the compiler writes such in place.
-        rows = torch.arange(len(where), device=where.device)[:, None]
-        at = torch.full_like(rows, layer), rows, slice(None), where
-        self.keys[at] = keys.transpose(1, 2).to(self.keys.dtype)
-        self.values[at] = values.transpose(1, 2).to(self.values.dtype)
+        at = where[:, None, :, None].expand_as(keys)
+        self.keys[layer].scatter_(2, at, keys.to(self.keys.dtype))
+        self.values[layer].scatter_(2, at, values.to(self.values.dtype))
 
     def read(
         self, layer: int, upto: int, since: int = 0

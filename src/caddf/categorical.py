@@ -85,10 +85,8 @@ class Warp:
 def inverse_cdf(probs: Float[Tensor, "*N V"], u: Float[Tensor, "*N"]) -> Int[Tensor, "*N"]:
     """The token whose cumulative probability first exceeds `u` in [0, 1); never one of probability zero."""
     cdf = probs.double().cumsum(-1)
-    total = cdf[..., -1:]
-    below = torch.minimum(
-        u.double()[..., None] * total, total.nextafter(-torch.ones_like(total))
-    )  # u total may round up
+    # In float64 too, 1 - 2^-53 times the total is less than the total.
+    below = u.double().clamp(max=1 - 2**-53)[..., None] * cdf[..., -1:]
     return torch.searchsorted(cdf, below, right=True)[..., 0]
 
 

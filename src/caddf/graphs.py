@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -154,10 +153,12 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():  # buffers that may be written in either mode
             self.caches: Caches = model.allocate(rows, length)
             self.chain: KVCache | None = model.allocate_drafts(rows, size) if size else None
-            self.x, self.lengths, self.beyond = self._new(rows, length), self._new(rows), self._new()
+            self.x, self.lengths, self.beyond = self._new(rows, length + 1), self._new(rows), self._new()
+            self.x.fill_(model.mask_id)  # the last place is for what has none
+            self.mask, self.at = self.x[0, -1].clone(), torch.arange(length + 1, device=shape.device)
             self.n, self.held, self.rows = self._new(rows), self._new(rows), self._new(rows, dtype=torch.bool)
             self.u = self._new(rows, 2 * size + 1, dtype=torch.float64)
-            self.tokens, self.marks = self._new(2, rows, length), self._new(2, rows, length, dtype=torch.bool)
+            self.tokens, self.marks = self._new(2, rows, length + 1), self._new(2, rows, length + 1, dtype=torch.bool)
             self.numbers = self._new(7, rows)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
@@ -247,17 +248,15 @@ class Engine:
         rows, lengths, size = self.rows, self.lengths, self.shape.size
         count = size if opening else max(size - 1, 0)
         n = self.n.clamp(max=upto - 1)
-        at = torch.arange(self.shape.length, device=n.device)
-        # What stands, `[M]` behind it whatever a row holds there, and a last place for what has none.
-        x = F.pad(torch.where(at < n[:, None], self.x, self.model.mask_id), (0, 1), value=self.model.mask_id)
+        at, column = self.at, n[:, None]
+        x = torch.where(at < column, self.x, self.mask)  # what stands, and `[M]` whatever a row holds behind it
         start = (n - 1).clamp(min=0)
         whole = torch.where(rows, torch.minimum(start + size, lengths), n) if size else n
-        end, q = whole, None
+        place, end, q = column + at[: count + 1], whole, None
         if count:
-            x, q, end = self._draft(x, n, start, whole, upto, count)
+            x, q, end = self._draft(x, n, place[:, :count], start, whole, upto)
 
         # Verify in one pass, and read behind the drafts for one token more.
-        place = n[:, None] + torch.arange(count + 1, device=n.device)
         slots = Slots(place.clamp(max=upto - 1), None, upto)
         log_p = self._log_probs(self.model.read(x, slots, self.caches), "causal")
         place, shown = place[:, :count], torch.where(rows, torch.minimum(end + 1, lengths), n)
@@ -266,13 +265,13 @@ class Engine:
 
         stop = n + stands
         more = stop < shown
-        after, column = stop + more, n[:, None]
+        after, behind = stop + more, at >= column
         here = (at == stop[:, None]) & more[:, None]
-        tokens = torch.where((at >= column) & (at < stop[:, None]), x[:, :-1], self.x)
-        self.tokens[0].copy_(torch.where(here, token[:, None], tokens))
-        self.tokens[1].copy_(torch.where((at >= column) & (at < end[:, None]), x[:, :-1], self.model.mask_id))
-        self.marks[0].copy_((at >= column) & (at < after[:, None]) & rows[:, None])
-        self.marks[1].copy_(here & (stop < end)[:, None])
+        tokens = torch.where(behind & (at < stop[:, None]), x, self.x)
+        torch.where(here, token[:, None], tokens, out=self.tokens[0])
+        torch.where(behind & (at < end[:, None]), x, self.mask, out=self.tokens[1])
+        torch.logical_and(behind & (at < after[:, None]), rows[:, None], out=self.marks[0])
+        torch.logical_and(here, (stop < end)[:, None], out=self.marks[1])
         one, looked = rows.long(), ((whole > n).any() & rows).long()
         first_open = torch.where(after < lengths, after, self.beyond)
         read = torch.minimum(torch.maximum(self.held, shown), stop + 1)
@@ -285,48 +284,54 @@ class Engine:
             one * shown + looked * 2 * whole,
             one,
         )
-        self.numbers.copy_(torch.stack(made))
+        torch.stack(made, out=self.numbers)
 
     def _draft(
         self,
         x: Int[Tensor, "B T+1"],
         n: Int[Tensor, " B"],
+        place: Int[Tensor, "B m"],
         start: Int[Tensor, " B"],
         end: Int[Tensor, " B"],
         upto: int,
-        count: int,
     ) -> tuple[Int[Tensor, "B T+1"], Float[Tensor, "B m V"] | None, Int[Tensor, " B"]]:
-        """`x` with up to `count` drafts of each row from n on, what they were drawn from (None: greedy), their end."""
-        model, (rows, last), size, greedy = self.model, (len(n), x.shape[1] - 1), self.shape.size, self._greedy
+        """`x` with drafts at those of `place` before their end, what they were drawn from (None: greedy), their end."""
+        model, count, size = self.model, place.shape[1], self.shape.size
         assert self.caches.exchange is not None and self.chain is not None
-        window = start[:, None] + torch.arange(size, device=n.device)
-        canvas = x.gather(1, window.clamp(max=last))
+        window, first = start[:, None] + self.at[:size], n - start
         until = Slots(start[:, None], None, upto)
+        canvas = x.gather(1, window.clamp(max=x.shape[1] - 1))
         seen = model.encode_over(canvas, Slots(window, None, upto), until, self.caches.exchange)
-        first, drawn_from = n - start, []
-        chance, sure = self.u.new_zeros(rows), torch.ones_like(self.rows)
+        token, before = model.before(x, n[:, None]), None
+        tokens, drawn_from, largest = [], [], []
         for j in range(count):
-            if j:
-                places = (first + j).clamp(max=size - 1)[:, None]
-            else:  # the first step reads what stands before the first draft, too
-                places = torch.arange(min(size, 2), device=n.device).expand(rows, -1)
-            states = model.draft_step(seen, x, Slots(places, None, size), self.chain).draft
-            if not j:
-                states = at_place(states, first)[:, None]
-            log_q = self._log_probs(States(None, states, None, chained=True), "draft")[:, 0]
-            drafting = n + j < end
-            if self.shape.least:
-                chance = chance + log_q.amax(-1).double() * drafting
-                sure = sure & (chance.exp() >= self.shape.least)
-                end = torch.where(sure, end, torch.minimum(end, n + max(j, 1)))
-                drafting = n + j < end
-            if greedy:
-                token = log_q.argmax(-1)
+            if count < size:  # every row has a token, at which its window starts
+                slots = Slots(self.at[j + bool(j) : j + 2], j + bool(j), j + 2)
             else:
-                drawn_from.append(self.warp(log_q) * drafting[:, None])
-                token = inverse_cdf(drawn_from[-1], self.u[:, j])
-            x = x.scatter(1, torch.where(drafting, n + j, last)[:, None], token[:, None])
-        return x, None if greedy else torch.stack(drawn_from, 1), end
+                places = (first + j).clamp(max=size - 1)[:, None] if j else self.at[: min(size, 2)].expand(len(n), -1)
+                slots = Slots(places, None, size)
+            # The first step reads what stands before the first draft, too.
+            states = model.draft_step(seen, x, slots, self.chain, before).draft
+            states = states if j else at_place(states, first)[:, None]
+            log_q = self._log_probs(States(None, states, None, chained=True), "draft")[:, 0]
+            if self.shape.least:
+                largest.append(log_q.amax(-1))
+            if self._greedy:
+                drawn = log_q.argmax(-1)
+            else:
+                drawn_from.append(self.warp(log_q))
+                drawn = inverse_cdf(drawn_from[-1], self.u[:, j])
+            before = drawn[:, None], token
+            token = before[0]
+            tokens.append(drawn)
+        drafting = place < end[:, None]
+        if self.shape.least:
+            chance = (torch.stack(largest, 1).double() * drafting).cumsum(1).exp()
+            good = (chance >= self.shape.least).long().cumprod(1).sum(1)
+            end = torch.where(good < count, torch.minimum(end, n + good.clamp(min=1)), end)
+            drafting = place < end[:, None]
+        x = x.scatter(1, torch.where(drafting, place, x.shape[1] - 1), torch.stack(tokens, 1))
+        return x, None if self._greedy else torch.stack(drawn_from, 1) * drafting[..., None], end
 
     def _verify(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from caddf.caches import KVCache, Slots
 from caddf.errors import InputError
 from caddf.models.config import BranchConfig
-from caddf.models.layers import KeysValues, Layer, Layers, Rotation, TiedEmbedding, initialise, rotation
+from caddf.models.layers import KeysValues, Layer, Layers, Rotation, TiedEmbedding, among, initialise, rotation
 
 
 def tokens_before(tokens: Int[Tensor, "B T"], slots: Slots, bos_id: int, by: int = 1) -> Int[Tensor, "B n"]:
@@ -99,6 +99,7 @@ class CausalBranch(nn.Module):
             turn = self.rotary(slots.positions) if cache is None or cache.turns is None else cache.turn(slots)
         whole = slots.first == 0 and slots.upto <= self.context
         visible, causal = (None, inputs.shape[1] > 1) if whole else (slots.visible(self.context), False)
+        visible = visible if visible is None else among(x.new_zeros(()), visible)  # once, and not by every layer
         since = slots.since(self.context) if cache is not None else 0
         for i, layer in enumerate(self.layers):
             h = layer.attention_norm(x)

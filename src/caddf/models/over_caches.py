@@ -150,8 +150,12 @@ class OverCaches(nn.Module):
         tokens: Int[Tensor, "B T"],
         places: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots,
         cache: KVCache,
+        before: tuple[Int[Tensor, "B n"], Int[Tensor, "B n"]] | None = None,
     ) -> States:
-        """Chained draft states at `places` of a window alone; `cache` holds what the chain read of those before."""
+        """Chained draft states at `places` of a window alone; `cache` holds what the chain read of those before.
+
+        `before`, where it is known already: the tokens before the places, and those before them.
+        """
         assert self.chain is not None
         slots = places if isinstance(places, Slots) else Slots.of(places)
         if slots.first is None:
@@ -159,10 +163,10 @@ class OverCaches(nn.Module):
             positions = seen.positions.expand(len(tokens), -1).gather(1, slots.positions)
         else:
             h_cad, positions = seen.states[:, slots.where], seen.positions[..., slots.where]
-        before = self._heard(tokens, positions)
-        if self.native is not None and (drafts := self.native.chain(h_cad, before, slots, cache)) is not None:
+        heard = self._heard(tokens, positions) if before is None else self._hear(*before)
+        if self.native is not None and (drafts := self.native.chain(h_cad, heard, slots, cache)) is not None:
             return States(None, drafts, None, chained=True)
-        return States(None, self.chain.step(h_cad, before, slots, cache), None, chained=True)
+        return States(None, self.chain.step(h_cad, heard, slots, cache), None, chained=True)
 
     def draw_drafts(
         self,
@@ -199,9 +203,13 @@ class OverCaches(nn.Module):
         self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"]
     ) -> Float[Tensor, "B n d"]:
         """What the chain hears at `positions`."""
+        return self._hear(self.before(tokens, positions), self.before(tokens, positions, 2))
+
+    def _hear(self, before: Int[Tensor, "B n"], earlier: Int[Tensor, "B n"]) -> Float[Tensor, "B n d"]:
+        """What the chain hears of the token before a place, and where it shifts tokens of the one before that."""
         assert self.chain is not None
-        before = self.diffusion.embedding(self.before(tokens, positions))
-        return before if self.chain.shifted is None else before + self.chain.shifted(self.before(tokens, positions, 2))
+        heard = self.diffusion.embedding(before)
+        return heard if self.chain.shifted is None else heard + self.chain.shifted(earlier)
 
     def _read(
         self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches, earlier: Int[Tensor, "B n"] | None = None
