@@ -1,7 +1,8 @@
 """The tables: from nothing, in pieces, and never twice."""
 
 import json
-from pathlib import Path
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,6 @@ from caddf.models.config import PRESETS
 from caddf.models.matching import TOLERANCE, count
 from caddf.report import report
 from caddf.reproduce import SETS, TABLES, ReproduceSettings, reproduce
-from caddf.reproduce.making import time_left
 from caddf.reproduce.plan import Job, Variant, Workshop
 from caddf.reproduce.tables import Ablations
 
@@ -276,9 +276,26 @@ def test_earlier_tables_need_what_they_did(settings):
     assert kinds == ["data"] * (1 + sets) + ["train"] * methods + ["evaluate"] * methods * sets
 
 
-def test_the_time_left_is_told_kind_by_kind():
-    jobs = [Job("", Path(), kind, lambda console: True) for kind in ("train", "evaluate", "evaluate")]
-    assert time_left(jobs, {}) is None
-    assert time_left(jobs, {"train": [30.0, 50.0]}) == 120  # no evaluation yet: as long as what was done
-    assert time_left(jobs, {"data": [9.0], "train": [30.0, 50.0], "evaluate": [7.0]}) == 54
-    assert time_left([], {"data": [9.0]}) == 0
+def test_the_time_left_is_told_kind_by_kind(monkeypatch, tmp_path):
+    clock, said = [0.0], StringIO()
+    monkeypatch.setattr("caddf.reproduce.making.time.monotonic", lambda: clock[0])
+
+    def job(kind, minutes):
+        return Job(
+            f"{kind} it", tmp_path / "nothing", kind, lambda console: clock.append(clock.pop() + 60 * minutes) or True
+        )
+
+    kinds = [("train", 30), ("train", 50), ("train", 40), ("evaluate", 2), ("evaluate", 2)]
+    table = SimpleNamespace(
+        standard=[], variants={}, check=lambda shop: None, plan=lambda shop, chosen: [job(*each) for each in kinds]
+    )
+    monkeypatch.setitem(TABLES, "table1", table)
+    monkeypatch.setattr("caddf.reproduce.making.write", lambda *given: None)
+    reproduce("table1", ReproduceSettings(work=str(tmp_path), out=str(tmp_path)), Console(file=said, width=200))
+    assert said.getvalue().splitlines() == [
+        "[1/5] train it",
+        "[2/5] train it, about 60 min with the 1 behind it",
+        "[3/5] train it, about 40 min",
+        "[4/5] evaluate it",
+        "[5/5] evaluate it, about 2 min",
+    ]

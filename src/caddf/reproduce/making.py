@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +13,7 @@ from rich.console import Console
 from caddf.checkpoint import write_json_atomic, write_text_atomic
 from caddf.errors import InputError
 from caddf.machine import machine
-from caddf.reproduce.plan import Job, ReproduceSettings, Variant, Workshop
+from caddf.reproduce.plan import ReproduceSettings, Variant, Workshop
 from caddf.reproduce.tables import TABLES, Table
 
 
@@ -39,8 +38,11 @@ def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path
     left = [job for job in wanted if not job.product.exists()]
     seconds: dict[str, list[float]] = {}
     for done, job in enumerate(left):
-        more = time_left(left[done:], seconds)
-        said = f"[{done + 1}/{len(left)}] {job.about}" + ("" if more is None else f", about {more / 60:.0f} min left")
+        alike = sum(other.kind == job.kind for other in left[done:])
+        said = f"[{done + 1}/{len(left)}] {job.about}"
+        if job.kind in seconds:
+            more = f"about {max(1, round(alike * fmean(seconds[job.kind]) / 60))} min"
+            said += f", {more} with the {alike - 1} behind it" if alike > 1 else f", {more}"
         console.print(said, markup=False, highlight=False)
         begun = time.monotonic()
         if not job.do(console):
@@ -48,17 +50,6 @@ def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path
         seconds.setdefault(job.kind, []).append(time.monotonic() - begun)
     write(made, chosen, shop, out)
     return out
-
-
-def time_left(jobs: Iterable[Job], seconds: dict[str, list[float]]) -> float | None:
-    """Seconds that `jobs` take if each takes as long as those of its kind so far, or as all of them, where none was.
-
-    None where nothing has been done yet.
-    """
-    if not seconds:
-        return None
-    every = fmean(each for some in seconds.values() for each in some)
-    return sum(fmean(seconds[job.kind]) if job.kind in seconds else every for job in jobs)
 
 
 def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -> None:
