@@ -17,7 +17,19 @@ from torch import Tensor
 
 from caddf import evaluation
 from caddf.errors import InputError
-from caddf.evaluation import likelihood as lk
+from caddf.evaluation.bounds import (
+    diffusion_bound,
+    draw,
+    finite_step_bound,
+    hybrid_bound,
+    importance_weighted_bound,
+    schedule_bound,
+    truncated,
+)
+from caddf.evaluation.estimates import estimate
+from caddf.evaluation.likelihood import ar_nll, block_nll, causal_nll, score
+from caddf.evaluation.masks import draw_masks, interval_weights, step_weights
+from caddf.evaluation.reading import read
 from caddf.interface import AnyOrder, Infill, LanguageModel, as_model
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
@@ -111,12 +123,12 @@ def test_exact_likelihoods_sum_to_one(settings: dict) -> None:
     model, every = network(**settings), sequences(V, L)
     if settings.get("causal", "on") is None:
         with pytest.raises(InputError, match="causal branch off"):
-            lk.ar_nll(model, every)
+            ar_nll(model, every)
         return
     for nll in (
-        lk.causal_nll(model, every),
-        lk.ar_nll(model, every),
-        *(lk.block_nll(model, every, k) for k in (1, 2, 3)),
+        causal_nll(model, every),
+        ar_nll(model, every),
+        *(block_nll(model, every, k) for k in (1, 2, 3)),
     ):
         assert nll.exp().reciprocal().sum().item() == pytest.approx(1, abs=1e-10)
         assert nll.std() > 0.1  # not the uniform distribution, for which this would hold whatever is read
@@ -135,10 +147,10 @@ def test_infilling_sums_to_one_over_completions(settings: dict) -> None:
 def test_exact_denoiser_gives_exact_likelihoods() -> None:
     x0, p = support(SOURCE)
     for nll in (
-        lk.causal_nll(exact_denoiser(SOURCE), x0, vocab_size=V),
-        lk.ar_nll(exact_denoiser(SOURCE), x0, vocab_size=V),
-        lk.block_nll(exact_denoiser(SOURCE), x0, 3, vocab_size=V),
-        lk.hybrid_bound(exact_denoiser(SOURCE), x0, 1.0, 1, generator(), vocab_size=V)[:, 0],
+        causal_nll(exact_denoiser(SOURCE), x0, vocab_size=V),
+        ar_nll(exact_denoiser(SOURCE), x0, vocab_size=V),
+        block_nll(exact_denoiser(SOURCE), x0, 3, vocab_size=V),
+        hybrid_bound(exact_denoiser(SOURCE), x0, 1.0, 1, generator(), vocab_size=V)[:, 0],
     ):
         torch.testing.assert_close(nll, -p.log())
 
@@ -146,7 +158,7 @@ def test_exact_denoiser_gives_exact_likelihoods() -> None:
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.999), (1e-4, 1), (0.3, 0.8), (0.999, 1), (0.5, 0.5)])
 def test_interval_weights_are_the_integral(low: float, high: float) -> None:
     model, x0 = network(), sequences(V, L)
-    nats, sizes, weights = over_masks(model, x0), masks(L).sum(-1), lk.interval_weights(L, low, high)
+    nats, sizes, weights = over_masks(model, x0), masks(L).sum(-1), interval_weights(L, low, high)
     means = torch.stack([nats[:, sizes == k].mean(-1) / k for k in range(1, L + 1)], -1)
     torch.testing.assert_close(means @ weights, integral(nats, low, high), rtol=1e-10, atol=1e-12)
     assert weights.sum().item() == pytest.approx(L * (high - low), abs=1e-12)
@@ -160,13 +172,13 @@ def test_step_weights_are_the_sum_over_steps(schedule: type, steps: int, anchor:
     grid = schedule().grid(steps, anchor)
     assert (grid[0], grid[-1], len(grid)) == (anchor, 1, steps + 1) and (grid.diff() > 0).all()
     means = torch.stack([nats[:, sizes == k].mean(-1) / k for k in range(1, L + 1)], -1)
-    torch.testing.assert_close(means @ lk.step_weights(L, grid), steps_sum(nats, grid.tolist()))
+    torch.testing.assert_close(means @ step_weights(L, grid), steps_sum(nats, grid.tolist()))
 
 
 def test_weights_hold_at_a_real_length() -> None:
-    torch.testing.assert_close(lk.interval_weights(1024, 0, 1), torch.ones(1024, dtype=torch.float64))
-    assert lk.interval_weights(1024, 0.999, 1).sum().item() == pytest.approx(1.024, rel=1e-9)
-    fine = lk.step_weights(64, LogLinear().grid(20_000))
+    torch.testing.assert_close(interval_weights(1024, 0, 1), torch.ones(1024, dtype=torch.float64))
+    assert interval_weights(1024, 0.999, 1).sum().item() == pytest.approx(1.024, rel=1e-9)
+    fine = step_weights(64, LogLinear().grid(20_000))
     torch.testing.assert_close(fine, torch.ones(64, dtype=torch.float64), rtol=2e-2, atol=0)
 
 
@@ -174,7 +186,7 @@ def test_diffusion_bound_is_unbiased(model: LanguageModel) -> None:
     x0 = sequences(V, L)
     exact = integral(over_masks(model, x0), 0, 1)
     for samples in (1, 3):
-        close_in_mean(repeat(lk.diffusion_bound, x0, 500, model=model, samples=samples, noise=generator()), exact)
+        close_in_mean(repeat(diffusion_bound, x0, 500, model=model, samples=samples, noise=generator()), exact)
 
 
 @pytest.mark.parametrize("settings", [CONFIGS[0], CONFIGS[1]], ids=str)
@@ -182,28 +194,28 @@ def test_bounds_of_a_network_are_unbiased(settings: dict) -> None:
     model, x0 = network(**settings), sequences(V, L)
     nats = over_masks(model, x0)
     drawn = {"model": model, "samples": 4, "noise": generator()}
-    close_in_mean(repeat(lk.diffusion_bound, x0, 60, **drawn), integral(nats, 0, 1))
-    close_in_mean(repeat(lk.finite_step_bound, x0, 60, **drawn, steps=3), steps_sum(nats, LogLinear().grid(3).tolist()))
+    close_in_mean(repeat(diffusion_bound, x0, 60, **drawn), integral(nats, 0, 1))
+    close_in_mean(repeat(finite_step_bound, x0, 60, **drawn, steps=3), steps_sum(nats, LogLinear().grid(3).tolist()))
     if "fused" in model.heads:
         exact = integral(nats, 0.3, 1) + at(over_masks(model, x0, infill=True), 0.3)
-        close_in_mean(repeat(lk.hybrid_bound, x0, 60, **drawn, anchor=0.3), exact)
+        close_in_mean(repeat(hybrid_bound, x0, 60, **drawn, anchor=0.3), exact)
         return
     with pytest.raises(InputError, match="cannot infill"):
-        lk.hybrid_bound(model, x0, 0.3, 1, generator())
+        hybrid_bound(model, x0, 0.3, 1, generator())
 
 
 def test_draws_serve_other_weights() -> None:
     """With a level and without, the mean is the same; where all nats are the level, no noise is left."""
     model, x0, times = as_model(random_denoiser(V, L), V), sequences(V, L), 500
-    nats, everything, weights = over_masks(model, x0), torch.ones(L).double(), lk.interval_weights(L, 0.3, 0.9)
-    draws = lk.draw(model, x0.repeat_interleave(times, 0), everything, 2, generator())
+    nats, everything, weights = over_masks(model, x0), torch.ones(L).double(), interval_weights(L, 0.3, 0.9)
+    draws = draw(model, x0.repeat_interleave(times, 0), everything, 2, generator())
     level = integral(nats, 0, 1) / L
     for guess in (None, level.repeat_interleave(times)):
         drawn = draws.average(weights, guess).mean(-1).view(len(x0), times)
         close_in_mean(drawn, integral(nats, 0.3, 0.9))
 
     uniform = as_model(lambda x_t: torch.full((*x_t.shape, V), 1 / V, dtype=torch.float64).log(), V)
-    draws = lk.draw(uniform, x0, everything, 2, generator())
+    draws = draw(uniform, x0, everything, 2, generator())
     level = torch.full((len(x0),), math.log(V), dtype=torch.float64)
     exact = torch.full((len(x0), 2), 0.6 * L * math.log(V), dtype=torch.float64)
     torch.testing.assert_close(draws.average(weights, level), exact)
@@ -214,7 +226,7 @@ def test_draws_serve_other_weights() -> None:
 def test_every_schedule_gives_the_same_bound(model: LanguageModel, schedule: type) -> None:
     x0 = sequences(V, L)
     exact = integral(over_masks(model, x0), 0, 1)
-    drawn = repeat(lk.schedule_bound, x0, 1000, model=model, schedule=schedule(), samples=4, noise=generator())
+    drawn = repeat(schedule_bound, x0, 1000, model=model, schedule=schedule(), samples=4, noise=generator())
     close_in_mean(drawn, exact)
 
 
@@ -230,9 +242,9 @@ def test_schedule_bound_needs_its_end_pieces() -> None:
 
     x0, model = sequences(V, L), as_model(random_denoiser(V, L), V)
     nats = over_masks(model, x0)
-    drawn = repeat(lk.schedule_bound, x0, 1000, model=model, schedule=Short(), samples=2, noise=generator())
+    drawn = repeat(schedule_bound, x0, 1000, model=model, schedule=Short(), samples=2, noise=generator())
     close_in_mean(drawn, integral(nats, 0, 1))
-    drawn = repeat(lk.truncated, x0, 1000, model=model, schedule=Short(), samples=2, noise=generator())
+    drawn = repeat(truncated, x0, 1000, model=model, schedule=Short(), samples=2, noise=generator())
     close_in_mean(drawn, integral(nats, 0.2, 0.7))
 
 
@@ -242,15 +254,15 @@ def test_hybrid_bound_is_unbiased(model: LanguageModel, anchor: float) -> None:
     exact = integral(over_masks(model, x0), anchor, 1)
     if anchor:
         exact = exact + at(over_masks(model, x0, infill=True), anchor)
-    close_in_mean(repeat(lk.hybrid_bound, x0, 500, model=model, anchor=anchor, samples=2, noise=generator()), exact)
+    close_in_mean(repeat(hybrid_bound, x0, 500, model=model, anchor=anchor, samples=2, noise=generator()), exact)
 
 
 def test_hybrid_bound_ends_in_the_ar_likelihood_and_the_diffusion_bound() -> None:
     model, x0 = network(), sequences(V, L)
-    hybrid = lk.hybrid_bound(model, x0, 1.0, 3, generator())
+    hybrid = hybrid_bound(model, x0, 1.0, 3, generator())
     assert hybrid.shape == (len(x0), 3)
-    assert torch.equal(hybrid, lk.ar_nll(model, x0)[:, None].expand(-1, 3))
-    assert torch.equal(lk.hybrid_bound(model, x0, 0.0, 3, generator()), lk.diffusion_bound(model, x0, 3, generator()))
+    assert torch.equal(hybrid, ar_nll(model, x0)[:, None].expand(-1, 3))
+    assert torch.equal(hybrid_bound(model, x0, 0.0, 3, generator()), diffusion_bound(model, x0, 3, generator()))
 
 
 @pytest.mark.parametrize("anchor", [0.0, 0.4])
@@ -260,8 +272,8 @@ def test_finite_step_bound_is_unbiased(model: LanguageModel, anchor: float) -> N
     if anchor:
         exact = exact + at(over_masks(model, x0, infill=True), anchor)
     settings = {"model": model, "steps": 3, "anchor": anchor, "noise": generator()}
-    close_in_mean(repeat(lk.finite_step_bound, x0, 500, samples=2, **settings), exact)
-    close_in_mean(repeat(lk.importance_weighted_bound, x0, 1000, paths=1, **settings), exact)
+    close_in_mean(repeat(finite_step_bound, x0, 500, samples=2, **settings), exact)
+    close_in_mean(repeat(importance_weighted_bound, x0, 1000, paths=1, **settings), exact)
 
 
 def test_finite_steps_fall_to_the_continuous_bound() -> None:
@@ -269,7 +281,7 @@ def test_finite_steps_fall_to_the_continuous_bound() -> None:
     model = as_model(exact_denoiser(SOURCE), V)
     nats, sizes = over_masks(model, x0), masks(L).sum(-1)
     means = torch.stack([nats[:, sizes == k].mean(-1) / k for k in range(1, L + 1)], -1)
-    bounds = [p @ means @ lk.step_weights(L, LogLinear().grid(steps)) for steps in (1, 2, 4, 8, 16, 4096)]
+    bounds = [p @ means @ step_weights(L, LogLinear().grid(steps)) for steps in (1, 2, 4, 8, 16, 4096)]
     assert all(coarse - fine > 1e-3 for coarse, fine in itertools.pairwise(bounds[:-1]))
     assert entropy(SOURCE) < bounds[-1] < entropy(SOURCE) + 1e-3
 
@@ -279,10 +291,10 @@ def test_importance_weights_are_unbiased_for_the_chain(anchor: float) -> None:
     """The mean weight over paths is the chain's own probability of x0, so over all x0 it sums to one."""
     model, x0, paths = random_denoiser(V, L), sequences(V, L), 1000
     chain = {"model": model, "vocab_size": V, "steps": 2, "anchor": anchor}
-    weights = repeat(lk.importance_weighted_bound, x0, paths, paths=1, noise=generator(), **chain).neg().exp()
+    weights = repeat(importance_weighted_bound, x0, paths, paths=1, noise=generator(), **chain).neg().exp()
     close_in_mean(weights.sum(0)[None], torch.ones(1, dtype=torch.float64))
     # One estimate of so many paths is such a mean.
-    many = lk.importance_weighted_bound(x0=x0, paths=paths, noise=generator(1), **chain).neg().exp()
+    many = importance_weighted_bound(x0=x0, paths=paths, noise=generator(1), **chain).neg().exp()
     assert ((many - weights.mean(-1)).abs() < SIGMAS * weights.std(-1) * (2 / paths) ** 0.5).all()
 
 
@@ -293,7 +305,7 @@ def test_more_paths_tighten(anchor: float) -> None:
     chain = {"model": random_denoiser(V, L), "vocab_size": V, "steps": 4, "anchor": anchor}
     means, errors = [], []
     for paths in (1, 2, 8):
-        drawn = repeat(lk.importance_weighted_bound, x0, 1000, paths=paths, noise=generator(paths), **chain)
+        drawn = repeat(importance_weighted_bound, x0, 1000, paths=paths, noise=generator(paths), **chain)
         means.append(float(p @ drawn.mean(-1)))
         errors.append(float((p**2 @ drawn.var(-1) / drawn.shape[-1]) ** 0.5))
     for i in (0, 1):
@@ -311,7 +323,7 @@ def test_bounds_are_above_the_entropy_for_any_network(settings: dict) -> None:
     if "fused" in model.heads:
         infill = over_masks(model, x0, infill=True)
         values += [integral(nats, anchor, 1) + at(infill, anchor) for anchor in (0.2, 0.7)]
-        values += [lk.causal_nll(model, x0), lk.ar_nll(model, x0), lk.block_nll(model, x0, 2)]
+        values += [causal_nll(model, x0), ar_nll(model, x0), block_nll(model, x0, 2)]
     for value in values:
         assert (p @ value).item() > entropy(SOURCE)
 
@@ -321,7 +333,7 @@ def test_exact_denoiser_gives_the_entropy() -> None:
     x0, p = support(SOURCE)
     model = as_model(exact_denoiser(SOURCE), V)
     for anchor in (0.0, 0.3, 0.8, 1.0):
-        drawn = repeat(lk.hybrid_bound, x0, 200, model=model, anchor=anchor, samples=4, noise=generator())
+        drawn = repeat(hybrid_bound, x0, 200, model=model, anchor=anchor, samples=4, noise=generator())
         error = (p**2 @ drawn.var(-1) / drawn.shape[-1]).sqrt()
         assert abs(p @ drawn.mean(-1) - entropy(SOURCE)) <= SIGMAS * error + 1e-10
 
@@ -346,15 +358,15 @@ def bounds_given(model: LanguageModel, scored: Tensor) -> dict[str, tuple[object
     nats = over_masks(model, every)
     whole = integral(nats, 0, 1, scored=scored)
     found = {
-        "diffusion": (lk.diffusion_bound, {"samples": 2}, whole),
-        "schedule": (lk.schedule_bound, {"samples": 4, "schedule": LogLinear(0.1)}, whole),
-        "truncated": (lk.truncated, {"samples": 2, "schedule": LogLinear(0.3)}, integral(nats, 0, 0.7, scored=scored)),
-        "nfe": (lk.finite_step_bound, {"samples": 2, "steps": 3}, steps_sum(nats, grid, scored)),
-        "one path": (lk.importance_weighted_bound, {"paths": 1, "steps": 3}, steps_sum(nats, grid, scored)),
+        "diffusion": (diffusion_bound, {"samples": 2}, whole),
+        "schedule": (schedule_bound, {"samples": 4, "schedule": LogLinear(0.1)}, whole),
+        "truncated": (truncated, {"samples": 2, "schedule": LogLinear(0.3)}, integral(nats, 0, 0.7, scored=scored)),
+        "nfe": (finite_step_bound, {"samples": 2, "steps": 3}, steps_sum(nats, grid, scored)),
+        "one path": (importance_weighted_bound, {"paths": 1, "steps": 3}, steps_sum(nats, grid, scored)),
     }
     if "fused" in model.heads:
         exact = integral(nats, 0.3, 1, scored=scored) + at(over_masks(model, every, infill=True), 0.3, scored)
-        found["hybrid"] = (lk.hybrid_bound, {"samples": 2, "anchor": 0.3}, exact)
+        found["hybrid"] = (hybrid_bound, {"samples": 2, "anchor": 0.3}, exact)
     return found
 
 
@@ -383,7 +395,7 @@ def test_importance_weights_given_tokens_are_unbiased_for_the_chain() -> None:
     """Over all that may follow what is given, the chain's probabilities sum to one."""
     model, every, scored = random_denoiser(V, L), sequences(V, L), SCORED[1]
     chain = {"model": model, "vocab_size": V, "steps": 2, "paths": 1, "scored": scored.expand(len(every) * 1000, -1)}
-    weights = repeat(lk.importance_weighted_bound, every, 1000, noise=generator(), **chain).neg().exp()
+    weights = repeat(importance_weighted_bound, every, 1000, noise=generator(), **chain).neg().exp()
     close_in_mean(weights.view(4, 4, -1).sum(1), torch.ones(4, dtype=torch.float64))
 
 
@@ -406,7 +418,7 @@ def test_bad_masks_of_scored_positions() -> None:
         (torch.stack(SCORED[:2]), "scored marks 2 to 3 positions of a row; it must be one number"),
     ):
         with pytest.raises(InputError, match=complaint):
-            lk.diffusion_bound(network(), x0, 1, generator(), scored=scored)
+            diffusion_bound(network(), x0, 1, generator(), scored=scored)
 
 
 def test_two_identical_fair_bits() -> None:
@@ -434,35 +446,35 @@ def test_two_identical_fair_bits() -> None:
     repeated = x0.repeat(200, 1)
     everywhere = {"model": denoiser, "x0": repeated, "vocab_size": 2}
     drawn = {**everywhere, "samples": 2, "noise": generator()}
-    exact = [lk.causal_nll(**everywhere), lk.ar_nll(**everywhere), lk.block_nll(**everywhere, block_size=2)]
-    exact += [-lk.score(denoiser, repeated, which, 2, vocab_size=2).sum(-1) for which in ("causal", "ar", "block")]
+    exact = [causal_nll(**everywhere), ar_nll(**everywhere), block_nll(**everywhere, block_size=2)]
+    exact += [-score(denoiser, repeated, which, 2, vocab_size=2).sum(-1) for which in ("causal", "ar", "block")]
     for nll in exact:
         torch.testing.assert_close(nll, torch.full_like(nll, truth))
-    torch.testing.assert_close(lk.diffusion_bound(**drawn).mean(-1), exact[0])  # k = 1 and k = 2, one each
+    torch.testing.assert_close(diffusion_bound(**drawn).mean(-1), exact[0])  # k = 1 and k = 2, one each
     for steps, anchor in itertools.product((1, 2, 16), (0.0, 0.5)):
         assert (
-            lk.importance_weighted_bound(**everywhere, steps=steps, paths=4, noise=generator(), anchor=anchor).min()
+            importance_weighted_bound(**everywhere, steps=steps, paths=4, noise=generator(), anchor=anchor).min()
             >= at_least
         )
     # The others hold in expectation: each is its exact value, which is at least the truth.
     close = []
     for anchor in (0.0, 0.3, 0.7, 1.0):
-        close.append((lk.hybrid_bound(**drawn, anchor=anchor), truth))
+        close.append((hybrid_bound(**drawn, anchor=anchor), truth))
         for steps in (1, 2, 16):
             pairs = itertools.pairwise(LogLinear().grid(steps, anchor).tolist())
             both_masked = sum((b - a) / b * b**2 for a, b in pairs)  # and cost 2 ln 2 then, one alone nothing
             close.append(
-                (lk.finite_step_bound(**drawn, steps=steps, anchor=anchor), truth * (anchor**2 + 2 * both_masked))
+                (finite_step_bound(**drawn, steps=steps, anchor=anchor), truth * (anchor**2 + 2 * both_masked))
             )
-    close += [(lk.schedule_bound(**drawn, schedule=schedule()), truth) for schedule in SCHEDULES.values()]
+    close += [(schedule_bound(**drawn, schedule=schedule()), truth) for schedule in SCHEDULES.values()]
     for nats, exact_value in close:
         assert exact_value >= at_least
         close_in_mean(nats.mean(-1)[None], torch.tensor([exact_value], dtype=torch.float64))
 
     # The published, truncated form is no bound, and misses what it leaves out: lambda in [0.999, 1].
-    stops = lk.truncated(**drawn).mean()
+    stops = truncated(**drawn).mean()
     assert stops.item() < truth
-    many = lk.truncated(**{**drawn, "samples": 64}).mean(-1)
+    many = truncated(**{**drawn, "samples": 64}).mean(-1)
     close_in_mean(many[None], torch.tensor([truth * 0.999**2], dtype=torch.float64))
 
 
@@ -473,11 +485,11 @@ def test_a_row_draws_what_it_draws_alone() -> None:
         return [generator(r) for r in rows]
 
     for bound in (
-        lambda x, n: lk.diffusion_bound(model, x, 3, n),
-        lambda x, n: lk.schedule_bound(model, x, LogLinear(), 3, n),
-        lambda x, n: lk.hybrid_bound(model, x, 0.5, 3, n),
-        lambda x, n: lk.finite_step_bound(model, x, 4, 3, n),
-        lambda x, n: lk.importance_weighted_bound(model, x, 4, 3, n, anchor=0.3),
+        lambda x, n: diffusion_bound(model, x, 3, n),
+        lambda x, n: schedule_bound(model, x, LogLinear(), 3, n),
+        lambda x, n: hybrid_bound(model, x, 0.5, 3, n),
+        lambda x, n: finite_step_bound(model, x, 4, 3, n),
+        lambda x, n: importance_weighted_bound(model, x, 4, 3, n, anchor=0.3),
     ):
         together = bound(x0, noise(range(5)))
         alone = torch.cat([bound(x0[r : r + 1], noise(range(r, r + 1))) for r in range(5)])
@@ -486,7 +498,7 @@ def test_a_row_draws_what_it_draws_alone() -> None:
 
 def test_counts_are_stratified_and_masks_uniform() -> None:
     weights = torch.tensor([0.0, 1.0, 1.0, 2.0], dtype=torch.float64) / 4
-    masked = lk.draw_masks(torch.Size((3000, 3)), weights, 4, generator())
+    masked = draw_masks(torch.Size((3000, 3)), weights, 4, generator())
     assert masked.sum(-1).sort(0).values[:, 0].tolist() == [1, 2, 3, 3]
     assert (masked.sum(-1) == torch.tensor([1, 2, 3, 3])[:, None]).all()
     share = masked[0].double().mean(0)  # 1000 expected of 3000 each; sd 0.0086
@@ -496,14 +508,14 @@ def test_counts_are_stratified_and_masks_uniform() -> None:
 def test_score() -> None:
     model, x0 = network(), sequences(V, L)
     for which in ("causal", "ar", "block"):
-        rows = lk.score(model, x0, which, 2)
+        rows = score(model, x0, which, 2)
         assert rows.shape == x0.shape and rows.dtype == torch.float64 and not rows.requires_grad
-        listed = lk.score(model, [[0, 1, 1], [1]], which, 2)
+        listed = score(model, [[0, 1, 1], [1]], which, 2)
         assert [len(row) for row in listed] == [3, 1]
         for row, tokens in zip(listed, ([0, 1, 1], [1]), strict=True):
-            torch.testing.assert_close(row, lk.score(model, torch.tensor([tokens]), which, 2)[0])
+            torch.testing.assert_close(row, score(model, torch.tensor([tokens]), which, 2)[0])
         # What follows does not change what came before: the states of an all-masked canvas do not know its length.
-        torch.testing.assert_close(lk.score(model, x0[:, :2], which, 2), rows[:, :2])
+        torch.testing.assert_close(score(model, x0[:, :2], which, 2), rows[:, :2])
 
 
 @pytest.mark.parametrize("elements", [1, 40])
@@ -511,7 +523,7 @@ def test_reading_in_chunks_changes_nothing(elements: int) -> None:
     model, x0 = network(), sequences(V, L)
     where = masks(L)
     states, _ = model(x0, torch.where(where, V, x0), Infill())
-    whole, parts = lk.read(model, states, where, x0, "fused"), lk.read(model, states, where, x0, "fused", elements)
+    whole, parts = read(model, states, where, x0, "fused"), read(model, states, where, x0, "fused", elements)
     assert torch.equal(whole.nats, parts.nats) and torch.equal(whole.best, parts.best)
     assert (whole.best[~where] == -1).all() and (whole.nats[~where] == 0).all()
     torch.testing.assert_close(whole.nats[where], model.nll(states, where, x0, "fused").detach())
@@ -519,16 +531,16 @@ def test_reading_in_chunks_changes_nothing(elements: int) -> None:
 
 def test_estimate() -> None:
     nats = torch.tensor([[6.0, 10.0], [16.0, 16.0]])
-    result = lk.estimate(nats, 4, 16)
+    result = estimate(nats, 4, 16)
     assert (result.nll, result.tokens, result.rows, result.samples) == (3.0, 8, 2, 2)
     assert result.standard_error == pytest.approx(1.0)  # rows of 2 and 4 nats per token: sd sqrt(2), over sqrt(2)
     assert result.ppl == pytest.approx(math.exp(3))
     assert result.bits_per_byte == pytest.approx(24 / math.log(2) / 16)
     assert {"nll", "standard_error", "ppl", "bits_per_byte"} <= set(result.to_dict())
-    assert lk.estimate(torch.tensor([8.0]), 4).standard_error is None
-    assert lk.estimate(torch.tensor([8.0]), 4).bits_per_byte is None
-    assert lk.estimate(torch.tensor([8.0, 2.0]), torch.tensor([4, 1])).nll == pytest.approx(2)
-    assert lk.estimate(torch.tensor([8.0, 2.0]), torch.tensor([4, 1])).standard_error == 0
+    assert estimate(torch.tensor([8.0]), 4).standard_error is None
+    assert estimate(torch.tensor([8.0]), 4).bits_per_byte is None
+    assert estimate(torch.tensor([8.0, 2.0]), torch.tensor([4, 1])).nll == pytest.approx(2)
+    assert estimate(torch.tensor([8.0, 2.0]), torch.tensor([4, 1])).standard_error == 0
 
 
 def test_standard_error_covers_a_ratio_of_unequal_rows() -> None:
@@ -540,7 +552,7 @@ def test_standard_error_covers_a_ratio_of_unequal_rows() -> None:
     counts = torch.randint(1, 10, (1000, 100), generator=noise)
     nats = counts * (1 + 1 / counts) + counts**0.5 * torch.randn(1000, 100, dtype=torch.float64, generator=noise)
     truth = 1 + 1 / 5  # 5 tokens a row
-    estimates = [lk.estimate(part, count) for part, count in zip(nats, counts, strict=True)]
+    estimates = [estimate(part, count) for part, count in zip(nats, counts, strict=True)]
     covered = sum(abs(e.nll - truth) < 2 * e.standard_error for e in estimates) / 1000
     assert 0.91 < covered < 0.98
 
@@ -550,8 +562,8 @@ def test_standard_error_covers_the_truth() -> None:
     model = as_model(exact_denoiser(SOURCE), V)
     x0, p = support(SOURCE)
     rows = p.multinomial(400 * 100, replacement=True, generator=generator())
-    nats = lk.diffusion_bound(model, x0[rows], 2, generator()).view(400, 100, 2)
-    estimates = [lk.estimate(part, L) for part in nats]
+    nats = diffusion_bound(model, x0[rows], 2, generator()).view(400, 100, 2)
+    estimates = [estimate(part, L) for part in nats]
     covered = sum(abs(e.nll - entropy(SOURCE) / L) < 2 * e.standard_error for e in estimates)
     assert covered / 400 > 0.88
 
@@ -559,22 +571,22 @@ def test_standard_error_covers_the_truth() -> None:
 def test_bad_input() -> None:
     model, x0 = network(), sequences(V, L)
     with pytest.raises(InputError, match="holds the id 2"):
-        lk.ar_nll(model, torch.full((1, L), V))
+        ar_nll(model, torch.full((1, L), V))
     with pytest.raises(InputError, match="int64"):
-        lk.diffusion_bound(model, x0.int(), 1, generator())
+        diffusion_bound(model, x0.int(), 1, generator())
     with pytest.raises(InputError, match=r"anchor is 1\.5"):
-        lk.hybrid_bound(model, x0, 1.5, 1, generator())
+        hybrid_bound(model, x0, 1.5, 1, generator())
     with pytest.raises(InputError, match="anchor is -1"):
-        lk.importance_weighted_bound(model, x0, 2, 1, generator(), anchor=-1)
+        importance_weighted_bound(model, x0, 2, 1, generator(), anchor=-1)
     with pytest.raises(InputError, match="samples is 0"):
-        lk.diffusion_bound(model, x0, 0, generator())
+        diffusion_bound(model, x0, 0, generator())
     with pytest.raises(InputError, match="steps is 0"):
-        lk.finite_step_bound(model, x0, 0, 1, generator())
+        finite_step_bound(model, x0, 0, 1, generator())
     with pytest.raises(InputError, match="paths is 0"):
-        lk.importance_weighted_bound(model, x0, 1, 0, generator())
+        importance_weighted_bound(model, x0, 1, 0, generator())
     with pytest.raises(InputError, match="generators"):
-        lk.diffusion_bound(model, x0, 1, [generator()])
+        diffusion_bound(model, x0, 1, [generator()])
     with pytest.raises(InputError, match="likelihood is diffusion"):
-        lk.score(model, x0, "diffusion")
+        score(model, x0, "diffusion")
     with pytest.raises(InputError, match="block_size is 0"):
-        lk.block_nll(model, x0, 0)
+        block_nll(model, x0, 0)

@@ -13,7 +13,9 @@ from enumeration import exact_denoiser, masks, random_denoiser, random_source, s
 from torch import Tensor
 
 from caddf.errors import InputError
-from caddf.evaluation.likelihood import denoised, finite_step_bound, infilled, step_weights
+from caddf.evaluation.bounds import finite_step_bound
+from caddf.evaluation.masks import step_weights
+from caddf.evaluation.reading import denoised, infilled
 from caddf.evaluation.steps import step_curve
 from caddf.interface import as_model
 from caddf.schedules import Cosine, LogLinear

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from caddf.categorical import RowGenerators, Warp
 from caddf.decoding import Confidence, Task
-from caddf.errors import InputError
+from caddf.errors import InputError, at_least_one
 from caddf.evaluation import diffusion_bound
-from caddf.evaluation.likelihood import Likelihood, Readout, at_least_one, read_exact
+from caddf.evaluation.likelihood import Likelihood, read_exact
+from caddf.evaluation.reading import Readout
 from caddf.evaluation.suite import window_generator
 from caddf.generation import decoder_of, generate
 from caddf.interface import LanguageModel

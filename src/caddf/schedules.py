@@ -148,3 +148,5 @@ class Cosine(Schedule):
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"loglinear": LogLinear, "geometric": Geometric, "cosine": Cosine}
+LOG_LINEAR = LogLinear()
+"""The schedule of a bound that is given none."""

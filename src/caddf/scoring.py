@@ -15,8 +15,9 @@ from caddf import evaluation
 from caddf.data import TokenSet
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
-from caddf.evaluation.likelihood import Likelihood, Model
+from caddf.evaluation.likelihood import Likelihood
 from caddf.evaluation.protocol import PRESETS, Protocol, Window, preset, windows
+from caddf.evaluation.reading import Model
 from caddf.text_model import TextModel, check_seed
 
 UNNAMED = replace(PRESETS["caddf"], split="validation")

@@ -19,9 +19,9 @@ from caddf.benchmarks.roster import Contestant, Roster, needs
 from caddf.benchmarks.steps import denoises
 from caddf.benchmarks.trial import check_tokenizer, some_windows
 from caddf.data import TokenSet
-from caddf.errors import InputError
+from caddf.errors import InputError, at_least_one
 from caddf.evaluation.infilling import Filled, Reading, fill_spans, readings
-from caddf.evaluation.likelihood import at_least_one, uniform
+from caddf.evaluation.masks import uniform
 from caddf.evaluation.pairing import ratio_of
 from caddf.evaluation.suite import window_generator
 from caddf.interface import LanguageModel

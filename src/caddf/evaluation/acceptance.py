@@ -20,8 +20,9 @@ from torch import Tensor
 
 from caddf.categorical import Warp, inverse_cdf
 from caddf.decoding.verification import shares
-from caddf.errors import InputError
-from caddf.evaluation.likelihood import Model, Noise, at_least_one, checked, uniform
+from caddf.errors import InputError, at_least_one
+from caddf.evaluation.masks import Noise, uniform
+from caddf.evaluation.reading import Model, checked
 from caddf.interface import Block, Head, Incremental, LanguageModel
 
 Verifier = Literal["causal", "fused"]

@@ -9,20 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError
-from caddf.evaluation.likelihood import (
-    Model,
-    Noise,
-    at_least_one,
-    checked,
-    counted,
-    draw,
-    interval_weights,
-    nth,
-    read,
-    read_exact,
-    uniform,
-)
+from caddf.errors import InputError, at_least_one
+from caddf.evaluation.bounds import draw
+from caddf.evaluation.likelihood import read_exact
+from caddf.evaluation.masks import Noise, counted, interval_weights, nth, uniform
+from caddf.evaluation.reading import Model, checked, read
 from caddf.interface import Block, LanguageModel
 
 

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError
-from caddf.evaluation.likelihood import Model, Noise, at_least_one, checked, counted, read, strata, uniform
+from caddf.errors import InputError, at_least_one
+from caddf.evaluation.masks import Noise, counted, strata, uniform
+from caddf.evaluation.reading import Model, checked, read
 from caddf.interface import Block
 
 

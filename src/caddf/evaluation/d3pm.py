@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from caddf.errors import InputError
-from caddf.evaluation.likelihood import Model, Noise, checked, counted, nth, strata, uniform
+from caddf.evaluation.masks import Noise, counted, nth, strata, uniform
+from caddf.evaluation.reading import Model, checked
 from caddf.forward_process import mask_tokens, resample_tokens
 from caddf.interface import AnyOrder, LanguageModel
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from caddf.categorical import RowGenerators, Warp
 from caddf.decoding import Autoregressive, Confidence, Decoder, Task
-from caddf.errors import InputError
-from caddf.evaluation.likelihood import at_least_one, diffusion_bound, infilled, read_exact
+from caddf.errors import InputError, at_least_one
+from caddf.evaluation.bounds import diffusion_bound
+from caddf.evaluation.likelihood import read_exact
+from caddf.evaluation.reading import infilled
 from caddf.interface import LanguageModel
 
 Reading = Literal["infill", "diffusion", "causal"]

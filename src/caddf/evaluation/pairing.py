@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from caddf.errors import InputError
-from caddf.evaluation.likelihood import estimate
+from caddf.evaluation.estimates import estimate
 
 EXACT = ("causal", "ar", "block")
 """Likelihoods that may be compared with a left-to-right model's."""

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.evaluation.likelihood import Noise, checked, counted, strata, uniform
+from caddf.evaluation.masks import Noise, counted, strata, uniform
+from caddf.evaluation.reading import checked
 from caddf.interface import LanguageModel
 
 

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
-from caddf.errors import InputError
-from caddf.evaluation.likelihood import at_least_one
+from caddf.errors import InputError, at_least_one
 
 ACCURACY = {
     "autoregressive": "over all scored positions: is the arg max, given the true tokens before, the token",

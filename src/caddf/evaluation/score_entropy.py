@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.concrete_score import Uniform, log_scores, marked, process_of, score_entropy
-from caddf.evaluation.likelihood import LOG_LINEAR, Model, Noise, checked, counted, nth, read, strata, uniform
+from caddf.evaluation.masks import Noise, counted, nth, strata, uniform
+from caddf.evaluation.reading import Model, checked, read
 from caddf.interface import AnyOrder, LanguageModel
-from caddf.schedules import Schedule
+from caddf.schedules import LOG_LINEAR, Schedule
 
 LOWEST = 1e-4
 """sbar at which a schedule that starts from 0 hands over to the reconstruction term (uniform)."""

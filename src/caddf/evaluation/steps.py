@@ -1,6 +1,6 @@
 """Steps to a target: the fewest steps n whose finite-step bound reaches a given likelihood (eq. 14, measured).
 
-Every bound is a sum over k of w_k A_k (`caddf.evaluation.likelihood`), and the number of steps is in w alone. So one
+Every bound is a sum over k of w_k A_k (`caddf.evaluation.bounds`), and the number of steps is in w alone. So one
 set of masked sets serves every n: drawn for the mean of w over n = 1, 2, 4, ..., and weighed for each n anew. All n
 share their noise, further n cost no evaluation, and A_L, where everything is masked, is read once and has no noise.
 
@@ -16,23 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError
-from caddf.evaluation.likelihood import (
-    LOG_LINEAR,
-    Draws,
-    Estimate,
-    Model,
-    Noise,
-    at_least_one,
-    check_anchor,
-    checked,
-    denoised,
-    draw,
-    estimate,
-    infilling,
-    step_weights,
-)
-from caddf.schedules import Schedule
+from caddf.errors import InputError, at_least_one
+from caddf.evaluation.bounds import Draws, check_anchor, draw, infilling
+from caddf.evaluation.estimates import Estimate, estimate
+from caddf.evaluation.masks import Noise, step_weights
+from caddf.evaluation.reading import Model, checked, denoised
+from caddf.schedules import LOG_LINEAR, Schedule
 
 STANDARD_ERRORS = 2.0
 """How far the curve is moved for `Steps.between`."""

@@ -17,23 +17,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError
+from caddf.errors import InputError, at_least_one
 from caddf.evaluation.accuracy import mtp
-from caddf.evaluation.likelihood import (
-    Likelihood,
-    Model,
-    Noise,
-    at_least_one,
-    checked,
-    draw,
-    estimate,
-    finite_step_bound,
-    importance_weighted_bound,
-    infilling,
-    interval_weights,
-    read_exact,
-)
+from caddf.evaluation.bounds import draw, finite_step_bound, importance_weighted_bound, infilling
+from caddf.evaluation.estimates import estimate
+from caddf.evaluation.likelihood import Likelihood, read_exact
+from caddf.evaluation.masks import Noise, interval_weights
 from caddf.evaluation.protocol import Window, chosen, stacked
+from caddf.evaluation.reading import Model, checked
 from caddf.interface import Head, LanguageModel, as_model
 from caddf.schedules import LogLinear
 

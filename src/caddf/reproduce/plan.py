@@ -13,9 +13,8 @@ from rich.console import Console
 from caddf.benchmarks import DecodeSettings, decode
 from caddf.checkpoint import read_json, write_json_atomic
 from caddf.data import TokenSet, prepare
-from caddf.errors import InputError
+from caddf.errors import InputError, at_least_one
 from caddf.evaluation import EvaluationConfig
-from caddf.evaluation.likelihood import at_least_one
 from caddf.experiment import METHODS, ModelSettings, Size
 from caddf.models.accounts import accounts
 from caddf.running import OWN, RunSettings, ValidationSettings, resume, start
