@@ -1,4 +1,4 @@
-"""Known sources over V^L: everything about them is a sum over a float64 table."""
+"""Known sources over V^L, and networks as small: everything about them is a sum over a float64 table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from caddf.interface import AnyOrder, Infill, LanguageModel
+from caddf.models.backbone import DualBranch
+from caddf.models.config import BranchConfig, ModelConfig
 
 
 def sequences(vocab_size: int, length: int) -> Int[Tensor, "N L"]:
@@ -63,3 +67,35 @@ def random_denoiser(vocab_size: int, length: int, seed: int = 0) -> Callable[[Te
     logits = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     table = torch.log_softmax(1.5 * logits, -1)
     return lambda x_t: table[x_t @ contexts]
+
+
+CONFIGS = [
+    {"causal": None, "exchange": "one_way"},
+    *(
+        {"fusion": fusion, "exchange": exchange, "draft": draft}
+        for fusion, exchange in (("late", "mutual"), ("late", "one_way"), ("layers", "one_way"), ("none", "one_way"))
+        for draft in ("factorised", "chained")
+    ),
+]
+"""Choices of a dual branch that change what its heads read."""
+
+
+def random_network(vocab_size: int, length: int, **settings: object) -> DualBranch:
+    """A random network in float64, its weights large enough to be far from uniform."""
+    torch.manual_seed(1)
+    values = {"causal": BranchConfig(2, 8, 2), **settings}
+    model = DualBranch(ModelConfig(vocab_size, length, BranchConfig(1, 8, 2), block_size=2, **values)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return model
+
+
+def masked_nats(model: LanguageModel, x0: Tensor, where: Tensor, infill: bool) -> Tensor:
+    """Sum of nats over the masked positions, from `model.nll` (what is under test reads `log_probs`)."""
+    if not where.any():
+        return torch.zeros(len(x0), dtype=torch.float64)
+    where = where.expand_as(x0)
+    canvas = torch.where(where, model.mask_id, x0)
+    states, _ = model(x0, canvas, Infill()) if infill else model(canvas, canvas, AnyOrder())
+    nats = model.nll(states, where, x0, "fused" if infill else model.denoiser)
+    return nats.view(len(x0), -1).sum(-1).detach()
