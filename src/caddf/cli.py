@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
@@ -37,22 +35,13 @@ from caddf.models.accounts import accounts
 from caddf.quantise import Quantisation
 from caddf.report import report
 from caddf.reproduce import TABLES, ReproduceSettings, reproduce
-from caddf.running import OWN, RunSettings, TrainingDType, ValidationSettings, resume, start
+from caddf.run_options import add_sections, parse_given, read_given, run_settings
+from caddf.running import TrainingDType, resume, start
 from caddf.samples import Recording, SamplesSettings, collect_samples
 from caddf.scoring import UNNAMED, evaluate
-from caddf.settings import (
-    add_choices,
-    add_options,
-    add_section,
-    names_of,
-    nearest,
-    new_parser,
-    options,
-    parse,
-    section,
-)
+from caddf.settings import add_choices, add_options, add_section, new_parser, options, parse, section
 from caddf.text_model import DType, check_seed, describe_folder, load, model_folder
-from caddf.training import TrainConfig, TrainingError
+from caddf.training import TrainingError
 from caddf.training.config import Device
 
 GROUPS = ("data", "benchmark")
@@ -162,7 +151,7 @@ def _data_prepare(parser: ArgumentParser, arguments: list[str]) -> int:
 
 
 def _train(parser: ArgumentParser, arguments: list[str]) -> int:
-    method, files, others = _method(arguments)
+    given = read_given(arguments)
     add = parser.add_argument
     add("--config", type=str | None, metavar="METHOD|FILE",
         help=f"a method ({', '.join(METHODS)}), or a YAML file of settings, named as here: `seed: 1`, "
@@ -177,18 +166,8 @@ def _train(parser: ArgumentParser, arguments: list[str]) -> int:
     add("--dtype", type=TrainingDType, default="auto",
         help="of the passes; bfloat16 is autocast over float32 weights; auto takes it where it is fast")  # fmt: skip
     add("--seed", type=int, default=0, metavar="INT", help="of the weights, the order of the data, and all draws")
-    add_section(parser, "model", ModelSettings)
-    add_section(parser, "objective", METHODS[method].settings, METHODS[method].defaults)
-    add_section(parser, "train", TrainConfig, skip=OWN)
-    add_section(parser, "validation", ValidationSettings)
-    in_files = [(file, name, value) for file, settings in files for name, value in settings.items()]
-    for file, name, _ in in_files:
-        _check_name(name, f"{file} has {name}, ", method, parser)
-    for argument in others:
-        if (name := argument.partition("=")[0].removeprefix("--")).startswith("objective."):
-            _check_name(name, f"{name} is set, ", method, parser)
-    # The command line has the last word.
-    values = parse(parser, [*(f"--{name}={value}" for _, name, value in in_files), *others])
+    add_sections(parser, given.method)
+    values = parse_given(parser, given)
     console = Console(stderr=True)
     if values.resume is not None:
         if sum(argument.startswith("-") for argument in arguments) > 1:
@@ -202,19 +181,7 @@ def _train(parser: ArgumentParser, arguments: list[str]) -> int:
         for name in ("data", "out"):
             if values[name] is None:
                 raise InputError(f"{name} is not given; caddf train needs --data SET and --out RUN (or --resume RUN)")
-        run = RunSettings(
-            data=values.data,
-            method=method,
-            init_from=values.init_from,
-            device=values.device,
-            dtype=values.dtype,
-            seed=values.seed,
-            model=section(ModelSettings, values.model),
-            objective=section(METHODS[method].settings, values.get("objective")),
-            train=section(TrainConfig, values.train),
-            validation=section(ValidationSettings, values.validation),
-        )
-        result = start(run, Path(values.out), console)
+        result = start(run_settings(given.method, values), Path(values.out), console)
     if result.interrupted:
         return INTERRUPTED
     if result.finished_before:
@@ -226,70 +193,6 @@ def _train(parser: ArgumentParser, arguments: list[str]) -> int:
     took = f"{result.step} steps, {result.tokens:,} tokens, {result.elapsed:.0f} s"
     print(f"done: {took}{best}; {result.checkpoint}", file=sys.stderr)
     return 0
-
-
-def _method(arguments: list[str]) -> tuple[str, list[tuple[str, dict[str, str]]], list[str]]:
-    """The method, the settings of each `--config FILE`, and the arguments but for these.
-
-    They are read before the rest: the method decides which settings there are.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", action="append", default=[])
-    first.add_argument("--method")
-    try:
-        given, others = first.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise InputError(f"{error.argument_name} is given without a value; it names a method or a file") from None
-    method, files = DEFAULT_METHOD, []
-    for config in given.config:
-        if config in METHODS:
-            if given.method not in (None, config):
-                raise InputError(
-                    f"method is {given.method} beside config {config}, which is a method already; give one"
-                )
-            method = config
-        else:
-            settings = _settings_in(config)
-            method = settings.pop("method", method)
-            files.append((config, settings))
-    method = given.method or method
-    if method not in METHODS:
-        raise InputError(f"method is {method}; it must be one of {', '.join(METHODS)}")
-    return method, files, others
-
-
-def _check_name(name: str, said: str, method: str, parser: ArgumentParser) -> None:
-    """Raises `InputError`, which begins with `said`, for a setting that is not there with this method."""
-    known = names_of(parser)
-    if name in known:
-        return
-    if name.startswith("objective."):
-        own = [each.name for each in dataclasses.fields(METHODS[method].settings)]
-        has = f"its objective has {', '.join(own)}" if own else "its objective has none"
-        raise InputError(f"{said}but the method {method} has no such setting; {has}")
-    raise InputError(f"{said}which is no setting{nearest(name, known)}; {parser.prog} --help explains every setting")
-
-
-def _settings_in(file: str) -> dict[str, str]:
-    """The settings of a YAML file by their full names, as the command line would give them."""
-    if not Path(file).is_file():
-        raise InputError(f"config is {file}; it must be a method ({', '.join(METHODS)}) or a YAML file")
-    try:
-        # All values as they are written, where YAML would make `off` a false.
-        settings = yaml.load(Path(file).read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config is {file}, which is not YAML: {error}") from None
-    if not isinstance(settings, dict) or "config" in settings:
-        raise InputError(f"config is {file}; it must hold lines such as `seed: 1`, and no config of its own")
-    return dict(_flat(settings))
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _evaluate(parser: ArgumentParser, arguments: list[str]) -> int:
