@@ -119,6 +119,7 @@ def test_left_to_right_goes_beyond_the_context(model):
         ({"prompt": "a", "decoder": "ancestral", "max_new_tokens": 32}, "make 33; this decoder needs them to fit"),
         ({"prompt": "a", "decoder": "beam"}, "decoder is beam; it must be one of ancestral"),
         ({"prompt": "a", "steps": 3}, "steps is set, but the decoder speculative has no such setting; it has target"),
+        ({"prompt": "a", "batch": 2}, "batch is set, .* and all decoders have max_new_tokens, temperature, top_k"),
         ({"prompt": "a", "block_size": 33}, "block_size is 33; it must lie between 1 and the context, 32"),
         ({"prompt": "a", "block_size": 0}, "block_size is 0; it must lie between 1"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),

@@ -156,14 +156,22 @@ def first_stop(text: str, stop: tuple[str, ...]) -> int:
     return min((at for word in stop if (at := text.find(word)) >= 0), default=len(text))
 
 
-def decoder_of(name: str, settings: dict[str, Any]) -> Decoder:
-    """The decoder of that name with these settings; raises `InputError` for a name or setting that is not there."""
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
+"""What `generate` takes for every decoder."""
+
+
+def decoder_of(name: str, settings: dict[str, Any], besides: Sequence[str] = ()) -> Decoder:
+    """The decoder of that name with these settings; raises `InputError` for a name or setting that is not there.
+
+    `besides` are the settings that the caller takes itself, which the error names too.
+    """
     if name not in DECODERS:
         raise InputError(f"decoder is {name}; it must be one of {', '.join(DECODERS)}")
     known = [field.name for field in dataclasses.fields(DECODERS[name])]  # type: ignore[arg-type]
     for setting in settings:
         if setting not in known:
             has = f"has {', '.join(known)}" if known else "has none"
+            has += f", and all decoders have {', '.join(besides)}" if besides else ""
             raise InputError(f"{setting} is set, but the decoder {name} has no such setting; it {has}")
     return DECODERS[name](**settings)
 
@@ -206,7 +214,7 @@ def generate(
     if (size := settings.get("block_size")) is not None and not 1 <= size <= model.context:
         raise InputError(f"block_size is {size}; it must lie between 1 and the context, {model.context}")
     filling = template is not None
-    chosen = decoder_of(decoder or model.decoder, settings)
+    chosen = decoder_of(decoder or model.decoder, settings, SETTINGS)
     if isinstance(chosen, Gaussian) != isinstance(model.model, Plaid):
         name = decoder or model.decoder
         raise InputError(

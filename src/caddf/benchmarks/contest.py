@@ -149,15 +149,15 @@ def contest(results: Results, rows: Sequence[Entrant], roster: Roster, given: Co
         row["rounds"].append(_measured(given, prompts, contestant, decoder, judge, size, turn))
         results.save()
         said = f"{row['rounds'][-1]['tokens_per_second']:.1f} tokens/s"
-        console.print(
-            f"[{turn + 1}/{given.repeats}] {entrant.label}, batch {size}: {said}", markup=False, soft_wrap=True
-        )
+        _tell(console, f"[{turn + 1}/{given.repeats}] {entrant.label}, batch {size}: {said}")
     for (entrant, size), row in zip(table, results.values["rows"], strict=True):
         if row["peak_memory"] is None and given.memory:
-            row["peak_memory"] = _peak(given, entrant, size, row["rounds"], roster)
+            row["peak_memory"] = peak = _peak(given, entrant, size, row["rounds"], roster)
             results.save()
+            said = "not known on this device" if peak is None else f"{peak / 2**20:,.0f} MiB"
+            _tell(console, f"{entrant.label}, batch {size}: peak memory {said}")
     if prompts.data is not None:
-        _perplexities(results, roster, given, prompts.data)
+        _perplexities(results, roster, given, prompts.data, console)
         if judge is not None:
             results.values["judge"] = _about(judge, prompts.data, given)
     results.values["bandwidth"] = Spread.of(speeds).median
@@ -165,6 +165,10 @@ def contest(results: Results, rows: Sequence[Entrant], roster: Roster, given: Co
         network = roster[entrant.model].network
         drafts = row["decoder"] in ("speculative", "block") or "causal" not in network.heads
         summarise(row, weights_read(network, row["target"] != "causal", drafts), speeds)
+
+
+def _tell(console: Console, line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _row(entrant: Entrant, size: int, contestant: Contestant, given: Conditions) -> dict[str, Any]:
@@ -262,7 +266,7 @@ def resident_peak(given: Conditions, entrant: Entrant, size: int) -> int:
     return weights + peak.most - peak.first
 
 
-def _perplexities(results: Results, roster: Roster, given: Conditions, data: TokenSet) -> None:
+def _perplexities(results: Results, roster: Roster, given: Conditions, data: TokenSet, console: Console) -> None:
     """The exact perplexity of every target, once for each model."""
     known = {(row["model"], row["target"]): row["target_ppl"] for row in results.values["rows"] if row["target_ppl"]}
     for row in results.values["rows"]:
@@ -273,6 +277,7 @@ def _perplexities(results: Results, roster: Roster, given: Conditions, data: Tok
             network = roster[row["model"]].network
             windows = some_windows(data, given.split, network.config.context, given.windows)
             known[place] = exact_ppl(network, windows, row["target"], roster.device)
+            _tell(console, f"{row['model']}: perplexity {known[place]:.2f} of the {row['target']} target")
         row["target_ppl"] = known[place]
         results.save()
 
