@@ -5,14 +5,10 @@ Every file below the folder that a command of caddf wrote is shown by its kind, 
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +16,7 @@ from typing import Any, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from caddf import benchmarks, plots
+from caddf import plots
 from caddf.benchmarks.decode import draw as draw_decode
 from caddf.benchmarks.infill import draw as draw_infill
 from caddf.benchmarks.pareto import draw as draw_pareto
@@ -28,28 +24,17 @@ from caddf.benchmarks.roster import needs
 from caddf.benchmarks.scaling import draw as draw_scaling
 from caddf.benchmarks.steps import draw as draw_steps
 from caddf.benchmarks.train import draw as draw_train
-from caddf.checkpoint import read_json, write_text_atomic
-from caddf.errors import InputError
+from caddf.checkpoint import write_text_atomic
 from caddf.machine import machine
-from caddf.reproduce import ReproduceSettings, named, paired_grid
+from caddf.reproduce import named, paired_grid
+from caddf.result_files import BENCHMARKS, Results, Source, Values, link_to
 
 T = TypeVar("T")
-Values = dict[str, Any]
-
 TABLES = {
     "table1": "Table 1. Every method, zero-shot",
     "table2": "Table 2. The strongest methods, zero-shot",
     "table3": "Table 3. Efficiency",
     "table4": "Table 4. Ablations",
-}
-BENCHMARKS: dict[str, tuple[str, type]] = {
-    "decode": ("Decoders: speed, passes, memory", benchmarks.DecodeSettings),
-    "pareto": ("Speed against quality", benchmarks.ParetoSettings),
-    "scaling": ("Cost against context", benchmarks.ScalingSettings),
-    "steps": ("Steps that a perplexity takes", benchmarks.StepsSettings),
-    "acceptance": ("Drafts that stand", benchmarks.AcceptanceSettings),
-    "infill": ("Spans filled in", benchmarks.InfillSettings),
-    "train": ("A training step", benchmarks.TrainSettings),
 }
 VARIES = {"acceptance-temperature": "temperature", "acceptance-step": "step"}
 """Drawings that say nothing unless the rows differ in this."""
@@ -81,66 +66,10 @@ COMMANDS = {
     "recordings": "caddf generate RUN --prompt TEXT --record results/NAME/recording.json",
 }
 """What makes what may be missing."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A result file: where it lies, seen from the page, and what it says."""
-
-    path: Path
-    link: str
-    values: Values
-
-    @property
-    def label(self) -> str:
-        """What tells it from others of its kind: `FOLDER/NAME`, or the folder of a file that is named for its kind."""
-        return self.path.parent.name if self.path.stem in ("evaluation", "metrics") else self.path.stem
-
-    @cached_property
-    def about(self) -> Values:
-        """The settings of whatever kind it is."""
-        told = self.values.get("settings", self.values.get("recording", self.values))
-        return told if isinstance(told, dict) else {}
-
-    @property
-    def seed(self) -> str:
-        """The seed, where it says one."""
-        return str(self.about.get("seed", ""))
-
-    @property
-    def machine(self) -> Values:
-        """What it was measured on, where it says so."""
-        return dict(self.values.get("machine", {}))
-
-    @property
-    def commit(self) -> str:
-        """The commit of the code that measured it, in short."""
-        return str(self.machine.get("commit") or "")[:10]
-
-    @cached_property
-    def command(self) -> str:
-        """What makes such a file anew."""
-        values, out = self.values, self.path.parent
-        if "command" in self.about or "command" in values:
-            return str(self.about.get("command", values.get("command")))
-        if "table" in values:
-            words = ["reproduce", values["table"], *_changed(self.about, ReproduceSettings), "--out", out]
-        elif "benchmark" in values:
-            settings = BENCHMARKS[values["benchmark"]][1] if values["benchmark"] in BENCHMARKS else None
-            words = ["benchmark", values["benchmark"], *_changed(self.about, settings), "--out", out]
-        else:
-            return ""
-        return shlex.join(["caddf", *map(str, words)])
-
-
-def _changed(given: Values, settings: type | None) -> Iterator[str]:
-    """The options by which `given` differs from the defaults."""
-    defaults = {} if settings is None else {each.name: each.default for each in dataclasses.fields(settings)}
-    for name, value in given.items():
-        default = defaults.get(name)
-        if value is not None and value != (list(default) if isinstance(default, tuple) else default):
-            shown = str(value).lower() if isinstance(value, bool) else json.dumps(value).strip('"')
-            yield from (f"--{name.replace('_', '-')}", shown)
+MANY = 3
+"""Entries of one kind and folder, beyond which they are folded."""
+CURVES = 8
+"""The most in one figure of likelihoods: beyond, the table says more."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +106,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Entry:
-    """A part of the page: tables and figures of some sources, or what is missing and the command that makes it."""
+    """A part of the page: tables and figures of some sources, or what is missing and the command that makes it.
+
+    `folded` is shown when it is asked for.
+    """
 
     name: str
     title: str
@@ -186,68 +118,7 @@ class Entry:
     grids: list[Grid] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     missing: str = ""
-
-
-@dataclass(frozen=True)
-class Results:
-    """The files of a folder by kind; `unread` are those that are broken, or of no kind that is shown."""
-
-    folder: Path
-    tables: list[Source]
-    benchmarks: list[Source]
-    evaluations: list[Source]
-    losses: list[Source]
-    samples: list[Source]
-    recordings: list[Source]
-    unread: dict[str, str]
-
-    @classmethod
-    def read(cls, folder: Path, page: Path) -> Results:
-        """All JSON below `folder`, and the metrics of runs; raises `InputError` where there is no folder."""
-        if not folder.is_dir():
-            raise InputError(f"results is {folder}, which is no folder; give one that holds result files")
-        kinds: dict[str, list[Source]] = {name: [] for name in (*KINDS.values(), "losses")}
-        unread: dict[str, str] = {}
-        for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")]):
-            link = _link(path, page)
-            try:
-                values = {"rows": _lines(path)} if path.suffix == ".jsonl" else read_json(path)
-            except InputError as error:
-                unread[link] = str(error)
-                continue
-            kind = "losses" if path.suffix == ".jsonl" else next((KINDS[key] for key in KINDS if key in values), None)
-            if kind is None:
-                unread[link] = "of no kind that this page shows"
-            elif kind == "benchmarks" and "shown" not in values:
-                unread[link] = "a benchmark that is not finished: the same command goes on with it"
-            else:
-                kinds[kind].append(Source(path, link, values))
-        return cls(folder, **kinds, unread=unread)
-
-    @property
-    def sources(self) -> list[Source]:
-        """All that the page shows."""
-        parts = (self.tables, self.benchmarks, self.evaluations, self.losses, self.samples, self.recordings)
-        return [source for part in parts for source in part]
-
-
-KINDS = {
-    "table": "tables",
-    "benchmark": "benchmarks",
-    "likelihoods": "evaluations",
-    "samples": "samples",
-    "recording": "recordings",
-}
-"""The key by which a file is known, and its kind; an evaluation has a number of samples too."""
-
-
-def _lines(path: Path) -> list[Values]:
-    """The steps of a run's metrics; raises `InputError` where they are none."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [{key: row[key] for key in ("step", "loss", "validation") if key in row} for row in rows if row["step"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is no metrics.jsonl of a run; every line must be a JSON object with a step") from None
+    folded: bool = False
 
 
 def report(folder: Path, page: Path) -> Results:
@@ -265,7 +136,7 @@ def report(folder: Path, page: Path) -> Results:
     sections = {
         "Tables": _by_name(TABLES, results.tables, "table", partial(_table, page=page), fitting),
         "Benchmarks": _by_name(_titles(), results.benchmarks, "benchmark", partial(_benchmark, page=page), fitting),
-        "Likelihoods": [_evaluations(fitting(lambda each: (each, _likelihoods(each)), results.evaluations), page)],
+        "Likelihoods": _evaluations(fitting(_likelihoods, results.evaluations), page),
         "Training": [_losses(results.losses, page)],
     }
     html = templates.get_template("report.html").render(
@@ -304,6 +175,8 @@ def _by_name(
     for name in dict.fromkeys([*titles, *(source.values[key] for source in sources)]):
         title = titles.get(name, name)
         found = fitting(partial(entry, title=title), [source for source in sources if source.values[key] == name])
+        groups = Counter(each.sources[0].group for each in found)
+        found = [replace(each, folded=groups[each.sources[0].group] > MANY) for each in found]
         entries += found or [Entry(name, title, missing=COMMANDS.get(name, ""))]
     return entries
 
@@ -312,12 +185,7 @@ def _figure(title: str, draw: plots.Draw, folder: Path, name: str, page: Path, s
     """A drawing as FOLDER/NAME.png and .svg, unless the command that measured has left one there, and on the page."""
     svg = plots.saved(draw, folder if save else None, name, re.sub(r"\W+", "-", f"{folder.name}-{name}"))
     drawn = folder / f"{name}.svg"
-    return Figure(title, Markup(svg), _link(drawn, page) if drawn.exists() else "")
-
-
-def _link(path: Path, page: Path) -> str:
-    """A file seen from the page."""
-    return Path(os.path.relpath(path, page.parent)).as_posix()
+    return Figure(title, Markup(svg), link_to(drawn, page) if drawn.exists() else "")
 
 
 # Tables.
@@ -326,7 +194,7 @@ def _link(path: Path, page: Path) -> str:
 def _table(source: Source, title: str, page: Path) -> Entry:
     values, settings = source.values, source.about
     title = f"{title}, scale {settings['scale']}" if "scale" in settings else title
-    name = source.path.parent.name
+    title, name = f"{title} ({source.place})", _id(source)
     if "sets" not in values:
         return Entry(name, title, str(values.get("about", "")), [source], [_plain_grid(values["rows"])])
     about = (
@@ -429,8 +297,12 @@ def _benchmark(source: Source, title: str, page: Path) -> Entry:
         for file, (said, draw) in drawings.items()
         if file not in VARIES or len({row[VARIES[file]] for row in values["rows"]}) > 1
     ]
-    name = f"{source.path.parent.name}-{source.path.stem}"
-    return Entry(name, f"{title} ({source.path.parent.name})", shown["about"], [source], grids, figures)
+    return Entry(_id(source), f"{title} ({source.place})", shown["about"], [source], grids, figures)
+
+
+def _id(source: Source) -> str:
+    """Where the page has it."""
+    return re.sub(r"\W+", "-", f"{source.place}-{source.path.stem}")
 
 
 def _ratios(values: Values) -> Grid:
@@ -446,30 +318,40 @@ def _ratios(values: Values) -> Grid:
 # Likelihoods and losses.
 
 
-def _likelihoods(source: Source) -> list[list[Cell]]:
-    """The rows of an evaluation."""
-    cells = named(source.values["likelihoods"])
-    return [[Cell(source.label), Cell(name), Cell(_ppl(cell)), Cell(_nats(cell))] for name, cell in cells]
+def _likelihoods(source: Source) -> tuple[Source, dict[str, Cell]]:
+    """The cells of an evaluation: its likelihoods by name, and behind them bits per byte."""
+    likelihoods = dict(named(source.values["likelihoods"]))
+    cells = {name: Cell(_ppl(each), exact=_nats(each)) for name, each in likelihoods.items()}
+    first = likelihoods.get("block", next(iter(likelihoods.values()), {}))
+    return source, cells | {BITS: Cell("" if first.get("bits_per_byte") is None else f"{first['bits_per_byte']:.3f}")}
 
 
-def _evaluations(found: list[tuple[Source, list[list[Cell]]]], page: Path) -> Entry:
-    """Every evaluation: a table of likelihoods, and a figure of those in one folder."""
+BITS = "bits per byte"
+
+
+def _evaluations(found: list[tuple[Source, dict[str, Cell]]], page: Path) -> list[Entry]:
+    """Of each folder of results a table of its evaluations, and figures of those that lie side by side."""
     if not found:
-        return Entry("evaluations", "Evaluations", missing=COMMANDS["evaluations"])
-    figures, sources = [], [source for source, _ in found]
-    for some in _by_folder(sources):
-        for key, said, draw in (
-            ("hybrid", "Perplexity against l*", plots.draw_hybrid),
-            ("nfe", "Perplexity against steps", plots.draw_nfe),
-        ):
-            curves = {each.label: each.values["likelihoods"] for each in some if each.values["likelihoods"].get(key)}
-            if curves:
-                drawn = partial(draw, evaluations=curves)
-                figures.append(_figure(f"{said} ({some[0].path.parent.name})", drawn, some[0].path.parent, key, page))
-    columns = dict.fromkeys(("evaluation", "likelihood", "perplexity", "nats and bits"), "")
-    about = "causal, ar and block are exact; hybrid and diffusion are upper bounds."
-    grid = Grid(columns, [row for _, rows in found for row in rows])
-    return Entry("evaluations", "Evaluations", about, sources, [grid], figures)
+        return [Entry("evaluations", "Evaluations", missing=COMMANDS["evaluations"])]
+    entries, about = [], "Perplexity ± standard error. causal, ar and block are exact; hybrid and diffusion are bounds."
+    for group in dict.fromkeys(source.group for source, _ in found):
+        some = [(source, cells) for source, cells in found if source.group == group]
+        names = {name: None for _, cells in some for name in cells if name != BITS}
+        columns = {"evaluation": "", **dict.fromkeys(names, ""), BITS: "of block, or of the first there is"}
+        rows = [[Cell(source.label), *(cells.get(name, Cell("")) for name in [*names, BITS])] for source, cells in some]
+        sources, figures = [source for source, _ in some], []
+        for folder, beside in _by_folder(sources, above=1).items():
+            for key, said, draw in (
+                ("hybrid", "Perplexity against l*", plots.draw_hybrid),
+                ("nfe", "Perplexity against steps", plots.draw_nfe),
+            ):
+                curves = {each.label: each.values["likelihoods"] for each in beside}
+                curves = {label: each for label, each in curves.items() if each.get(key)}
+                if 0 < len(curves) <= CURVES:
+                    figures.append(_figure(said, partial(draw, evaluations=curves), folder, key, page))
+        title = f"Evaluations ({group})"
+        entries.append(Entry(f"evaluations-{group}", title, about, sources, [Grid(columns, rows)], figures))
+    return entries
 
 
 def _losses(sources: list[Source], page: Path) -> Entry:
@@ -478,15 +360,19 @@ def _losses(sources: list[Source], page: Path) -> Entry:
         return Entry("losses", "Loss curves", missing=COMMANDS["losses"])
     about = "Each method's own objective: curves of different methods compare only where their validation is alike."
     figures = []
-    for some in _by_folder(sources):
+    for folder, some in _by_folder(sources).items():
         draw = partial(plots.draw_losses, runs={each.label: each.values["rows"] for each in some})
-        figures.append(_figure(f"Losses ({some[0].path.parent.name})", draw, some[0].path.parent, "losses", page))
+        figures.append(_figure(f"Losses ({some[0].place})", draw, folder, "losses", page))
     return Entry("losses", "Loss curves", about, sources, [], figures)
 
 
-def _by_folder(sources: list[Source]) -> list[list[Source]]:
-    folders = dict.fromkeys(source.path.parent for source in sources)
-    return [[source for source in sources if source.path.parent == folder] for folder in folders]
+def _by_folder(sources: list[Source], above: int = 0) -> dict[Path, list[Source]]:
+    """Sources by the folder that they lie in, or where `above` is 1 the one that holds it, within those of results."""
+    folders: dict[Path, list[Source]] = {}
+    for each in sources:
+        within = above if "/" in each.place else 0
+        folders.setdefault(each.path.parents[within], []).append(each)
+    return folders
 
 
 # Text.

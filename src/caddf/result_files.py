@@ -1,0 +1,167 @@
+"""The files of a folder of results by kind, and the commands that make each anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from caddf import benchmarks
+from caddf.checkpoint import read_json
+from caddf.errors import InputError
+from caddf.reproduce import ReproduceSettings
+
+Values = dict[str, Any]
+
+BENCHMARKS: dict[str, tuple[str, type]] = {
+    "decode": ("Decoders: speed, passes, memory", benchmarks.DecodeSettings),
+    "pareto": ("Speed against quality", benchmarks.ParetoSettings),
+    "scaling": ("Cost against context", benchmarks.ScalingSettings),
+    "steps": ("Steps that a perplexity takes", benchmarks.StepsSettings),
+    "acceptance": ("Drafts that stand", benchmarks.AcceptanceSettings),
+    "infill": ("Spans filled in", benchmarks.InfillSettings),
+    "train": ("A training step", benchmarks.TrainSettings),
+}
+KINDS = {
+    "table": "tables",
+    "benchmark": "benchmarks",
+    "likelihoods": "evaluations",
+    "samples": "samples",
+    "recording": "recordings",
+}
+"""The key by which a file is known, and its kind; an evaluation has a number of samples too."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A result file and what it says.
+
+    link: where it lies, seen from the page. place: its folder, seen from that of all results.
+    """
+
+    path: Path
+    link: str
+    place: str
+    values: Values
+
+    @property
+    def group(self) -> str:
+        """The folder of results that it is part of."""
+        return self.place.split("/")[0]
+
+    @property
+    def label(self) -> str:
+        """What tells it from others of its kind and group: `FOLDER/NAME`, without a name that is that of its kind."""
+        within = self.place.partition("/")[2]
+        if self.path.stem in ("evaluation", "metrics"):
+            return within or self.group
+        return f"{within}/{self.path.stem}" if within else self.path.stem
+
+    @cached_property
+    def about(self) -> Values:
+        """The settings of whatever kind it is."""
+        told = self.values.get("settings", self.values.get("recording", self.values))
+        return told if isinstance(told, dict) else {}
+
+    @property
+    def seed(self) -> str:
+        """The seed, where it says one."""
+        return str(self.about.get("seed", ""))
+
+    @property
+    def machine(self) -> Values:
+        """What it was measured on, where it says so."""
+        return dict(self.values.get("machine", {}))
+
+    @property
+    def commit(self) -> str:
+        """The commit of the code that measured it, in short."""
+        return str(self.machine.get("commit") or "")[:10]
+
+    @cached_property
+    def command(self) -> str:
+        """What makes such a file anew."""
+        values, out = self.values, self.path.parent
+        if "command" in self.about or "command" in values:
+            return str(self.about.get("command", values.get("command")))
+        if "table" in values:
+            words = ["reproduce", values["table"], *_changed(self.about, ReproduceSettings), "--out", out]
+        elif "benchmark" in values:
+            settings = BENCHMARKS[values["benchmark"]][1] if values["benchmark"] in BENCHMARKS else None
+            words = ["benchmark", values["benchmark"], *_changed(self.about, settings), "--out", out]
+        else:
+            return ""
+        return shlex.join(["caddf", *map(str, words)])
+
+
+def _changed(given: Values, settings: type | None) -> Iterator[str]:
+    """The options by which `given` differs from the defaults."""
+    defaults = {} if settings is None else {each.name: each.default for each in dataclasses.fields(settings)}
+    for name, value in given.items():
+        default = defaults.get(name)
+        if value is not None and value != (list(default) if isinstance(default, tuple) else default):
+            shown = str(value).lower() if isinstance(value, bool) else json.dumps(value).strip('"')
+            yield from (f"--{name.replace('_', '-')}", shown)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The files of a folder by kind; `unread` are those that are broken, or of no kind that is shown."""
+
+    folder: Path
+    tables: list[Source]
+    benchmarks: list[Source]
+    evaluations: list[Source]
+    losses: list[Source]
+    samples: list[Source]
+    recordings: list[Source]
+    unread: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path, page: Path) -> Results:
+        """All JSON below `folder`, and the metrics of runs; raises `InputError` where there is no folder."""
+        if not folder.is_dir():
+            raise InputError(f"results is {folder}, which is no folder; give one that holds result files")
+        kinds: dict[str, list[Source]] = {name: [] for name in (*KINDS.values(), "losses")}
+        unread: dict[str, str] = {}
+        for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")]):
+            link = link_to(path, page)
+            try:
+                values = {"rows": _lines(path)} if path.suffix == ".jsonl" else read_json(path)
+            except InputError as error:
+                unread[link] = str(error)
+                continue
+            kind = "losses" if path.suffix == ".jsonl" else next((KINDS[key] for key in KINDS if key in values), None)
+            if kind is None:
+                unread[link] = "of no kind that this page shows"
+            elif kind == "benchmarks" and "shown" not in values:
+                unread[link] = "a benchmark that is not finished: the same command goes on with it"
+            else:
+                kinds[kind].append(Source(path, link, path.parent.relative_to(folder).as_posix(), values))
+        return cls(folder, **kinds, unread=unread)
+
+    @property
+    def sources(self) -> list[Source]:
+        """All that the page shows."""
+        parts = (self.tables, self.benchmarks, self.evaluations, self.losses, self.samples, self.recordings)
+        return [source for part in parts for source in part]
+
+
+def _lines(path: Path) -> list[Values]:
+    """The steps of a run's metrics; raises `InputError` where they are none."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [{key: row[key] for key in ("step", "loss", "validation") if key in row} for row in rows if row["step"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is no metrics.jsonl of a run; every line must be a JSON object with a step") from None
+
+
+def link_to(path: Path, page: Path) -> str:
+    """A file seen from the page."""
+    return Path(os.path.relpath(path, page.parent)).as_posix()
