@@ -43,7 +43,7 @@ def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path
         if job.kind in seconds:
             more = f"about {max(1, round(alike * fmean(seconds[job.kind]) / 60))} min"
             said += f", {more} with the {alike - 1} behind it" if alike > 1 else f", {more}"
-        console.print(said, markup=False, highlight=False)
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
         begun = time.monotonic()
         if not job.do(console):
             return out
