@@ -92,7 +92,8 @@ def points(roster: Roster, new_tokens: int) -> Iterator[Entrant]:
             continue
         knob, values = KNOBS[entrant.decoder]
         for value in values:
-            yield dataclasses.replace(entrant, settings={**entrant.settings, knob: value})
+            chosen = {} if value is None else {knob: value}  # None is the decoder's own default
+            yield dataclasses.replace(entrant, settings={**entrant.settings, **chosen})
 
 
 def dominates(one: dict[str, Any], other: dict[str, Any]) -> bool:
