@@ -262,6 +262,13 @@ def test_what_does_not_fit_is_named_and_the_rest_stands(tmp_path):
     assert "41.4 ± 0.4" in page.text and all(link in page.text for link in shown.unread)
 
 
+def test_files_beside_no_folder_have_the_name_of_the_results(tmp_path):
+    write(tmp_path / "mine", {"evaluation.json": EVALUATION, "scaling.json": BENCHMARK})
+    report(tmp_path / "mine", tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "Evaluations (mine)" in text and "Cost against context (mine)" in text and "(.)" not in text
+
+
 def test_a_table_of_any_shape_is_shown_whole(tmp_path):
     rows = [
         {"model": "full", "mtp": {"accuracy": 0.4321}, "ppl": 12.34, "ok": True, "seeds": [1, 2]},

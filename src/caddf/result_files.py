@@ -143,7 +143,9 @@ class Results:
             elif kind == "benchmarks" and "shown" not in values:
                 unread[link] = "a benchmark that is not finished: the same command goes on with it"
             else:
-                kinds[kind].append(Source(path, link, path.parent.relative_to(folder).as_posix(), values))
+                place = path.parent.relative_to(folder).as_posix()
+                place = folder.resolve().name if place == "." else place
+                kinds[kind].append(Source(path, link, place, values))
         return cls(folder, **kinds, unread=unread)
 
     @property

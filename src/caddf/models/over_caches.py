@@ -203,7 +203,9 @@ class OverCaches(nn.Module):
         self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"]
     ) -> Float[Tensor, "B n d"]:
         """What the chain hears at `positions`."""
-        return self._hear(self.before(tokens, positions), self.before(tokens, positions, 2))
+        assert self.chain is not None
+        before = self.before(tokens, positions)
+        return self._hear(before, before if self.chain.shifted is None else self.before(tokens, positions, 2))
 
     def _hear(self, before: Int[Tensor, "B n"], earlier: Int[Tensor, "B n"]) -> Float[Tensor, "B n d"]:
         """What the chain hears of the token before a place, and where it shifts tokens of the one before that."""
