@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from caddf.caches import Caches
 from caddf.categorical import Warp, inverse_cdf
 from caddf.decoding.verification import shares
 from caddf.errors import InputError, at_least_one
@@ -82,30 +83,42 @@ def acceptance(
         raise InputError(
             f"block_size is {size}; with target {target} it must lie between {given + 1} and the row's length"
         )
-    u = uniform((len(x0), rounds, 1 + size), noise).flatten(0, 1).to(x0.device)
-    start = (u[:, 0] * blocks).long() * size
-    reached = u.new_empty(len(u), size - given)
-    # Nothing behind a window is read: rounds at like places share a batch that ends with the last of them.
-    for some in start.argsort(stable=True).split(max(1, elements // (size * model.vocab_size))):
-        rows = x0[some // rounds, : int(start[some].max()) + size]
-        reached[some] = _reached(model, rows, start[some], u[some, 1 + given :], target, size, warp or Warp())
-    return Acceptance(reached.view(len(x0), rounds, -1).mean(1).cpu(), bonus=bool(given))
+    u = uniform((len(x0), rounds, 1 + size), noise).to(x0.device)
+    start = (u[..., 0] * blocks).long() * size
+    reached, last = u.new_empty(len(x0), rounds, size - given), start.amax(1)
+    # Nothing behind a row's last window is read: rows that end at like places share a batch.
+    for some in last.argsort(stable=True).split(max(1, elements // (size * model.vocab_size))):
+        rows, caches = x0[some, : int(last[some].max()) + size], None
+        if hasattr(model, "incremental") and cast(Incremental, model).incremental(Block(size)):
+            caches = _filled(cast(Incremental, model), rows)
+        for i in range(rounds):
+            window = start[some, i, None] + torch.arange(size, device=x0.device)
+            reached[some, i] = _reached(model, rows, window, u[some, i, 1 + given :], target, warp or Warp(), caches)
+            if caches is not None and i + 1 < rounds:  # drafts were read in the text's place
+                cast(Incremental, model).read(rows, window, caches)
+    return Acceptance(reached.mean(1).cpu(), bonus=bool(given))
+
+
+def _filled(model: Incremental, x: Int[Tensor, "m T"]) -> Caches:
+    """Caches that hold the rows."""
+    caches = model.allocate(len(x), x.shape[1])
+    model.read(x, torch.arange(x.shape[1], device=x.device), caches)
+    return caches
 
 
 def _reached(
     model: LanguageModel,
     x: Int[Tensor, "m T"],
-    start: Int[Tensor, " m"],
+    window: Int[Tensor, "m k"],
     u: Float[Tensor, "m n"],
     target: Verifier,
-    size: int,
     warp: Warp,
+    caches: Caches | None,
 ) -> Float[Tensor, "m n"]:
-    """One round per row, in the window of `size` from `start` on, of whose places the last n are drafted with `u`."""
-    n = u.shape[1]
-    window = start[:, None] + torch.arange(size, device=x.device)
-    if hasattr(model, "incremental") and cast(Incremental, model).incremental(Block(size)):
-        read = _cached(cast(Incremental, model), x, window, size - n)
+    """One round per row, in its `window`, of whose places the last n are drafted with `u`."""
+    n, size = u.shape[1], window.shape[1]
+    if caches is not None:
+        read = _cached(cast(Incremental, model), x, window, size - n, caches)
     else:
         read = _full(model, x, window, size - n)
     parts, step = [], 1 if model.chained else n
@@ -136,10 +149,10 @@ def _full(model: LanguageModel, x: Int[Tensor, "m T"], window: Int[Tensor, "m k"
     return read
 
 
-def _cached(model: Incremental, x: Int[Tensor, "m T"], window: Int[Tensor, "m k"], given: int) -> Reading:
-    """Rows once, then their windows alone."""
-    caches = model.allocate(len(x), x.shape[1])
-    model.read(x, torch.arange(x.shape[1], device=x.device), caches)
+def _cached(
+    model: Incremental, x: Int[Tensor, "m T"], window: Int[Tensor, "m k"], given: int, caches: Caches
+) -> Reading:
+    """Windows alone, over `caches` that hold the rows."""
     canvas = torch.full_like(window, model.mask_id)
     canvas[:, :given] = x.gather(1, window[:, :given])
     lengths = torch.full_like(window[:, 0], x.shape[1])

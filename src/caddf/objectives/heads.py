@@ -19,7 +19,7 @@ from caddf.interface import Head, LanguageModel, Projection
 from caddf.objectives.distillation import Distillation, divergence
 from caddf.objectives.loss import nats_at
 
-FEWEST, ELEMENTS, LAUNCHED = 256, 1 << 20, 1 << 26
+FEWEST, ELEMENTS, LAUNCHED = 256, 1 << 20, 1 << 24
 """Rows of a chunk at least, since a table is read for each chunk, and its logits at most where that is more rows: on a
 CPU what its caches hold, elsewhere what is worth its launches."""
 
