@@ -27,6 +27,7 @@ from caddf.models.config import BranchConfig, ModelConfig
 from caddf.objectives import SynergisticConfig
 from caddf.running import RunSettings, start
 from caddf.training import TrainConfig
+from caddf.training.optimizer import build_optimizer
 
 CHAINED = replace(MODELS["late-mutual-chained"], draft_vocab=3)
 SMALL = torch.tensor([1, 4, 6])
@@ -271,3 +272,27 @@ def test_a_small_vocabulary_changes_no_distribution(target: str) -> None:
     assert expected.min() > 5
     statistic = ((seen - expected) ** 2 / expected).sum()
     assert torch.special.gammaincc(torch.tensor(4.0), statistic / 2) > 1e-6
+
+
+@pytest.mark.parametrize("config", [MODELS["late-mutual-chained"], CHAINED], ids=["all", "small"])
+def test_steps_of_an_optimizer_reach_what_is_kept(config: ModelConfig) -> None:
+    """A fused step is not counted as a write, nor a change of `.data`: what may learn is not kept."""
+    config = replace(config, embeddings="tied")
+    model, other, x0 = build(config), build(config), draw_tokens(4)
+    model.requires_grad_(True)
+    optimizer = build_optimizer(model, 0.01, 0.0)
+
+    def read(network: DualBranch) -> Tensor:
+        states, _ = network(x0, torch.full_like(x0, model.mask_id), Block(BLOCK))
+        return torch.cat([network.log_probs(states, EVERYWHERE, head).exp() for head in ("draft", "causal")])
+
+    for _ in range(3):
+        with torch.no_grad():
+            before = read(model)
+        read(model).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            assert torch.equal(read(model), read(other))
+            assert not torch.equal(read(model), before)

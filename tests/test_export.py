@@ -257,3 +257,13 @@ def test_what_is_shipped_is_small_and_loads_at_once(config):
         seconds.append(time.perf_counter() - begun)
     assert min(seconds) < 2
     assert {"README.md", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_only_a_model_folder_is_replaced(place, tmp_path, capsys):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "thesis.tex").write_text("years of work")
+    for out in (notes, place / "run", place / "run" / "checkpoints", place / "text.txt"):
+        assert main(["export", str(place / "run"), "--out", str(out), "--overwrite"]) == 2
+        assert "exists and holds other things than a model" in capsys.readouterr().err
+    assert (notes / "thesis.tex").read_text() == "years of work" and (place / "run" / "checkpoints").is_dir()

@@ -8,6 +8,7 @@ import torch
 from caddf import InputError, TextModel, generate
 from caddf.categorical import RowGenerators
 from caddf.decoding import DECODERS, Autoregressive, FirstHitting, Speculative, Task
+from caddf.decoding.task import DecodingError
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings
 from caddf.interface import as_model
 from caddf.models.backbone import DualBranch
@@ -116,7 +117,10 @@ def test_left_to_right_goes_beyond_the_context(model):
         ({"template": f"[MASK:{10**12}]"}, "it must lie between 1 and 32"),
         ({"template": "[MASK:30]abc"}, "the template has 33 tokens; it must fit the context, 32"),
         ({"prompt": "a" * 32}, "the prompt has 32 tokens; it must be shorter than the context, 32"),
-        ({"prompt": "a", "decoder": "ancestral", "max_new_tokens": 32}, "make 33; this decoder needs them to fit"),
+        (
+            {"prompt": "a", "decoder": "ancestral", "max_new_tokens": 32},
+            "make 33; with this decoder and model they must fit",
+        ),
         ({"prompt": "a", "decoder": "beam"}, "decoder is beam; it must be one of ancestral"),
         ({"prompt": "a", "steps": 3}, "steps is set, but the decoder speculative has no such setting; it has target"),
         ({"prompt": "a", "batch": 2}, "batch is set, .* and all decoders have max_new_tokens, temperature, top_k"),
@@ -167,6 +171,16 @@ def test_a_hole_that_is_none_is_named(model):
     [
         ({"prompt": "a", "decoder": "d3pm_uniform"}, "d3pm_uniform, which is for models of D3PM's uniform chain alone"),
         ({"prompt": "a", "decoder": "gaussian"}, "gaussian, which is PLAID's alone"),
+        (
+            {"prompt": "a", "decoder": "ancestral", "schedule": "linear"},
+            "schedule is linear; it must be one of loglinear",
+        ),
+        ({"prompt": "a", "target": "fusd"}, "target is fusd; it must be one of causal, fused"),
+        (
+            {"prompt": "a", "decoder": "first_hitting", "until": 0.5},
+            "until is set, .* it has none, and all decoders have",
+        ),
+        ({"prompt": "a", "temperature": 1e-309}, "temperature is 1e-309; it must be finite, and 0 .greedy. or 1e-06"),
     ],
 )
 def test_another_methods_decoder_is_refused(model, given, sentence):
@@ -184,3 +198,36 @@ def test_a_model_that_reads_left_to_right_alone_says_so():
         generate(gpt2, template="a[MASK:4]")
     with pytest.raises(InputError, match="nothing to draft with: this model's own decoder is autoregressive"):
         generate(gpt2, "a", decoder="speculative")
+
+
+def of_method(method, **settings):
+    tokenizer, kind = Tokenizer.plain_bytes(), METHODS[method]
+    torch.manual_seed(0)
+    config = kind.configure(ModelSettings(size="debug", **settings), tokenizer.vocab_size, 0)
+    network = ARCHITECTURES[kind.architecture].network(config).eval().requires_grad_(False)
+    return TextModel(network, tokenizer, {"method": method})
+
+
+def filled(model, *arguments, **settings):
+    tokens = last(model, *arguments, **settings).frame.tokens
+    return bool((tokens != model.model.mask_id).all())
+
+
+def test_what_a_methods_model_cannot_do_is_refused_before_the_first_frame():
+    with pytest.raises(InputError, match="decoder is hybrid; this model does not fill in left to right over a canvas"):
+        generate(of_method("radd-ao"), "a", decoder="hybrid")
+    assert filled(of_method("radd-ao"), "a", decoder="hybrid", anchor=0.0, max_new_tokens=5)
+    with pytest.raises(InputError, match="decoder is ancestral, which starts from masks, of which this model knows"):
+        generate(of_method("d3pm-uniform"), "a", decoder="ancestral")
+    gpt2 = of_method("gpt2", context=24, positions="learned")
+    assert filled(gpt2, "ab", max_new_tokens=22)
+    with pytest.raises(InputError, match="max_new_tokens 23 make 25; with this decoder and model they must fit"):
+        generate(gpt2, "ab", max_new_tokens=23)  # learned positions end there
+
+
+@pytest.mark.parametrize("decoder", ["speculative", "autoregressive", "first_hitting"])
+def test_weights_that_are_no_numbers_end_decoding(decoder):
+    model = text_model()
+    model.model.causal.layers[0].mlp.up.weight.fill_(torch.nan)
+    with pytest.raises(DecodingError, match="probabilities are not numbers"):
+        last(model, "ab", decoder=decoder, max_new_tokens=3)

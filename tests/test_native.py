@@ -21,6 +21,7 @@ from caddf.models.config import BranchConfig, ModelConfig
 from caddf.models.single import SingleBranch, SingleConfig
 from caddf.native import build
 from caddf.quantise import quantised
+from caddf.training.optimizer import build_optimizer
 
 V, T = 83, 64
 NEAR = 1e-5
@@ -231,6 +232,19 @@ def test_weights_that_change_are_laid_out_anew():
         assert not torch.allclose(read(), before)
         weight.mul_(0.5)
         assert torch.equal(read(), before)
+    model.requires_grad_(True)  # a fused step is not counted as a write
+    optimizer = build_optimizer(model, 0.01, 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(2):
+        before = read()
+        optimizer.step()
+        other = native.attach(dual())
+        other.load_state_dict(model.state_dict())
+        assert not torch.allclose(read(), before)
+        with torch.inference_mode():
+            states = other.read(x, torch.arange(9), other.allocate(1, T))
+            assert torch.equal(read(), other.log_probs(states, torch.ones(1, 9, dtype=torch.bool), "causal"))
 
 
 def test_a_copy_reads_with_its_own_modules():

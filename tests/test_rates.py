@@ -5,6 +5,8 @@ Chance tests are chi-squared tests that fail by chance with probability `ODDS`.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from enumeration import exact_denoiser, random_source, sequences
@@ -217,3 +219,11 @@ def test_each_schedule_reveals_at_its_first_step_what_its_levels_say(schedule):
     share = 1 - (1 - kept) / (1 - at_one)  # revealed by the first step, of what was masked at t = 1
     spread = (share * (1 - share) / length) ** 0.5
     assert abs(first.fresh.double().mean().item() - share) < 5 * spread + 1e-4  # by chance once in 1.7e6
+
+
+def test_time_runs_forwards_wherever_steps_end():
+    """A late end with a schedule whose rate is infinite at t = 1: steps before it reveal, and the last one the rest."""
+    uniform = as_model(lambda x: torch.full((*x.shape, 5), -math.log(5), dtype=torch.float64), 5)
+    task = Task(torch.full((1, 40), 5), torch.tensor([40]), 5, RowGenerators(0, 1))
+    frames = list(TauLeaping(steps=8, schedule="cosine", end=0.6)(uniform, task))
+    assert len(frames) > 1 and (frames[-1].tokens != 5).all()

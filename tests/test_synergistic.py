@@ -242,3 +242,17 @@ def test_every_model_trains_a_step(name: str, distill: float) -> None:
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         SynergisticConfig(**settings)
+
+
+def test_without_anything_else_all_rows_are_denoised() -> None:
+    record, x0 = Places(), draw_tokens(6)
+    loss_of(record, x0, denoise=0.2, infill=0.0, block=0.0)
+    (canvas,) = record.canvases
+    assert canvas.shape == x0.shape
+
+
+def test_choices_are_checked() -> None:
+    with pytest.raises(InputError, match="times is antithetc; it must be one of stratified, antithetic, independent"):
+        SynergisticConfig(times="antithetc")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="distill_form is js; it must be one of kl, tv"):
+        SynergisticConfig(distill_form="js")  # type: ignore[arg-type]

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from caddf.errors import InputError
 
+COLDEST = 1e-6
+"""The least temperature above 0: log-probabilities are divided by it."""
+
 
 @dataclass(frozen=True)
 class Warp:
@@ -31,8 +34,10 @@ class Warp:
     banned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature is {self.temperature}; it must be finite, and 0 (greedy) or more")
+        if not (self.temperature == 0 or COLDEST <= self.temperature < math.inf):
+            raise InputError(
+                f"temperature is {self.temperature}; it must be finite, and 0 (greedy) or {COLDEST} or more"
+            )
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
@@ -83,7 +88,10 @@ class Warp:
 
 
 def inverse_cdf(probs: Float[Tensor, "*N V"], u: Float[Tensor, "*N"]) -> Int[Tensor, "*N"]:
-    """The token whose cumulative probability first exceeds `u` in [0, 1); never one of probability zero."""
+    """The token whose cumulative probability first exceeds `u` in [0, 1); never one of probability zero.
+
+    V, which is no token, where probabilities are not numbers.
+    """
     cdf = probs.double().cumsum(-1)
     # In float64 too, 1 - 2^-53 times the total is less than the total.
     below = u.double().clamp(max=1 - 2**-53)[..., None] * cdf[..., -1:]

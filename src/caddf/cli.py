@@ -23,6 +23,7 @@ from caddf.compile import Compile
 from caddf.data import TokenSet, prepare
 from caddf.data.named import NAMED
 from caddf.decoding import DECODERS
+from caddf.decoding.task import DecodingError
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
 from caddf.evaluation.pairing import comparisons
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"caddf: error: {error.filename} cannot be used: {error.strerror}", file=sys.stderr)
         return 2
-    except TrainingError as error:
+    except (TrainingError, DecodingError) as error:
         print(f"caddf: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

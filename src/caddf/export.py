@@ -25,6 +25,8 @@ from caddf.text_model import TextModel, load, model_folder
 from caddf.training import TrainConfig
 
 Values = dict[str, Any]
+FILES = frozenset({"README.md", "config.json", "model.safetensors", "tokenizer.json"})
+"""Of a model folder."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,13 @@ def export(source: str, settings: ExportSettings) -> Path:
     """Writes the model folder, whole or not at all, and returns it.
 
     `source` is a run (its latest checkpoint), one of its checkpoints, or a model folder. Raises `InputError` where it
-    is none, an evaluation is none, or the folder is there.
+    is none, an evaluation is none, or the folder is there. `overwrite` replaces a model folder, never another.
     """
-    out, folder = Path(settings.out), model_folder(source)
-    if not settings.overwrite and out.exists():
-        raise InputError(f"out is {out}, which exists; give a new folder, or --overwrite to replace it")
+    out, folder = Path(settings.out).absolute(), model_folder(source)
+    if out.exists() and not (out.is_dir() and FILES >= {each.name for each in out.iterdir()}):
+        raise InputError(f"out is {settings.out}, which exists and holds other things than a model; give a new folder")
+    if out.exists() and not settings.overwrite:
+        raise InputError(f"out is {settings.out}, which exists; give a new folder, or --overwrite to replace it")
     if settings.windows < 1:
         raise InputError(f"windows is {settings.windows}; it must be 1 or more")
     tables = [_evaluation(Path(file)) for file in settings.evaluations]

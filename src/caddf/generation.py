@@ -15,9 +15,19 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from caddf.categorical import RowGenerators, Warp
-from caddf.decoding import DECODERS, Autoregressive, D3PMUniform, Decoder, Frame, Gaussian, Speculative, Task
-from caddf.decoding.task import hit_rate
-from caddf.errors import InputError
+from caddf.decoding import (
+    DECODERS,
+    Autoregressive,
+    D3PMUniform,
+    Decoder,
+    Frame,
+    Gaussian,
+    Hybrid,
+    Speculative,
+    Task,
+)
+from caddf.decoding.task import NO_TOKEN, DecodingError, hit_rate
+from caddf.errors import InputError, check_choices
 from caddf.interface import LanguageModel
 from caddf.models.plaid import Plaid
 from caddf.text_model import TextModel, check_seed
@@ -167,13 +177,15 @@ def decoder_of(name: str, settings: dict[str, Any], besides: Sequence[str] = ())
     """
     if name not in DECODERS:
         raise InputError(f"decoder is {name}; it must be one of {', '.join(DECODERS)}")
-    known = [field.name for field in dataclasses.fields(DECODERS[name])]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(DECODERS[name]) if field.name != "until"]  # type: ignore[arg-type]
     for setting in settings:
         if setting not in known:
             has = f"has {', '.join(known)}" if known else "has none"
             has += f", and all decoders have {', '.join(besides)}" if besides else ""
             raise InputError(f"{setting} is set, but the decoder {name} has no such setting; it {has}")
-    return DECODERS[name](**settings)
+    decoder = DECODERS[name](**settings)
+    check_choices(decoder)
+    return decoder
 
 
 def generate(
@@ -228,8 +240,10 @@ def generate(
     texts = [given] if isinstance(given, str) else list(given)
     if not texts:
         raise InputError("no prompt is given; a batch needs at least one row")
-    # Left to right the attention window slides over what is longer than the context; a canvas cannot.
-    longest = None if isinstance(chosen, Autoregressive | Speculative) and not filling else model.context
+    # Left to right the attention window slides over what is longer than the context; a canvas cannot, and no window
+    # whose positions are learned.
+    slides = isinstance(chosen, Autoregressive | Speculative) and model.slides and not filling
+    longest = None if slides else model.context
     if filling:
         rows = [_template(model, text) for text in texts]
     else:
@@ -244,6 +258,10 @@ def _check_heads(model: TextModel, name: str, chosen: Decoder, filling: bool) ->
     has, own = model.model.heads, f"this model's own decoder is {model.decoder}"
     if isinstance(chosen, D3PMUniform) and model.decoder != name:
         raise InputError(f"decoder is {name}, which is for models of D3PM's uniform chain alone; {own}")
+    if model.decoder == "d3pm_uniform" and not isinstance(chosen, D3PMUniform):
+        raise InputError(f"decoder is {name}, which starts from masks, of which this model knows nothing; {own}")
+    if isinstance(chosen, Hybrid) and chosen.anchor and "fused" not in has:
+        raise InputError(f"decoder is {name}; this model does not fill in left to right over a canvas: {own}")
     if isinstance(chosen, Autoregressive | Speculative) and "causal" not in has:
         raise InputError(f"decoder is {name}; this model does not read left to right: {own}")
     if isinstance(chosen, Speculative) and "draft" not in has:
@@ -258,8 +276,8 @@ def _prompt(model: TextModel, text: str, new: int, longest: int | None) -> Row:
         raise InputError(f"the prompt has {len(tokens)} tokens; it must be shorter than the context, {model.context}")
     if longest is not None and len(tokens) + new > longest:
         raise InputError(
-            f"the prompt's {len(tokens)} tokens and max_new_tokens {new} make {len(tokens) + new}; this decoder needs "
-            f"them to fit the context, {longest}"
+            f"the prompt's {len(tokens)} tokens and max_new_tokens {new} make {len(tokens) + new}; with this decoder "
+            f"and model they must fit the context, {longest}"
         )
     return Row(text, tokens + [model.model.mask_id] * new)
 
@@ -320,5 +338,7 @@ def _stream(
         seconds += time.perf_counter() - begun
         if frame is None:
             return
+        if bool((frame.fresh & (frame.tokens == mask_id)).any()):
+            raise DecodingError(NO_TOKEN)
         frame = dataclasses.replace(frame, counts=frame.counts.copy())  # the decoder goes on counting
         yield Snapshot(frame, rows, task, model.tokenizer, stop, seed, seconds, cost)

@@ -73,6 +73,11 @@ class TextModel:
         return self.model.config.context
 
     @property
+    def slides(self) -> bool:
+        """Whether it reads left to right beyond its context: learned positions end there."""
+        return getattr(getattr(self.model, "causal", None), "table", None) is None
+
+    @property
     def device(self) -> torch.device:
         """Where the weights lie."""
         return next(self.model.parameters()).device

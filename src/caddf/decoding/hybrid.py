@@ -47,5 +47,7 @@ class Hybrid:
         for frame in any_order(model, task, counts):
             tokens = frame.tokens
             yield frame
+        if not self.anchor:
+            return
         fill_in = (Speculative if self.speculate else Autoregressive)(cache=self.cache)
         yield from fill_in(model, replace(task, tokens=tokens, template=True), counts)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.categorical import Warp
-from caddf.decoding.task import Counts, Task
+from caddf.decoding.task import NO_TOKEN, Counts, DecodingError, Task
 from caddf.errors import InputError
 from caddf.interface import Block, Head, Incremental, Infill, LanguageModel, Round, Rounds
 
@@ -72,6 +72,13 @@ def first_open(task: Task, x: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
     """Each row's first position that is still to be filled, T where there is none."""
     at = torch.arange(x.shape[1], device=x.device)
     return torch.where(task.wanted & (x == task.mask_id), at, x.shape[1]).amin(1)
+
+
+def onward(rows: Bool[Tensor, " B"], before: Int[Tensor, " B"], n: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """`n`, where every one of `rows` is further than `before`; raises `DecodingError` where none could be drawn."""
+    if bool((rows & (n <= before)).any()):
+        raise DecodingError(NO_TOKEN)
+    return n
 
 
 def _width(start: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> int:

@@ -70,7 +70,8 @@ class Rates:
             x = torch.where(wanted, fresh, x)
         active = wanted.any(1) if revisits else task.unfinished(x)
         one = torch.ones((), dtype=torch.float64)
-        start = 1.0 if schedule.cumulative_rate(one).isfinite() else 1 - self.end  # cosine: no rate reaches t = 1
+        # Cosine: no rate reaches t = 1.
+        start = 1.0 if schedule.cumulative_rate(one).isfinite() else 1 - min(self.end, 1e-5)
         times = torch.linspace(start, self.end, self.steps + 1, dtype=torch.float64)
         for t, s in [*pairwise(times), (times[-1], None)]:
             where = wanted & process.noisy(x) & active[:, None]

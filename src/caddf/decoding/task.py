@@ -15,6 +15,16 @@ from caddf.categorical import RowGenerators, Warp, inverse_cdf
 from caddf.interface import AnyOrder, LanguageModel
 
 
+class DecodingError(RuntimeError):
+    """Decoding went wrong by itself: says where, and what to look at."""
+
+
+NO_TOKEN = (
+    "a token could not be drawn: the model's probabilities are not numbers; its weights may be damaged, or too large "
+    "for their type"
+)
+
+
 @dataclass(frozen=True)
 class Counts:
     """The work of a decoder, per row: passes of each branch, and token-positions.

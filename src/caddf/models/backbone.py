@@ -66,7 +66,7 @@ class DualBranch(OverCaches):
         self.draft_tokens: Tensor | None
         small = None if config.draft_vocab is None else torch.arange(config.draft_vocab)
         self.register_buffer("draft_tokens", small)
-        self._small: tuple[Tensor, tuple[tuple[int, int], ...], Tensor] | None = None
+        self._small: tuple[Tensor, tuple[object, ...], Tensor] | None = None
         self.heads: frozenset[Head] = frozenset({"draft"} if self.causal is None else {"draft", "causal", "fused"})
         self.denoiser: Head = "draft" if self.causal is None else "fused"
         self.chained, self.block_size = self.chain is not None, config.block_size
@@ -214,7 +214,7 @@ class DualBranch(OverCaches):
             self._small = None
 
     def small_table(self) -> Float[Tensor, "n d"]:
-        """The small vocabulary's draft embeddings, kept where nothing is learnt, since a copy costs like a pass."""
+        """The small vocabulary's draft embeddings, kept where nothing can be learnt, since a copy costs like a pass."""
         weight, small = self.diffusion.embedding.weight, self.draft_tokens
         assert small is not None
         if torch.is_grad_enabled() and weight.requires_grad:

@@ -161,7 +161,7 @@ class TiedEmbedding(nn.Module):
         super().__init__()
         self.map = nn.Parameter(torch.empty(width, embedding.embedding_dim))
         self._of = (embedding,)  # in a tuple, which hides it from this module's parameters
-        self._kept: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -176,7 +176,7 @@ class TiedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "R d"]:
-        """E P^T; where nothing is learnt it is kept, since every reading of a head asks for it."""
+        """E P^T; where nothing can be learnt it is kept, since every reading of a head asks for it."""
         table = self._of[0].weight
         if self.learning:
             return table @ self.map.t()
@@ -190,9 +190,18 @@ class TiedEmbedding(nn.Module):
         return F.linear(self._of[0](tokens), self.map) if self.learning else F.embedding(tokens, self.weight)
 
 
-def state_of(*tensors: Tensor) -> tuple[tuple[int, int], ...]:
-    """Which storage each tensor has and how often it was written: the same as long as its values are."""
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+def state_of(*tensors: Tensor) -> tuple[object, ...]:
+    """Which storage each tensor has and how often it was written: the same as long as it is held and its values stay.
+
+    What may still learn is never the same: a fused step of an optimizer and a change of `.data` are not counted.
+    """
+
+    def state(tensor: Tensor) -> object:
+        if (tensor if tensor._base is None else tensor._base).requires_grad:
+            return object()
+        return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+    return tuple(map(state, tensors))
 
 
 class LevelEmbedding(nn.Module):

@@ -60,7 +60,7 @@ class Native:
         if getattr(model, "chain", None) is not None:
             small = self.model.draft_tokens is not None
             self.heads["chain"] = NativeHead(self.model.small_table if small else partial(of, "draft"), self.drafting)
-        self._laid_out: tuple[tuple[int, int], ...] | None = None
+        self._laid_out: tuple[object, ...] | None = None
         self.stacks: dict[str, StackPass] = {}
         library()  # raises
 

@@ -172,7 +172,7 @@ class NativeHead(nn.Module):
     def __init__(self, table: Callable[[], Float[Tensor, "V D"]], weights: Callable[[], Weights] = Weights) -> None:
         super().__init__()
         self.table, self.weights = table, weights
-        self.held: tuple[tuple[tuple[int, int], ...], Weights, CMap] | None = None
+        self.held: tuple[tuple[object, ...], Tensor, Weights, CMap] | None = None
 
     def tokens(self) -> CMap:
         """The map of states to logits, of the weights as they are now."""
@@ -180,8 +180,8 @@ class NativeHead(nn.Module):
         which = state_of(table)
         if self.held is None or self.held[0] != which:
             weights = self.weights()
-            self.held = (which, weights, weights.map(table))
-        return self.held[2]
+            self.held = (which, table, weights, weights.map(table))  # held, so that no other table is where it was
+        return self.held[3]
 
     def __len__(self) -> int:
         """V."""

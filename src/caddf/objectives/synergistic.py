@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError
+from caddf.errors import InputError, check_choices
 from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, Block, Infill, LanguageModel, Pattern
 from caddf.objectives.distillation import Distillation, Divergence
@@ -23,6 +23,7 @@ class SynergisticConfig:
     """Shares of the rows of a batch, and weights of the heads.
 
     denoise: share of the rows that are denoised, besides what else they are for: the causal head learns from every row.
+        Where infill and block are 0, all of them.
     infill: share of the rows that are infilled left to right; this and the next are normalised to sum to one.
     block: share of the rows that are infilled in blocks.
     denoising: the denoising loss.
@@ -58,6 +59,7 @@ class SynergisticConfig:
     distill_from: Literal["causal", "fused"] = "causal"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         shares = (self.denoise, self.infill, self.block)
         if min(shares) < 0 or sum(shares) == 0:
             raise InputError(
@@ -87,8 +89,9 @@ class Synergistic:
     def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
         """The mean over rows of each reading's loss (nats per token)."""
         config, none = self.config, x0[:0]
-        denoised, infilled, blocks = x0[len(x0) - _rounded(len(x0) * config.denoise, generator) :], none, none
+        denoised, infilled, blocks = x0, none, none
         if config.infill + config.block:
+            denoised = x0[len(x0) - _rounded(len(x0) * config.denoise, generator) :]
             count = _rounded(len(x0) * config.infill / (config.infill + config.block), generator)
             infilled, blocks = x0[:count], x0[count:]
         if "fused" not in model.heads:  # nothing reads left to right: what would be infilled is denoised
