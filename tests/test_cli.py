@@ -450,7 +450,7 @@ def test_train_refuses_what_is_missing_there_or_too_much(refused, data, run, tmp
     for other in (
         ["--seed", "0"],
         ["--seed=0"],
-        ["--data", data],
+        ["--data", data, "--train.steps", "30"],
         ["--config", "caddf-t-dce"],
         ["--method=caddf-t-dce"],
     ):
@@ -546,8 +546,14 @@ def test_another_tokenizer_is_refused(say, refused, run, tmp_path):
         (["--prompt", "a", "--stop", ""], "stop holds an empty string, which every text contains; give the text that"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be at least 1"),
         (["--prompt", "a", "--temperature", "nan"], "temperature is nan; it must be a number"),
-        (["--prompt", "a", "--temperature", ".nan"], "temperature is nan; it must be finite, and 0 (greedy) or more"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0; it must be finite, and 0 (greedy) or more"),
+        (
+            ["--prompt", "a", "--temperature", ".nan"],
+            "temperature is nan; it must be 0 (greedy), or finite and at least 1e-06",
+        ),
+        (
+            ["--prompt", "a", "--temperature", "-1"],
+            "temperature is -1.0; it must be 0 (greedy), or finite and at least 1e-06",
+        ),
         (["--prompt", "a", "--decoder", "beam"], "decoder is beam; it must be one of ancestral, first_hitting"),
         (["--prompt", "a", "--steps", "4"], "steps is set, but the decoder speculative has no such setting; it has"),
         (["--prompt", "a", "--block-size", "33"], "block_size is 33; it must lie between 1 and the context, 32"),

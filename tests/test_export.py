@@ -180,7 +180,7 @@ def test_the_card_says_what_is_known(place, tmp_path):
         f"| diffusion, bound | {diffusion['ppl']:.2f} ±",
         "## What int8 changes",
         "caddf train --config caddf-lambda-dce --data data --out RUN1 --seed 3 ",
-        "licence of the weights | Apache-2.0 |",
+        "licence of the weights | not stated |",
     ):
         assert said in card, said
     assert "truncated" not in card and str(place) not in card
@@ -232,7 +232,7 @@ def test_a_folder_that_is_no_run_is_exported_without_its_training(place, tmp_pat
     caddf.load(place / "run").save_pretrained(tmp_path / "model")
     out = export(str(tmp_path / "model"), ExportSettings(str(tmp_path / "shipped")))
     card = (out / "README.md").read_text()
-    assert "Trained with" not in card and "steps" not in card and "| training data | licence: not stated |" in card
+    assert "Trained with" not in card and "steps" not in card and "| training data | not stated |" in card
 
 
 def test_what_cannot_be_exported_is_said_and_leaves_nothing(place, tmp_path):
@@ -267,3 +267,12 @@ def test_only_a_model_folder_is_replaced(place, tmp_path, capsys):
         assert main(["export", str(place / "run"), "--out", str(out), "--overwrite"]) == 2
         assert "exists and holds other things than a model" in capsys.readouterr().err
     assert (notes / "thesis.tex").read_text() == "years of work" and (place / "run" / "checkpoints").is_dir()
+
+
+def test_another_models_perplexities_are_refused(place, tmp_path):
+    values = json.loads((place / "evaluation.json").read_text())
+    for name, other in (("parameters", 7), ("tokenizer", "another")):
+        (tmp_path / "other.json").write_text(json.dumps({**values, name: other}))
+        with pytest.raises(InputError, match=f"other.json, which is of another model: its {name} is {other}"):
+            export(str(place / "run"), ExportSettings(str(tmp_path / "m"), evaluations=(str(tmp_path / "other.json"),)))
+    assert {"parameters", "tokenizer"} <= values.keys() and not (tmp_path / "m").exists()

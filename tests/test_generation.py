@@ -114,6 +114,8 @@ def test_left_to_right_goes_beyond_the_context(model):
         ({"prompt": []}, "no prompt is given"),
         ({"template": "no hole"}, r"no \[MASK\] to fill"),
         ({"template": "[MASK:0]"}, "it must lie between 1 and 32"),
+        ({"template": "[MASK:2]", "max_new_tokens": 3}, "max_new_tokens is set, beside a template, whose holes say"),
+        ({"template": "[MASK:2]", "stop": "x"}, "stop is set, beside a template"),
         ({"template": f"[MASK:{10**12}]"}, "it must lie between 1 and 32"),
         ({"template": "[MASK:30]abc"}, "the template has 33 tokens; it must fit the context, 32"),
         ({"prompt": "a" * 32}, "the prompt has 32 tokens; it must be shorter than the context, 32"),
@@ -180,7 +182,10 @@ def test_a_hole_that_is_none_is_named(model):
             {"prompt": "a", "decoder": "first_hitting", "until": 0.5},
             "until is set, .* it has none, and all decoders have",
         ),
-        ({"prompt": "a", "temperature": 1e-309}, "temperature is 1e-309; it must be finite, and 0 .greedy. or 1e-06"),
+        (
+            {"prompt": "a", "temperature": 1e-309},
+            "temperature is 1e-309; it must be 0 .greedy., or finite and at least 1e-06",
+        ),
     ],
 )
 def test_another_methods_decoder_is_refused(model, given, sentence):

@@ -428,6 +428,20 @@ def test_acceptance_is_measured_at_each_checkpoint(accepted, tmp_path):
     ).exists()
 
 
+def test_acceptance_refuses_before_it_measures(runs, tmp_path, capsys):
+    given = ["benchmark", "acceptance", "--models", str(runs), "--windows", "3", "--data"]
+    text = tmp_path / "text.txt"
+    text.write_text("other words\n\n" * 300)
+    assert (
+        main(["data", "prepare", "--input", str(text), "--tokenizer", "bpe:270", "--out", str(tmp_path / "set")]) == 0
+    )
+    capsys.readouterr()
+    assert main([*given, str(tmp_path / "set"), "--out", str(tmp_path / "a")]) == 2
+    assert "needs its own tokenizer" in capsys.readouterr().err
+    assert main([*given, str(runs / "set"), "--out", str(text / "a")]) == 2
+    assert "but nothing can be written to" in capsys.readouterr().err
+
+
 def test_acceptance_is_measured_at_each_width_of_windows(accepted, tmp_path):
     rows = accepted("--temperatures", "1", "--block-sizes", "2,5", "--out", str(tmp_path))
     assert [(row["target"], row["block_size"]) for row in rows] == [

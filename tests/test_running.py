@@ -149,6 +149,21 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
         resume(tmp_path / "run", QUIET)
 
 
+def test_a_run_goes_on_where_its_data_was_moved(tmp_path):
+    data = prepare_set(tmp_path / "set", "these are the words. ")
+    start(settings_for(data), tmp_path / "run", QUIET)
+    (tmp_path / "set").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="set is no token set"):
+        resume(tmp_path / "run", QUIET)
+    assert resume(tmp_path / "run", QUIET, data=str(tmp_path / "moved"), device="cpu").finished_before
+    kept = RunSettings.load(tmp_path / "run")
+    assert kept.data == str(tmp_path / "moved") and kept.device == kept.train.device == "cpu"
+    other = prepare_set(tmp_path / "other", "these are other ones. ")
+    with pytest.raises(InputError, match="is not the data that"):
+        resume(tmp_path / "run", QUIET, data=str(other))
+    assert RunSettings.load(tmp_path / "run") == kept
+
+
 def test_weights_come_from_another_run_and_are_not_read_again(data, run, tmp_path, monkeypatch):
     source = tmp_path / "source"
     load(run).save_pretrained(source)

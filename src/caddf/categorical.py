@@ -36,7 +36,7 @@ class Warp:
     def __post_init__(self) -> None:
         if not (self.temperature == 0 or COLDEST <= self.temperature < math.inf):
             raise InputError(
-                f"temperature is {self.temperature}; it must be finite, and 0 (greedy) or {COLDEST} or more"
+                f"temperature is {self.temperature}; it must be 0 (greedy), or finite and at least {COLDEST:g}"
             )
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; it must be 0 (off) or more")

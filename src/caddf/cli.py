@@ -30,7 +30,7 @@ from caddf.evaluation.pairing import comparisons
 from caddf.evaluation.protocol import PRESETS, Protocol, preset
 from caddf.experiment import DEFAULT_METHOD, METHODS, ModelSettings, network_of
 from caddf.export import ExportSettings, export
-from caddf.generation import generate
+from caddf.generation import NEW, generate
 from caddf.machine import machine
 from caddf.models.accounts import accounts
 from caddf.quantise import Quantisation
@@ -160,7 +160,12 @@ def _train(parser: ArgumentParser, arguments: list[str]) -> int:
     add("--method", type=str | None, help="the method, where --config is a file")
     add("--data", type=str | None, metavar="SET", help="a token set; caddf data prepare makes one")
     add("--out", type=str | None, metavar="RUN", help="the run's folder, which must not exist")
-    add("--resume", type=str | None, metavar="RUN", help="a run to go on with, with its own settings and no others")
+    add(
+        "--resume",
+        type=str | None,
+        metavar="RUN",
+        help="a run to go on with, with its own settings; --data and --device may say where it goes on",
+    )
     add("--init-from", "--init_from", type=str | None, metavar="MODEL",
         help="weights to start with: of a run, model folder or hub name; a GPT-2's, for the causal branch")  # fmt: skip
     add("--device", type=Device, default="auto", help="auto (a GPU where there is one), cpu, cuda or mps")
@@ -171,13 +176,15 @@ def _train(parser: ArgumentParser, arguments: list[str]) -> int:
     values = parse_given(parser, given)
     console = Console(stderr=True)
     if values.resume is not None:
-        if sum(argument.startswith("-") for argument in arguments) > 1:
+        named = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
+        if named - {"--resume", "--data", "--device"}:
             raise InputError(
-                f"resume is {values.resume}, beside other settings; a run goes on with its own: "
-                f"caddf train --resume {values.resume} (a new run with other settings can begin with its weights: "
-                f"--init-from {values.resume})"
+                f"resume is {values.resume}, beside other settings; a run goes on with its own, but for --data, where "
+                f"its data lies by now, and --device: caddf train --resume {values.resume} (a new run with other "
+                f"settings can begin with its weights: --init-from {values.resume})"
             )
-        result = resume(Path(values.resume), console)
+        device = values.device if "--device" in named else None
+        result = resume(Path(values.resume), console, data=values.data, device=device)
     else:
         for name in ("data", "out"):
             if values[name] is None:
@@ -250,14 +257,16 @@ def _generate(parser: ArgumentParser, arguments: list[str]) -> int:
     add("--decoder", type=str | None, metavar="NAME",
         help=f"{', '.join(DECODERS)}; not set, the method's (CAD-DF: speculative)")  # fmt: skip
     for name, kind, default, text in (
-        ("max-new-tokens", int, 64, "length of a continuation, in tokens"),
         ("temperature", float, 1.0, "0 is greedy"),
         ("top-k", int, 0, "draw from the k most probable tokens; 0 is off"),
         ("top-p", float, 1.0, "draw from the fewest tokens that hold this probability; 1 is off"),
         ("min-p", float, 0.0, "drop tokens below this share of the most probable one; 0 is off"),
     ):
         add(f"--{name}", type=kind, default=default, metavar=kind.__name__.upper(), help=text)
-    add("--stop", type=str, action="append", metavar="TEXT", help="text that ends a row; again for more")
+    add(
+        "--max-new-tokens", type=int | None, metavar="INT", help=f"length of a prompt's continuation, in tokens ({NEW})"
+    )
+    add("--stop", type=str, action="append", metavar="TEXT", help="text that ends a prompt's row; again for more")
     add("--batch", type=int, default=1, metavar="INT",
         help="rows for a single prompt or template; row r draws from seed + r")  # fmt: skip
     add("--show", action="store_true", help="show the canvas as it fills")
@@ -408,8 +417,9 @@ def _samples(parser: ArgumentParser, arguments: list[str]) -> int:
     values = parse(parser, arguments)
     settings = SamplesSettings(**options(SamplesSettings, values))
     check_seed(settings.seed)
-    samples = collect_samples(values.prompt, settings, Console(stderr=True))
     out = Path(values.out)
+    check_writable("out", out / "samples.json")
+    samples = collect_samples(values.prompt, settings, Console(stderr=True))
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(out / "samples.json", {**samples, "command": shlex.join(["caddf", "samples", *arguments])})
     print(out / "samples.json")

@@ -129,7 +129,7 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
     _line(
         console,
         f"{result['tokens']:,} tokens in {result['windows']} windows of {result['split']}, "
-        f"{result['samples']} Monte-Carlo samples a window",
+        f"{result['samples']} Monte-Carlo samples a window (a quarter as many of finite steps and of infilling)",
     )
     choices = ("length", "stride", "documents", "eos", "bos", "closed", "tail")
     protocol = result["protocol"]

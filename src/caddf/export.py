@@ -20,7 +20,7 @@ from caddf.experiment import METHODS, ModelSettings
 from caddf.models.accounts import accounts
 from caddf.reproduce.tables import EXACT, named
 from caddf.running import OWN, SETTINGS, RunSettings, ValidationSettings
-from caddf.scoring import evaluate
+from caddf.scoring import evaluate, of_model
 from caddf.text_model import TextModel, load, model_folder
 from caddf.training import TrainConfig
 
@@ -50,7 +50,7 @@ class ExportSettings:
     data: str | None = None
     windows: int = 32
     data_licence: str = "not stated"
-    licence: str = "Apache-2.0"
+    licence: str = "not stated"
     note: str = ""
     overwrite: bool = False
 
@@ -68,9 +68,9 @@ def export(source: str, settings: ExportSettings) -> Path:
         raise InputError(f"out is {settings.out}, which exists; give a new folder, or --overwrite to replace it")
     if settings.windows < 1:
         raise InputError(f"windows is {settings.windows}; it must be 1 or more")
-    tables = [_evaluation(Path(file)) for file in settings.evaluations]
     data = None if settings.data is None else TokenSet.open(settings.data)
     model = load(folder)
+    tables = [_evaluation(Path(file), model) for file in settings.evaluations]
     before = None if data is None else _measured(model, data, settings.windows)
     with atomic_folder(out, replace=settings.overwrite) as partial:
         about = {**model.about, "model": model.model.config.to_dict(), "stages": _stages(folder)}
@@ -100,9 +100,14 @@ def _measured(model: TextModel, data: TokenSet, windows: int) -> dict[str, float
     return {name: cell["ppl"] for name, cell in named(likelihoods)}
 
 
-def _evaluation(file: Path) -> Values:
-    """A file of `caddf evaluate --json`, and what it is called."""
+def _evaluation(file: Path, model: TextModel) -> Values:
+    """A file of `caddf evaluate --json`, and what it is called; raises `InputError` where it is of another model."""
     values = read_json(file)
+    for name, own in of_model(model).items():  # files of earlier versions do not say
+        if values.get(name, own) != own:
+            raise InputError(
+                f"evaluations holds {file}, which is of another model: its {name} is {values[name]}, this one's {own}"
+            )
     if not isinstance(values.get("likelihoods"), dict):
         raise InputError(
             f"evaluations holds {file}, without likelihoods; caddf evaluate RUN --data SET --json makes one"

@@ -166,6 +166,8 @@ def first_stop(text: str, stop: tuple[str, ...]) -> int:
     return min((at for word in stop if (at := text.find(word)) >= 0), default=len(text))
 
 
+NEW = 64
+"""Tokens that a prompt is continued by where nothing is said."""
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
 """What `generate` takes for every decoder."""
 
@@ -194,7 +196,7 @@ def generate(
     *,
     template: str | Sequence[str] | None = None,
     decoder: str | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -207,7 +209,8 @@ def generate(
 
     `prompt` and `template` are a text or several, one row of a batch each; row r draws from `seed + r` and gets what it
     would get alone. `decoder` is a name of `caddf.decoding.DECODERS` (not set, the method's), `settings` are its own.
-    `<|endoftext|>` or one of the strings of `stop` ends a row. In a template `<|endoftext|>` is never drawn.
+    A prompt is continued by `max_new_tokens` (64), and `<|endoftext|>` or one of the strings of `stop` ends its row. In
+    a template `<|endoftext|>` is never drawn.
 
     Text needs a tokenizer: a plain function `x_t -> log-probabilities` is given to a decoder of `caddf.decoding`
     itself, as `caddf.interface.as_model(function, V)`, with a `Task` of token ids.
@@ -217,8 +220,12 @@ def generate(
     """
     if (prompt is None) == (template is None):
         raise InputError("give either a prompt or a template")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    for name, value in (("max_new_tokens", max_new_tokens), ("stop", stop)):
+        if value and template is not None:
+            raise InputError(f"{name} is set, beside a template, whose holes say what is written; leave it out")
+    new = NEW if max_new_tokens is None else max_new_tokens
+    if new < 1:
+        raise InputError(f"max_new_tokens is {new}; it must be at least 1")
     words = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in words:
         raise InputError("stop holds an empty string, which every text contains; give the text that ends a row")
@@ -247,7 +254,7 @@ def generate(
     if filling:
         rows = [_template(model, text) for text in texts]
     else:
-        rows = [_prompt(model, text, max_new_tokens, longest) for text in texts]
+        rows = [_prompt(model, text, new, longest) for text in texts]
     banned = (model.tokenizer.eos_id,) if filling else ()
     warp = Warp(temperature, top_k, top_p, min_p, banned)
     return _stream(model, rows, chosen, warp, filling, words, seed)

@@ -135,13 +135,23 @@ def start(settings: RunSettings, run: Path, console: Console) -> Result:
         raise
 
 
-def resume(run: Path, console: Console) -> Result:
-    """Goes on from the latest checkpoint of `run`, with its own settings; raises `InputError` if its data changed."""
-    settings = RunSettings.load(run)
-    data = TokenSet.open(settings.data)
-    if _identity(data) != read_json(run / IDENTITY):
+def resume(run: Path, console: Console, data: str | None = None, device: Device | None = None) -> Result:
+    """Goes on from the latest checkpoint of `run`, with its own settings; raises `InputError` if its data changed.
+
+    `data` is where its data lies by now, and `device` what it goes on with: they are its own from then on.
+    """
+    before = settings = RunSettings.load(run)
+    if data is not None:
+        settings = dataclasses.replace(settings, data=_absolute(data))
+    if device is not None:
+        settings = dataclasses.replace(settings, device=device)
+    tokens = TokenSet.open(settings.data)
+    if _identity(tokens) != read_json(run / IDENTITY):
         raise InputError(f"{settings.data} is not the data that {run} was started on; its tokens have changed")
-    return _prepare(settings, data, run, console, resumed=not _is_empty(run))()
+    go = _prepare(settings, tokens, run, console, resumed=not _is_empty(run))
+    if settings != before and os.environ.get("RANK", "0") == "0":
+        settings.save(run)
+    return go()
 
 
 def _prepare(settings: RunSettings, data: TokenSet, run: Path, console: Console, resumed: bool) -> Callable[[], Result]:

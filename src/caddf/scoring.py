@@ -88,7 +88,13 @@ def evaluate(
     measured = evaluation.evaluate(
         model.model, data, settings, byte_lengths=lengths, bound=model.bound, device=model.device, progress=progress
     )
-    return {**about, **measured}
+    return {**about, **of_model(model), **measured}
+
+
+def of_model(model: TextModel) -> dict[str, Any]:
+    """By what an evaluation is told from one of another model: its tokens, and how large it is."""
+    parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    return {"tokenizer": model.tokenizer.fingerprint, "parameters": parameters}
 
 
 def score(

@@ -24,7 +24,10 @@ _NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 _UNKNOWN = re.compile(r"unrecognized arguments: ([^\s=]+).*|Option '([^=]*).*' is not accepted.*")
 _LIST = re.compile(r"argument --(\S+): (is .*)")
 _SENTENCES = (
-    (re.compile(r"argument (\S+): expected one argument"), "{0} is given without a value"),
+    (
+        re.compile(r"argument (\S+): expected one argument"),
+        "{0} is given without a value (one that begins with a dash follows =, as in {0}=-1)",
+    ),
     (re.compile(r"the following arguments are required: (.*)"), "{0} must be given"),
 )
 

@@ -15,13 +15,14 @@ from rich.console import Console
 
 from caddf.benchmarks.results import Results, within
 from caddf.benchmarks.roster import needs, runs_of
-from caddf.benchmarks.trial import some_windows
+from caddf.benchmarks.trial import check_tokenizer, some_windows
 from caddf.categorical import Warp
 from caddf.data import TokenSet
 from caddf.errors import InputError
 from caddf.evaluation.acceptance import Verifier, acceptance
 from caddf.plots import draw_by_offset
 from caddf.text_model import DType, check_seed, load, model_folder
+from caddf.tokenizer import Tokenizer
 
 COLUMNS = {
     "model": "",
@@ -30,7 +31,8 @@ COLUMNS = {
     "k": "positions of a window, or of a block",
     "temperature": "of drafts and target alike; 0 is greedy",
     "tokens per round": "expected, with their standard error over windows: drafts that stand, and the token after them",
-    "accepted by place": "share of the first, second, ... drafts accepted, of those reached",
+    "accepted by place": "share of the first, second, ... drafts accepted, of those reached: a ratio of two estimates, "
+    "which may exceed 1 where few windows are read",
 }
 
 
@@ -76,6 +78,8 @@ def measure_acceptance(settings: AcceptanceSettings, console: Console) -> Result
         if getattr(settings, name) < 1:
             raise InputError(f"{name} is {getattr(settings, name)}; it must be 1 or more")
     runs, data = runs_of(settings.models), TokenSet.open(settings.data)
+    for name, run in runs.items():
+        check_tokenizer(name, Tokenizer.load(model_folder(run)), data)
     warps = {temperature: Warp(temperature) for temperature in settings.temperatures}
     values: dict[str, Any] = {**dataclasses.asdict(settings), "data": data.folder.name, "models": ",".join(runs)}
     values |= {"temperatures": list(warps), "block_sizes": list(settings.block_sizes)}

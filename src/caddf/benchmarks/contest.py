@@ -88,6 +88,11 @@ class Conditions:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         whole_numbers("batch", self.batch)
+        if not roster.trained and self.prompts is not None:
+            raise InputError(
+                f"prompts is {self.prompts}, but models is not given; random weights continue random tokens: "
+                "leave prompts out"
+            )
         if roster.trained and self.prompts is None:
             raise InputError("prompts is not given; trained models continue held-out text: give a token set")
         if self.judge is not None and not roster.trained:
@@ -127,7 +132,7 @@ def contest(results: Results, rows: Sequence[Entrant], roster: Roster, given: Co
     prompts, judge = given.beginnings, _judge(given)
     for name in roster.names:
         if prompts.data is not None:
-            check_tokenizer(name, roster[name], prompts.data)
+            check_tokenizer(name, roster[name].tokenizer, prompts.data, "prompts")
     kept = {(row["label"], row["batch"]): row for row in results.values.get("rows", [])}
     table = [(entrant, size) for size in whole_numbers("batch", given.batch) for entrant in rows]
     results.values["rows"] = [

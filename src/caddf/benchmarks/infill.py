@@ -85,7 +85,7 @@ def infill(settings: InfillSettings, console: Console) -> Results:
     if not readers:
         raise InputError(f"models is {settings.models}; none of them fills spans without being told the time")
     for name, contestant in readers.items():
-        check_tokenizer(name, contestant, data)
+        check_tokenizer(name, contestant.tokenizer, data)
     context = min(contestant.network.config.context for contestant in readers.values())
     for size in settings.spans:
         if not 1 <= size <= context // 2:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from caddf.checkpoint import read_json, write_json_atomic, write_text_atomic
+from caddf.checkpoint import check_writable, read_json, write_json_atomic, write_text_atomic
 from caddf.errors import InputError
 from caddf.machine import machine
 from caddf.plots import plain_ticks, saved
@@ -30,9 +30,11 @@ class Results:
     def open(cls, name: str, folder: str | Path, settings: dict[str, Any], free: Sequence[str] = ()) -> Results:
         """New ones, or those of an earlier call with the same settings (but for those in `free`), to go on with.
 
-        Raises `InputError` where the folder holds the figures of other settings, or of another machine.
+        Raises `InputError` where the folder holds the figures of other settings, or of another machine, or cannot be
+        written.
         """
         results, here = cls(name, Path(folder)), machine()
+        check_writable("out", results.json)
         if not results.json.exists():
             results.values = {"benchmark": name, "settings": settings, "machine": here}
             return results

@@ -90,7 +90,7 @@ def steps(settings: StepsSettings, console: Console) -> Results:
     if not readers:
         raise InputError(f"models is {settings.models}; none of them denoises without being told the time")
     for name, contestant in readers.items():
-        check_tokenizer(name, contestant, data)
+        check_tokenizer(name, contestant.tokenizer, data)
     context = min(contestant.network.config.context for contestant in readers.values())
     windows = some_windows(data, settings.split, context, settings.windows)
 

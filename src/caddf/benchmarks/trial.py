@@ -25,6 +25,7 @@ from caddf.interface import LanguageModel
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalModel
 from caddf.text_model import TextModel
+from caddf.tokenizer import Tokenizer
 
 WARM_UP = 8
 """Frames of a warm-up."""
@@ -211,10 +212,10 @@ def some_windows(data: TokenSet, split: str, length: int, count: int) -> Int[Ten
     return torch.from_numpy(windows[index.numpy()].astype("int64"))
 
 
-def check_tokenizer(name: str, contestant: Contestant, data: TokenSet) -> None:
-    """Raises `InputError` where the prompts are not in the model's tokens."""
-    if contestant.tokenizer is not None and contestant.tokenizer.fingerprint != data.tokenizer.fingerprint:
+def check_tokenizer(name: str, tokenizer: Tokenizer | None, data: TokenSet, setting: str = "data") -> None:
+    """Raises `InputError` where `setting`, a token set, is not in the model's tokens."""
+    if tokenizer is not None and tokenizer.fingerprint != data.tokenizer.fingerprint:
         raise InputError(
-            f"prompts is {data.folder}, tokenised by {data.tokenizer.name}; {name} needs its own tokenizer, "
-            f"{contestant.tokenizer.name}: prepare the data with --tokenizer and the model's tokenizer.json"
+            f"{setting} is {data.folder}, tokenised by {data.tokenizer.name}; {name} needs its own tokenizer, "
+            f"{tokenizer.name}: prepare the data with --tokenizer and the model's tokenizer.json"
         )

@@ -60,7 +60,7 @@ class TokenSet:
         folder = Path(folder)
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"{folder} is no token set: it has no {MANIFEST}; `caddf data prepare` makes one"
             ) from None

@@ -36,7 +36,8 @@ class Protocol:
         `scored`, the same as a token like any other. closed: a window ends with a scored `<|endoftext|>` of its own.
     tail: `drop` or `score` what is left over and does not fill a window.
     split: train, validation or test. max_windows: so many windows, chosen with `seed`; null is all. samples: of
-        each bound, by Monte Carlo, per window. seed: of that choice, and of all noise.
+        each bound, by Monte Carlo, per window (a quarter as many of finite steps and of infilling).
+    seed: of that choice, and of all noise.
     """
 
     name: str = "custom"

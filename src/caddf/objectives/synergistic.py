@@ -89,9 +89,9 @@ class Synergistic:
     def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
         """The mean over rows of each reading's loss (nats per token)."""
         config, none = self.config, x0[:0]
-        denoised, infilled, blocks = x0, none, none
+        share = config.denoise if config.infill + config.block else 1.0
+        denoised, infilled, blocks = x0[len(x0) - _rounded(len(x0) * share, generator) :], none, none
         if config.infill + config.block:
-            denoised = x0[len(x0) - _rounded(len(x0) * config.denoise, generator) :]
             count = _rounded(len(x0) * config.infill / (config.infill + config.block), generator)
             infilled, blocks = x0[:count], x0[count:]
         if "fused" not in model.heads:  # nothing reads left to right: what would be infilled is denoised

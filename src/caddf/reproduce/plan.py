@@ -43,7 +43,8 @@ class ReproduceSettings:
     """A table, and what it costs.
 
     scale: the size of the models.
-    data_root: folder of local copies of the data sets; not set, they come from the hub.
+    data_root: folder of local copies of the data sets; not set, they come from the hub, but for books, which are not
+        there: their files are train*.jsonl, valid*.jsonl and test*.jsonl, a book in each row.
     work: folder of token sets, runs, evaluations and decodings, which later calls go on from.
     out: folder of the table; not set, results/TABLE-SCALE.
     training_set: what the methods are trained on.
