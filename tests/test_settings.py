@@ -148,7 +148,8 @@ def test_what_extends_a_class_is_explained_by_it_too():
         (["--heat", "1"], "there is no setting --heat (did you mean --oven.heat?); bake --help explains every setting"),
         (["--ovn.heat", "1"], "there is no setting --ovn.heat (did you mean --oven.heat?); bake --help explains every"
          " setting"),
-        (["--oven.heat"], "--oven.heat is given without a value (one that begins with a dash follows =, as in --oven.heat=-1); bake --help"),
+        (["--oven.heat"], "--oven.heat is given without a value (one that begins with a dash follows =, as in"
+         " --oven.heat=-1); bake --help explains every setting"),
     ],
 )  # fmt: skip
 def test_errors_are_sentences(arguments, sentence):
