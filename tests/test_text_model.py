@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import RepositoryNotFoundError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import caddf.text_model
 from caddf import InputError, TextModel, load
@@ -89,12 +89,19 @@ def test_tokenizer_and_model_must_have_one_vocabulary(model):
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "a caddf model of format 1"),
         (lambda folder: truncate(folder / "tokenizer.json"), "is not a byte-level BPE tokenizer"),
         (lambda folder: (folder / "config.json").unlink(), "is no model folder"),
+        (lambda folder: spoil(folder / "model.safetensors"), "holds numbers in .* that are not finite"),
     ],
 )
 def test_damaged_and_foreign_folders_are_refused(saved, tmp_path, damage, sentence):
     damage(shutil.copytree(saved, tmp_path / "model"))
     with pytest.raises(InputError, match=sentence):
         load(tmp_path / "model")
+
+
+def spoil(path):
+    tensors = load_file(path)
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point()).view(-1)[-1] = torch.inf
+    save_file(tensors, path)
 
 
 def truncate(path):

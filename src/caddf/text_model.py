@@ -128,6 +128,12 @@ class TextModel:
             load_state(model, folder)
         else:
             model.load_state_dict(published.state(folder))
+        for name, parameter in model.named_parameters():
+            if not bool(parameter.sum().isfinite()):
+                raise InputError(
+                    f"{folder} holds numbers in {name} that are not finite (as {parameter.dtype}): it is damaged, or "
+                    "was trained beyond that type"
+                )
         model.to(resolve_device(device)).eval().requires_grad_(False)
         if quantize is not None:
             model = quantised(model, quantize)
