@@ -336,7 +336,7 @@ def _stream(
     task = Task(tokens, lengths, mask_id, RowGenerators(seed, len(rows)), warp, finished, filling)
     flops = model.model.flops_per_position()
     cost = flops.get("diffusion", 0.0) / flops["causal"] if "causal" in flops else 1.0
-    seconds = 0.0
+    seconds, written = 0.0, tokens
     frames = decoder(cast(LanguageModel, model.model), task)
     while True:
         begun = time.perf_counter()
@@ -344,8 +344,9 @@ def _stream(
             frame = next(frames, None)
         seconds += time.perf_counter() - begun
         if frame is None:
+            if bool(task.unfinished(written).any()):
+                raise DecodingError(NO_TOKEN)
             return
-        if bool((frame.fresh & (frame.tokens == mask_id)).any()):
-            raise DecodingError(NO_TOKEN)
+        written = frame.tokens
         frame = dataclasses.replace(frame, counts=frame.counts.copy())  # the decoder goes on counting
         yield Snapshot(frame, rows, task, model.tokenizer, stop, seed, seconds, cost)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from caddf.decoding.left_to_right import Plan, Target, first_open, onward, reader_for
+from caddf.decoding.left_to_right import Plan, Target, first_open, most_rounds, reader_for
 from caddf.decoding.task import Counts, Frame, Task
 from caddf.interface import LanguageModel
 
@@ -32,15 +32,17 @@ class Autoregressive:
         reader = reader_for(model, plan, counts, drafting=False, cache=self.cache)
         state, at = reader.start(), torch.arange(x.shape[1], device=x.device)
         n = first_open(task, x)
-        while (rows := (n < x.shape[1]) & ~task.finished(x)).any():
+        for _ in most_rounds(task):
+            if not (rows := (n < x.shape[1]) & ~task.finished(x)).any():
+                return
             if (done := reader.round(state, x, n, rows)) is not None:
                 one, state = done
-                x, n = one.tokens, onward(rows, n, one.n)
+                x, n = one.tokens, one.n
                 yield Frame(x, one.fresh, counts)
                 continue
             log_p, state = reader.target(state, x, n, n + 1, rows)
             u, where = task.generators.uniform(rows).to(x.device), (at == n[:, None]) & rows[:, None]
             x = torch.where(where, task.warp.draw(log_p[:, 0], u)[:, None], x)
-            n = onward(rows, n, first_open(task, x))
+            n = first_open(task, x)
             counts.add(rows, rounds=1)
             yield Frame(x, where, counts)

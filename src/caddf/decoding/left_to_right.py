@@ -7,6 +7,8 @@ The target is a distribution over the next token that stays the same whatever is
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, cast
 
@@ -74,11 +76,13 @@ def first_open(task: Task, x: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
     return torch.where(task.wanted & (x == task.mask_id), at, x.shape[1]).amin(1)
 
 
-def onward(rows: Bool[Tensor, " B"], before: Int[Tensor, " B"], n: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """`n`, where every one of `rows` is further than `before`; raises `DecodingError` where none could be drawn."""
-    if bool((rows & (n <= before)).any()):
-        raise DecodingError(NO_TOKEN)
-    return n
+def most_rounds(task: Task) -> Iterator[None]:
+    """Turns for as many rounds as a task can take, each of which brings every row a token further.
+
+    Raises `DecodingError` where they were not enough.
+    """
+    yield from itertools.repeat(None, int(task.wanted.sum(1).max()) + 1)
+    raise DecodingError(NO_TOKEN)
 
 
 def _width(start: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> int:

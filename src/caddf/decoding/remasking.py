@@ -13,7 +13,7 @@ from torch import Tensor
 
 from caddf.decoding.ancestral import masking_times
 from caddf.decoding.task import Counts, Frame, Task, denoise, draw, full_pass
-from caddf.errors import InputError
+from caddf.errors import InputError, check_choices
 from caddf.interface import LanguageModel
 from caddf.schedules import SCHEDULES
 
@@ -65,8 +65,7 @@ class Remasking:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1")
-        if self.remask not in CAPS:
-            raise InputError(f"remask is {self.remask}; it must be one of {', '.join(CAPS)}")
+        check_choices(self)
         if not 0 <= self.eta <= 1:
             raise InputError(f"eta is {self.eta}; it must lie in [0, 1]")
         if not 0 <= self.end < self.start <= 1:

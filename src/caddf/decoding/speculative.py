@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.categorical import inverse_cdf
-from caddf.decoding.left_to_right import Plan, Reader, Target, first_open, onward, reader_for
+from caddf.decoding.left_to_right import Plan, Reader, Target, first_open, most_rounds, reader_for
 from caddf.decoding.task import Counts, Frame, Task
 from caddf.decoding.verification import at_place, residual, verify
 from caddf.errors import InputError
@@ -46,10 +46,12 @@ class Speculative:
         reader = reader_for(model, plan, counts, drafting=True, cache=self.cache)
         state = reader.start()
         n = first_open(task, x)
-        while (rows := (n < x.shape[1]) & ~task.finished(x)).any():
+        for _ in most_rounds(task):
+            if not (rows := (n < x.shape[1]) & ~task.finished(x)).any():
+                return
             if (done := reader.round(state, x, n, rows, size, self.least)) is not None:
                 one, state = done
-                x, n = one.tokens, onward(rows, n, one.n)
+                x, n = one.tokens, one.n
                 yield Frame(x, one.fresh, counts, one.drafts, one.corrected)
                 continue
             before, whole = x, torch.where(rows, plan.window(n, size)[1], n)
@@ -78,7 +80,7 @@ class Speculative:
             x = torch.where(wanted & (at >= stop[:, None]) & rows[:, None], task.mask_id, x)
             here = (at == stop[:, None]) & more[:, None]
             x = torch.where(here, token[:, None], x)
-            state, n = reader.keep(state, stop + 1), onward(rows, n, first_open(task, x))
+            state, n = reader.keep(state, stop + 1), first_open(task, x)
             counts.add(rows, rounds=1)
             yield Frame(x, (x != before) & rows[:, None], counts, drafts, here & (stop < end)[:, None])
 
