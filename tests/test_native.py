@@ -1,7 +1,9 @@
 """The kernels in C give what the modules give, and the same bits alone, in a batch, and verified together."""
 
 import copy
+import multiprocessing
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -199,6 +201,36 @@ def test_a_small_draft_vocabulary_and_threads_change_no_draft(monkeypatch):
         *_, last = Speculative()(model, Task(x, torch.tensor([T, T]), V, RowGenerators(0, 2)))
         drawn.append(last.tokens)
     assert torch.equal(*drawn)
+
+
+def greedy(model, rows: int) -> torch.Tensor:
+    x = tokens(rows)
+    x[:, 9:] = V
+    *_, last = Speculative()(model, Task(x, torch.full((rows,), T), V, RowGenerators(0, rows), Warp(temperature=0)))
+    return last.tokens
+
+
+def test_threads_serve_several_callers_at_once_and_are_hired_anew_by_a_forked_process(monkeypatch):
+    monkeypatch.setattr("caddf.native.passes.ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    models = [native.attach(dual()) for _ in range(4)]
+    with torch.inference_mode():
+        alone = greedy(models[0], 2)
+
+    def write(model):
+        with torch.inference_mode():
+            return [greedy(model, 2) for _ in range(3)]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(alone, each) for made in pool.map(write, models) for each in made)
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: sending.send(write(models[0])[0].tolist()), daemon=True
+    )
+    child.start()
+    assert receiving.poll(60), "the forked process waits for threads that it has not"
+    assert receiving.recv() == alone.tolist()
+    child.join()
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])

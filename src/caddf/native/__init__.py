@@ -2,8 +2,8 @@
 
 What decoding pays for is the reading of weights and, with small models, the steps between operations. `attach` gives a
 model's passes of a few positions over caches to `kernels.c`, which runs a whole stack of layers in one call, and rounds
-of the causal target to `rounds.c`. All else (training, prompts, whole rows, other dtypes) stays with the modules, which
-are the reference that tests compare with.
+of the causal target to `rounds.c`; `threads.c` has the threads that share them. All else (training, whole rows, other
+dtypes) stays with the modules, which are the reference that tests compare with.
 """
 
 from __future__ import annotations

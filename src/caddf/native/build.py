@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("rounds.c")
-INCLUDED = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC")
+INCLUDED = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "threads.c"))
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
 
 
@@ -37,7 +37,8 @@ def _built() -> Path:
     compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, COMPILERS))[:1]
     if not compiler or shutil.which(compiler[0]) is None:
         raise BuildError(f"no {compiler[0]}" if compiler else f"no C compiler ({', '.join(COMPILERS)}) is here")
-    made_of = "\n".join((SOURCE.read_text(), INCLUDED.read_text(), *compiler, *FLAGS, platform.machine(), _processor()))
+    sources = (path.read_text() for path in (SOURCE, *INCLUDED))
+    made_of = "\n".join((*sources, *compiler, *FLAGS, platform.machine(), _processor()))
     path = _cache() / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -48,15 +49,11 @@ def _built() -> Path:
 
 
 def _compile(compiler: list[str], made: Path) -> None:
-    """With OpenMP where the compiler has it: torch has loaded its runtime already, and both share its threads."""
-    said = ""
-    for openmp in (["-fopenmp"], []):
-        command = [*compiler, *FLAGS, *openmp, "-o", str(made), str(SOURCE), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        if done.returncode == 0:
-            return
+    command = [*compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), f"{compiler[0]} failed")
-    raise BuildError(said.strip())
+        raise BuildError(said.strip())
 
 
 def _processor() -> str:

@@ -17,6 +17,8 @@
 #include <immintrin.h>
 #endif
 
+#include "threads.c"
+
 typedef float v8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
 typedef uint32_t u8 __attribute__((vector_size(32)));
@@ -595,12 +597,7 @@ static void cross_attention(const Stack *s, const Pass *p, int64_t layer, const 
 
 // The whole stack, by one thread of several.
 
-#ifdef _OPENMP
-#include <omp.h>
-#define TOGETHER _Pragma("omp barrier")
-#else
-#define TOGETHER
-#endif
+#define TOGETHER together(threads);
 
 static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, float *scores, int64_t seen, int64_t thread,
                 int64_t threads) {
@@ -667,31 +664,43 @@ static int64_t floats_of(const Stack *s, const Pass *p, int64_t *made, int64_t *
 
 static float *memory_of(int64_t floats) { return aligned_alloc(64, ((size_t)floats * sizeof(float) + 63) / 64 * 64); }
 
+typedef struct {
+  const Stack *stack;
+  const Pass *pass;
+  float *room, *scores;
+  int64_t made, seen;
+} Running;
+
+static void run_part(const void *of, int64_t thread, int64_t threads) {
+  const Running *r = of;
+  run(r->stack, r->pass, r->room, r->made, r->scores + thread * r->pass->n * r->seen, r->seen, thread, threads);
+}
+
 // 0, or -1 where memory is short.
 int caddf_stack(const Stack *s, const Pass *p) {
-  int64_t made, seen, room = floats_of(s, p, &made, &seen);
-  float *memory = memory_of(room + p->threads * p->n * seen);
-  if (!memory) return -1;
-#ifdef _OPENMP
-  if (p->threads > 1) {
-#pragma omp parallel num_threads((int)p->threads)
-    run(s, p, memory, made, memory + room + omp_get_thread_num() * p->n * seen, seen, omp_get_thread_num(),
-        omp_get_num_threads());
-  } else
-#endif
-    run(s, p, memory, made, memory + room, seen, 0, 1);
-  free(memory);
+  Running r = {.stack = s, .pass = p};
+  int64_t room = floats_of(s, p, &r.made, &r.seen);
+  r.room = memory_of(room + p->threads * p->n * r.seen);
+  if (!r.room) return -1;
+  r.scores = r.room + room;
+  share_out(run_part, &r, p->threads);
+  free(r.room);
   return 0;
+}
+
+typedef struct {
+  const Map *map;
+  int64_t rows;
+  const float *x;
+  float *y;
+} Mapping;
+
+static void map_share(const void *of, int64_t thread, int64_t threads) {
+  const Mapping *m = of;
+  map(m->map, m->x, m->rows, m->y, PLAIN, thread, threads, NULL);
 }
 
 // y = x W^T + b for `rows` positions.
 void caddf_map(const Map *f, int64_t rows, const float *x, float *y, int64_t threads) {
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads((int)threads)
-    map(f, x, rows, y, PLAIN, omp_get_thread_num(), omp_get_num_threads(), NULL);
-    return;
-  }
-#endif
-  map(f, x, rows, y, PLAIN, 0, 1, NULL);
+  share_out(map_share, &(Mapping){f, rows, x, y}, threads);
 }

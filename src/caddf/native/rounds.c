@@ -157,13 +157,20 @@ static double draw(const Draft *d, float *logits, double u, double *q, int64_t *
 }
 
 typedef struct {
+  const Stack *stack;
+  const Draft *draft;
+  Pass pass;
   float *x, *before, *logits, *room, *scores;
   int64_t *positions;
   double *chance;
   int64_t going, made, seen;
 } Drafting;
 
-static void draft(const Stack *s, const Draft *d, Drafting *w, Pass *p, int64_t thread, int64_t threads) {
+static void draft(const void *of, int64_t thread, int64_t threads) {
+  Drafting *w = (Drafting *)of;
+  const Stack *s = w->stack;
+  const Draft *d = w->draft;
+  Pass *p = &w->pass;
   int64_t D = s->width, opening = 1;
   for (int64_t row = 0; row < d->rows; row++) opening = most(opening, d->first[row] + 1);
   for (int64_t j = 0; j < d->count; j++) {
@@ -207,10 +214,7 @@ static void draft(const Stack *s, const Draft *d, Drafting *w, Pass *p, int64_t 
         memset(q, 0, d->vocabulary * sizeof(double));
       else
         d->drafts[row] = j + 1;
-#ifdef _OPENMP
-#pragma omp atomic
-#endif
-      w->going += d->drafts[row] == j + 1;
+      __atomic_fetch_add(&w->going, d->drafts[row] == j + 1, __ATOMIC_RELAXED);
     }
     TOGETHER
     if (!w->going) break;
@@ -219,9 +223,10 @@ static void draft(const Stack *s, const Draft *d, Drafting *w, Pass *p, int64_t 
 
 // 0, or -1 where memory is short.
 int caddf_draft(const Stack *s, const Draft *d) {
-  Pass p = {.rows = d->rows, .n = d->width, .cos = d->cos, .sin = d->sin, .own = d->cache, .threads = d->threads};
-  Drafting w = {0};
-  int64_t states = d->rows * d->width * s->width, room = floats_of(s, &p, &w.made, &w.seen);
+  Drafting w = {.stack = s, .draft = d};
+  Pass *p = &w.pass;
+  *p = (Pass){.rows = d->rows, .n = d->width, .cos = d->cos, .sin = d->sin, .own = d->cache, .threads = d->threads};
+  int64_t states = d->rows * d->width * s->width, room = floats_of(s, p, &w.made, &w.seen);
   int64_t logits = d->rows * d->head.out;
   float *memory = memory_of(2 * states + logits + room + d->threads * d->width * w.seen);
   w.positions = malloc(d->rows * d->width * sizeof(int64_t) + d->rows * sizeof(double));
@@ -232,15 +237,9 @@ int caddf_draft(const Stack *s, const Draft *d) {
   w.chance = (double *)(w.positions + d->rows * d->width);
   w.x = memory, w.before = w.x + states, w.room = w.before + states, w.scores = w.room + room;
   w.logits = w.scores + d->threads * d->width * w.seen;
-  p.x = w.x, p.before = w.before, p.positions = w.positions;
+  p->x = w.x, p->before = w.before, p->positions = w.positions;
   for (int64_t row = 0; row < d->rows; row++) w.chance[row] = 1, d->drafts[row] = 0;
-#ifdef _OPENMP
-  if (d->threads > 1) {
-#pragma omp parallel num_threads((int)d->threads)
-    draft(s, d, &w, &p, omp_get_thread_num(), omp_get_num_threads());
-  } else
-#endif
-    draft(s, d, &w, &p, 0, 1);
+  share_out(draft, &w, d->threads);
   free(memory), free(w.positions);
   return 0;
 }
@@ -360,6 +359,25 @@ static int drafts_of(const Round *r, int64_t count) {
   return caddf_stack(r->window, look) || caddf_draft(r->chain, draft);
 }
 
+typedef struct {
+  const Round *round;
+  const int64_t *shown;
+  int64_t wide;
+} Weighing;
+
+// The weights of what a round reads, in the place of logits.
+static void weigh_part(const void *of, int64_t thread, int64_t threads) {
+  const Weighing *w = of;
+  const Round *r = w->round;
+  int64_t V = r->head.out;
+  for (int64_t each = thread; each < r->rows * w->wide; each += threads) {
+    float *logits = r->logits + each * V;
+    if (r->n[each / w->wide] + each % w->wide >= w->shown[each / w->wide]) continue;
+    weigh(logits, V, r->draft->temperature);
+    filter(r->draft, logits, V);
+  }
+}
+
 // 0, or -1 where memory is short.
 int caddf_round(const Round *r) {
   Pass *pass = r->pass;
@@ -395,12 +413,7 @@ int caddf_round(const Round *r) {
   caddf_map(&r->head, r->rows * wide, pass->x, r->logits, r->head_threads);
 
   double temperature = r->draft->temperature;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads((int)r->head_threads) if (r->head_threads > 1)
-#endif
-  for (int64_t each = 0; each < r->rows * wide; each++)
-    if (temperature > 0 && r->n[each / wide] + each % wide < shown[each / wide])
-      weigh(r->logits + each * V, V, temperature), filter(r->draft, r->logits + each * V, V);
+  if (temperature > 0) share_out(weigh_part, &(Weighing){r, shown, wide}, r->head_threads);
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t n = r->n[row], end = ends[row] - n, stop = 0, token = 0, *x = r->x + row * r->length;
     r->next[row] = n, r->read[row] = r->held[row];
