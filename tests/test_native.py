@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from caddf import native
+from caddf.caches import Slots
 from caddf.categorical import RowGenerators, Warp, inverse_cdf
 from caddf.compile import compiled
 from caddf.decoding import Autoregressive, Speculative, Task
@@ -22,7 +23,7 @@ from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.models.single import SingleBranch, SingleConfig
 from caddf.native import build
-from caddf.quantise import quantised
+from caddf.quantise import is_bf16, quantised
 from caddf.training.optimizer import build_optimizer
 
 V, T = 83, 64
@@ -59,10 +60,12 @@ def gpt2() -> CausalModel:
 def loud(model):
     """Weights that are large enough for every part to be heard, biases among them.
 
-    They are numbers of bfloat16, as which drafts are read: so that rounding them changes nothing.
+    They are numbers of bfloat16, as which drafts are read, so that rounding them changes nothing; but for one, that is
+    no draft's, so that the others are read in float32.
     """
     for parameter in model.parameters():
         parameter.data = (parameter.data + 0.1 * torch.randn(parameter.shape)).bfloat16().float()
+    model.causal.layers[0].mlp.up.weight.data[0, 0] = 1 / 3
     return model.eval().requires_grad_(False)
 
 
@@ -231,6 +234,30 @@ def test_threads_serve_several_callers_at_once_and_are_hired_anew_by_a_forked_pr
     assert receiving.poll(60), "the forked process waits for threads that it has not"
     assert receiving.recv() == alone.tolist()
     child.join()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@torch.inference_mode()
+def test_weights_of_bf16_are_read_as_that_and_no_bit_is_another(temperature, monkeypatch):
+    model = dual()
+    model.causal.layers[0].mlp.up.weight[0, 0] = 0.375
+
+    def run():
+        x, model.native = tokens(2), None
+        x[:, 9:] = V
+        *_, last = Speculative()(
+            native.attach(model), Task(x, torch.full((2,), T), V, RowGenerators(0, 2), Warp(temperature))
+        )
+        caches = model.allocate(1, T)
+        states = model.native.causal(tokens(1), Slots.of(torch.arange(T)), caches, tokens(1).roll(1))
+        return last.tokens, states, model.native.kind, model.native.bytes
+
+    small = run()
+    monkeypatch.setattr("caddf.native.model.is_bf16", lambda model: False)
+    large = run()
+    assert torch.equal(small[0], large[0]) and torch.equal(small[1], large[1])
+    assert (small[2], large[2]) == ("bf16", None) and small[3] < 0.6 * large[3]
+    assert not is_bf16(dual())
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])

@@ -31,6 +31,11 @@ def integers(matrix: Float[Tensor, "out in"]) -> tuple[Int[Tensor, "out in"], Fl
     return (matrix.float() / scales[:, None]).round().to(torch.int8), scales
 
 
+def is_bf16(model: nn.Module) -> bool:
+    """Whether all numbers of all matrices are such of bfloat16, so that nothing is lost by reading them as that."""
+    return all(torch.equal(p.bfloat16().to(p.dtype), p) for p in model.parameters() if p.ndim > 1)
+
+
 def quantised(model: Model, kind: Quantisation) -> Model:
     """A copy of `model` for inference whose matrices are rounded; `weights_kind` says how.
 

@@ -21,7 +21,7 @@ from caddf.native.build import library
 from caddf.native.passes import KINDS, WIDEST, Biases, NativeHead, StackPass, Weights, few, threads_for
 from caddf.native.rounds import Rounds
 from caddf.native.structures import CDraft, address, cache_of, filters
-from caddf.quantise import Quantisation
+from caddf.quantise import Quantisation, is_bf16
 
 NEAR = 24 << 20
 """Bytes of a model up to which its weights stay in a processor's caches; beyond, they are fetched ahead."""
@@ -41,28 +41,32 @@ def _readable(*modules: nn.Module | None) -> bool:
 class Native:
     """A model's passes through the kernels: each gives None where a pass is not theirs, for the modules to do it.
 
-    What only proposes is read in bfloat16 (a round's window, the chain and its head): whatever drafts are drawn from,
-    what stands is the target's.
+    Matrices whose numbers are all of bfloat16, as those of most models on disk, are read as that: half the bytes, and
+    the same bits of every result. What only proposes is read in bfloat16 always (a round's window, the chain and its
+    head): whatever drafts are drawn from, what stands is the target's.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.kind = cast(Any, model), cast("Quantisation | None", getattr(model, "weights_kind", None))
-        size = sum(p.numel() for p in model.parameters()) * (4 >> KINDS.index(self.kind))
-        self.weights = partial(Weights, self.kind, size > NEAR)
-        self.drafting = partial(Weights, self.kind or "bf16", size > NEAR)
+        self.model = cast(Any, model)
         self.context = cast(int, model.config.context)  # type: ignore[union-attr]
         self.branch = cast(CausalBranch, model.causal)
         diffusion, of = getattr(model, "diffusion", None), self.model.tokens_of
         self.diffusion: DiffusionBranch | None = diffusion if diffusion is not None and diffusion.mutual else None
         self.heads: dict[str, nn.Module] = {
-            head: NativeHead(partial(of, head), self.weights) for head in self.model.heads
+            head: NativeHead(partial(of, head), lambda: self.weights()) for head in self.model.heads
         }
         if getattr(model, "chain", None) is not None:
-            small = self.model.draft_tokens is not None
-            self.heads["chain"] = NativeHead(self.model.small_table if small else partial(of, "draft"), self.drafting)
+            small, drafting = self.model.draft_tokens is not None, lambda: self.weights(drafting=True)
+            self.heads["chain"] = NativeHead(self.model.small_table if small else partial(of, "draft"), drafting)
         self._laid_out: tuple[object, ...] | None = None
         self.stacks: dict[str, StackPass] = {}
+        self.kind: Quantisation | None = None
         library()  # raises
+
+    def weights(self, drafting: bool = False) -> Weights:
+        """Room for matrices as this model's are, or as those of its drafts."""
+        size = sum(p.numel() for p in self.model.parameters()) * (4 >> KINDS.index(self.kind))
+        return Weights(self.kind or ("bf16" if drafting else None), size > NEAR)
 
     def refresh(self) -> None:
         """Lays the weights out for the kernels, if they have changed since that was done: with each new cache."""
@@ -70,6 +74,7 @@ class Native:
         if which == self._laid_out:
             return
         self._laid_out, branch, chain = which, self.branch, getattr(self.model, "chain", None)
+        self.kind = getattr(self.model, "weights_kind", None) or ("bf16" if is_bf16(self.model) else None)
         exchange = [layer.cross for layer in self.diffusion.layers] if self.diffusion is not None else []
         weights = self.weights()
         layers = [weights.layer(layer, False) for layer in branch.layers]
@@ -77,9 +82,9 @@ class Native:
         if self.diffusion is not None:
             self.stacks["window"] = _window_pass(self.weights(), self.diffusion)
         if self.diffusion is not None and isinstance(chain, DraftChain):
-            rounded = self.stacks["window"] if self.kind else _window_pass(self.drafting(), self.diffusion)
+            rounded = self.stacks["window"] if self.kind else _window_pass(self.weights(drafting=True), self.diffusion)
             self.stacks["look"] = rounded
-            weights = self.drafting()
+            weights = self.weights(drafting=True)
             join = (chain.before_norm, chain.join)
             self.stacks["chain"] = StackPass(
                 weights, [weights.layer(chain.layer, False)], chain.norm, self.context, join
