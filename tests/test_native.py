@@ -1,6 +1,7 @@
 """The kernels in C give what the modules give, and the same bits alone, in a batch, and verified together."""
 
 import copy
+import ctypes
 import multiprocessing
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.models.single import SingleBranch, SingleConfig
 from caddf.native import build
-from caddf.quantise import is_bf16, quantised
+from caddf.native.passes import Weights
+from caddf.quantise import integers, is_bf16, quantised
 from caddf.training.optimizer import build_optimizer
 
 V, T = 83, 64
@@ -178,11 +180,12 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_width_of_a_pass():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", [None, "int8"])
 @torch.inference_mode()
-def test_speculation_in_float32_is_greedy_autoregression_to_the_token(threads, monkeypatch):
+def test_speculation_in_float32_is_greedy_autoregression_to_the_token(threads, kind, monkeypatch):
     monkeypatch.setattr("caddf.native.passes.ALONE", 0)  # small as it is, by as many threads as there are
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    model, x = native.attach(dual()), tokens(3)
+    model, x = native.attach(quantised(dual(), kind) if kind else dual()), tokens(3)
     x[:, 9:] = V
     written = []
     for decoder in (Autoregressive(), Speculative(), Speculative(block_size=3)):
@@ -271,10 +274,33 @@ def test_kernels_of_rounded_weights_are_the_rounded_model(kind):
     assert torch.equal(rounded.causal.norm.weight, model.causal.norm.weight)
     plain, fast, x = rounded, native.attach(quantised(model, kind)), tokens(1)
     one, two = (model.read(x, torch.arange(20), model.allocate(1, T)) for model in (plain, fast))
-    torch.testing.assert_close(two.causal, one.causal, rtol=0, atol=NEAR)
+    near = {"bf16": NEAR, "int8": 50 * NEAR}[kind]  # with int8 inputs have 16 bits
+    torch.testing.assert_close(two.causal, one.causal, rtol=0, atol=near)
     where = torch.ones(1, 20, dtype=torch.bool)
-    read = [model.log_probs(one, where, "causal") for model in (plain, fast)]
-    torch.testing.assert_close(*read, rtol=0, atol=10 * NEAR)
+    p, q = (model.log_probs(state, where, "causal").double() for model, state in ((plain, one), (fast, two)))
+    torch.testing.assert_close(p, q, rtol=0, atol=10 * near)
+    assert (p.exp() * (p - q)).sum(-1).max() < 1e-6
+
+
+@pytest.mark.parametrize(("out", "width"), [(83, 41), (16, 8), (130, 1300), (7, 1)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 9, 14, 60])
+def test_int8_maps_are_sums_of_integers(out, width, rows):
+    generator = torch.Generator().manual_seed(out)
+    weight, x = (torch.randn(shape, generator=generator) for shape in ((out, width), (rows, width)))
+    if width > 1000:  # the largest sums there are
+        weight, x = weight.sign(), x.sign().mul(x[:, :1].abs())
+        weight[0], x[0] = 1, 3
+    weights, y = Weights("int8"), torch.empty(rows, out)
+    made = weights.map(weight)
+    build.library().caddf_map(ctypes.addressof(made), rows, x.data_ptr(), y.data_ptr(), 1)
+    whole, scales = integers(weight)
+    steps = x.abs().amax(1, keepdim=True).double() / 32767
+    expected = ((x.double() / steps).round() @ whole.double().T) * steps * scales.double()
+    # Inputs halfway between two integers may go to either.
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=float(steps.max() * weight.abs().max()))
+    alone = torch.empty(1, out)
+    build.library().caddf_map(ctypes.addressof(made), 1, x[-1:].data_ptr(), alone.data_ptr(), 1)
+    assert torch.equal(alone[0], y[-1])
 
 
 def test_weights_that_change_are_laid_out_anew():

@@ -6,8 +6,10 @@
 // Every sum is taken in one order that depends on neither how many positions a pass has, nor on the threads: a position
 // has the same bits alone, in a batch, and verified together with others.
 //
-// Weights are float32, bfloat16 or int8 (widened on the way), sums and caches float32. Matrices lie in
-// panels of 16 outputs, `[out / 16, in, 16]`, so that weights are read from front to back and no sum crosses lanes.
+// Weights are float32 or bfloat16, widened on the way, or int8; sums and caches are float32. Matrices lie in panels of 16
+// outputs, `[out / 16, in, 16]`, so that weights are read from front to back and no sum crosses lanes. To weights in int8
+// inputs are rounded, to 16 bits and a scale for each position: their products are summed as integers, of two inputs at a
+// time, `[out / 16, in / 2, 16, 2]`.
 
 #include <math.h>
 #include <stdint.h>
@@ -23,6 +25,7 @@ typedef float v8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
 typedef uint32_t u8 __attribute__((vector_size(32)));
 typedef uint16_t h8 __attribute__((vector_size(16)));
+typedef int16_t s8 __attribute__((vector_size(16)));
 
 enum { FLOAT32, BFLOAT16, INT8 };
 
@@ -130,16 +133,6 @@ static inline v8 fused(v8 a, v8 b, v8 c) {
 #endif
 }
 
-static inline v8 counted(const int8_t *p) {
-#ifdef __AVX2__
-  return (v8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-#else
-  v8 a;
-  for (int i = 0; i < 8; i++) a[i] = p[i];
-  return a;
-#endif
-}
-
 static inline v8 all(float a) { return (v8){a, a, a, a, a, a, a, a}; }
 
 static inline v8 choose(i8 which, v8 a, v8 b) { return (v8)((which & (i8)a) | (~which & (i8)b)); }
@@ -193,8 +186,9 @@ enum { STRIDE = 16 };
     for (int o = 0; o < 2 * NP; o++) acc[m][o] = fused(a, b[o], acc[m][o]); \
   }
 #define TILE(MR, NP, HOLD, type, get)                                                                     \
-  static void tile_##type##_##MR##_##NP(const void *panels, int64_t in, const float *x, int64_t stride, float *sums, Ahead *ahead) { \
+  static void tile_##type##_##MR##_##NP(const void *panels, int64_t in, const void *inputs, int64_t stride, float *sums, Ahead *ahead) { \
     const type *w = panels;                                                                            \
+    const float *x = inputs;                                                                           \
     v8 acc[MR][2 * NP];                                                                                \
     for (int m = 0; m < MR; m++)                                                                       \
       for (int o = 0; o < 2 * NP; o++) acc[m][o] = all(0.0f);                                          \
@@ -211,11 +205,9 @@ enum { STRIDE = 16 };
   }
 
 typedef uint16_t half;
-typedef int8_t byte;
 #define TILES(MR, NP, HOLD)         \
   TILE(MR, NP, HOLD, float, load) \
-  TILE(MR, NP, HOLD, half, wide)  \
-  TILE(MR, NP, HOLD, byte, counted)
+  TILE(MR, NP, HOLD, half, wide)
 TILES(1, 4, HOLD_INPUTS)
 TILES(2, 2, HOLD_INPUTS)
 TILES(3, 2, HOLD_INPUTS)
@@ -226,13 +218,110 @@ TILES(4, 1, HOLD_WEIGHTS)
 TILES(5, 1, HOLD_WEIGHTS)
 TILES(6, 1, HOLD_WEIGHTS)
 
-enum { TALLEST = 6, NEAR = 64 << 10 };
-typedef void (*Tile)(const void *, int64_t, const float *, int64_t, float *, Ahead *);
-#define THESE(type)                                                                                                \
-  {{tile_##type##_1_4, tile_##type##_2_2, tile_##type##_3_2, tile_##type##_4_1, tile_##type##_5_1, tile_##type##_6_1}, \
+// Weights in int8 and inputs of 16 bits, each row of them behind its scale. No sum of 512 products leaves 32 bits.
+
+enum { LEVELS = 32767, PRODUCTS = 512, SCALE = sizeof(float) / sizeof(int16_t) };
+
+static void round_row(const float *x, int64_t in, int16_t *to) {
+  int64_t whole = in / 8 * 8;
+  i8 tops = {0};  // of numbers without their signs, whose bits are in their order
+  for (int64_t k = 0; k < whole; k += 8) {
+    i8 size = (i8)load(x + k) & INT32_MAX;
+    i8 larger = size > tops;
+    tops = (larger & size) | (~larger & tops);
+  }
+  float top = 0;
+  for (int i = 0; i < 8; i++) top = ((v8)tops)[i] > top ? ((v8)tops)[i] : top;
+  for (int64_t k = whole; k < in; k++) top = fabsf(x[k]) > top ? fabsf(x[k]) : top;
+  float scale = top / LEVELS, inverse = top > 0 ? LEVELS / top : 0;
+  memcpy(to, &scale, sizeof scale);
+  to += SCALE;
+  for (int64_t k = 0; k < whole; k += 8) {
+    v8 nearest = load(x + k) * all(inverse) + all(12582912.0f);  // whose last bits are the rounded number
+    s8 numbers = __builtin_convertvector((i8)nearest << 16 >> 16, s8);
+    memcpy(to + k, &numbers, sizeof numbers);
+  }
+  for (int64_t k = whole; k < in; k++) to[k] = (int16_t)lrintf(x[k] * inverse);
+  if (in % 2) to[in] = 0;
+}
+
+// sum + a[0] w[0] + a[1] w[1] for eight outputs, of which `w` has the pairs; `pair` has two inputs.
+static inline i8 summed(i8 sum, i8 pair, i8 weights) {
+#ifdef __AVX2__
+  sum = (i8)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)pair, (__m256i)weights));
+  __asm__ volatile("" : "+x"(sum));  // here, and not behind those that follow, for which there are no registers
+  return sum;
+#else
+  return sum + (pair << 16 >> 16) * (weights << 16 >> 16) + (pair >> 16) * (weights >> 16);
+#endif
+}
+
+static inline i8 pairs_of(const int8_t *w) {
+#ifdef __AVX2__
+  return (i8)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
+#else
+  i8 a;
+  for (int i = 0; i < 8; i++) a[i] = (int32_t)((uint32_t)w[2 * i + 1] << 16 | (uint16_t)w[2 * i]);
+  return a;
+#endif
+}
+
+#define UNROLLED _Pragma("GCC unroll 8")
+#define WHOLE_TILE(MR, NP)                                                                                          \
+  static void tile_byte_##MR##_##NP(const void *panels, int64_t in, const void *inputs, int64_t stride, float *sums, Ahead *ahead) { \
+    const int8_t *w = panels;                                                                                       \
+    const int16_t *x = (const int16_t *)inputs + SCALE;                                                             \
+    int64_t deep = (in + 1) / 2 * 2;                                                                                \
+    for (int i = 0; i < MR * 2 * NP; i++) store(sums + i * 8, all(0.0f));                                           \
+    for (int64_t k = 0; k < deep;) {                                                                                \
+      i8 acc[MR][2 * NP];                                                                                           \
+      UNROLLED for (int m = 0; m < MR; m++)                                                                         \
+        UNROLLED for (int o = 0; o < 2 * NP; o++) acc[m][o] = (i8){0};                                              \
+      for (int64_t whole = k + PRODUCTS < deep ? k + PRODUCTS : deep; k < whole;) {                                 \
+        const char *soon = ahead->at;                                                                               \
+        ahead->at += ahead->lines * 64;                                                                             \
+        for (; soon < ahead->at; soon += 64) __builtin_prefetch(soon, 0, 2);                                        \
+        for (int64_t end = k + STRIDE < whole ? k + STRIDE : whole; k < end; k += 2) {                              \
+          i8 b[2 * NP];                                                                                             \
+          UNROLLED for (int o = 0; o < 2 * NP; o++) b[o] = pairs_of(w + (o / 2 * deep + k) * 16 + o % 2 * 16);       \
+          UNROLLED for (int m = 0; m < MR; m++) {                                                                   \
+            int32_t pair;                                                                                           \
+            memcpy(&pair, x + m * stride + k, sizeof pair);                                                         \
+            i8 a = {pair, pair, pair, pair, pair, pair, pair, pair};                                                \
+            UNROLLED for (int o = 0; o < 2 * NP; o++) acc[m][o] = summed(acc[m][o], a, b[o]);                       \
+          }                                                                                                         \
+        }                                                                                                           \
+      }                                                                                                             \
+      UNROLLED for (int m = 0; m < MR; m++)                                                                         \
+        UNROLLED for (int o = 0; o < 2 * NP; o++) {                                                                 \
+          float *to = sums + (m * 2 * NP + o) * 8;                                                                  \
+          store(to, load(to) + __builtin_convertvector(acc[m][o], v8));                                             \
+        }                                                                                                           \
+    }                                                                                                               \
+    for (int m = 0; m < MR; m++) {                                                                                  \
+      float scale;                                                                                                  \
+      memcpy(&scale, x + m * stride - SCALE, sizeof scale);                                                         \
+      for (int o = 0; o < 2 * NP; o++) store(sums + (m * 2 * NP + o) * 8, load(sums + (m * 2 * NP + o) * 8) * all(scale)); \
+    }                                                                                                               \
+  }
+WHOLE_TILE(1, 4)
+WHOLE_TILE(2, 2)
+WHOLE_TILE(1, 1)
+WHOLE_TILE(2, 1)
+WHOLE_TILE(3, 1)
+WHOLE_TILE(4, 1)
+WHOLE_TILE(5, 1)
+WHOLE_TILE(6, 1)
+
+enum { TALLEST = 6, NEAR = 64 << 10, ROUNDED = 48 };
+typedef void (*Tile)(const void *, int64_t, const void *, int64_t, float *, Ahead *);
+#define THESE(type, three)                                                                                       \
+  {{tile_##type##_1_4, tile_##type##_2_2, tile_##type##_##three, tile_##type##_4_1, tile_##type##_5_1, tile_##type##_6_1}, \
    {tile_##type##_1_1, tile_##type##_2_1, tile_##type##_3_1, tile_##type##_4_1, tile_##type##_5_1, tile_##type##_6_1}}
-static const Tile tiles[3][2][TALLEST] = {THESE(float), THESE(half), THESE(byte)};  // by type, whether narrow, positions
-static const int64_t panels_of[2][TALLEST] = {{4, 2, 2, 1, 1, 1}, {1, 1, 1, 1, 1, 1}};
+static const Tile tiles[3][2][TALLEST] = {THESE(float, 3_2), THESE(half, 3_2), THESE(byte, 3_1)};  // by type, whether narrow, positions
+static const int64_t panels_of[3][2][TALLEST] = {{{4, 2, 2, 1, 1, 1}, {1, 1, 1, 1, 1, 1}},
+                                                 {{4, 2, 2, 1, 1, 1}, {1, 1, 1, 1, 1, 1}},
+                                                 {{4, 2, 1, 1, 1, 1}, {1, 1, 1, 1, 1, 1}}};
 static const int64_t bytes_of[] = {4, 2, 1};
 
 enum { PLAIN, GELU, ADD };
@@ -243,13 +332,18 @@ static inline v8 finished(v8 sum, const float *scales, const float *bias, const 
   return then == GELU ? gelu(sum) : then == ADD ? load(y) + sum : sum;
 }
 
+static int64_t deep_of(const Map *f) { return f->type == INT8 ? (f->in + 1) / 2 * 2 : f->in; }
+
 // Outputs `from` to `to`, of which `from` begins a panel, of `rows` positions; ADD adds to what is there.
 static void map_part(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t from, int64_t to,
                      const char *soon) {
   // A few panels stay in a near cache while all positions pass over them, and those behind are fetched meanwhile.
-  int64_t wide = f->in * bytes_of[f->type], last = (rows - 1) % TALLEST, steps = 0;
-  int narrow = rows > TALLEST && panels_of[0][last] * 16 * wide > 2 * NEAR;
-  const int64_t *panels = panels_of[narrow];
+  int64_t wide = deep_of(f) * bytes_of[f->type], last = (rows - 1) % TALLEST, steps = 0;
+  int narrow = rows > TALLEST && panels_of[f->type][0][last] * 16 * wide > 2 * NEAR;
+  const int64_t *panels = panels_of[f->type][narrow];
+  int64_t stride = f->type == INT8 ? SCALE + deep_of(f) : f->in;
+  int16_t rounded[f->type == INT8 ? rows * stride : 1];
+  for (int64_t m = 0; f->type == INT8 && m < rows; m++) round_row(x + m * f->in, f->in, rounded + m * stride);
   int64_t block = 64;
   while (block > 16 * panels[last] && block * wide > NEAR) block /= 2;
   for (int64_t m = 0; m < rows; m += TALLEST) steps += block / 16 / panels[rows - m > TALLEST ? TALLEST - 1 : rows - m - 1];
@@ -261,7 +355,8 @@ static void map_part(const Map *f, const float *x, int64_t rows, float *y, int t
       mr = rows - m < TALLEST ? rows - m : TALLEST;
       for (int64_t o = low, each = 16 * panels[mr - 1]; o < high; o += each) {
         float sums[TALLEST * 16];
-        tiles[f->type][narrow][mr - 1]((const char *)f->panels + o * wide, f->in, x + m * f->in, f->in, sums, &ahead);
+        const void *read = f->type == INT8 ? (const void *)(rounded + m * stride) : x + m * stride;
+        tiles[f->type][narrow][mr - 1]((const char *)f->panels + o * wide, f->in, read, stride, sums, &ahead);
         for (int64_t i = 0; i < mr; i++) {
           float *row = y + (m + i) * f->out, *sum = sums + i * each;
           int64_t count = high - o < each ? high - o : each, j = 0;
@@ -288,11 +383,12 @@ static void share(int64_t count, int64_t thread, int64_t threads, int64_t grain,
 // `soon` is the map that will be read next, NULL where it is not known.
 static void map(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t thread, int64_t threads,
                 const Map *soon) {
-  int64_t from, to, next = 0, end, grain = 16 * (panels_of[0][(rows - 1) % TALLEST] > 2 ? 4 : 2);  // whole tiles
+  int64_t from, to, next = 0, end, grain = 16 * (panels_of[f->type][0][(rows - 1) % TALLEST] > 2 ? 4 : 2);  // whole tiles
   if (soon) share(soon->out, thread, threads, grain, &next, &end);
   share(f->out, thread, threads, grain, &from, &to);
-  map_part(f, x, rows, y, then, from, to,
-           soon ? (const char *)soon->panels + next * soon->in * bytes_of[soon->type] : NULL);
+  const char *then_read = soon ? (const char *)soon->panels + next * deep_of(soon) * bytes_of[soon->type] : NULL;
+  for (int64_t m = 0, some = f->type == INT8 ? ROUNDED : rows; m < rows; m += some)
+    map_part(f, x + m * f->in, rows - m < some ? rows - m : some, y + m * f->out, then, from, to, then_read);
 }
 
 static void norm_row(const Norm *f, const float *x, int64_t width, float *y) {

@@ -60,7 +60,7 @@ class Native:
             self.heads["chain"] = NativeHead(self.model.small_table if small else partial(of, "draft"), drafting)
         self._laid_out: tuple[object, ...] | None = None
         self.stacks: dict[str, StackPass] = {}
-        self.kind: Quantisation | None = None
+        self.kind: Quantisation | None = getattr(model, "weights_kind", None)
         library()  # raises
 
     def weights(self, drafting: bool = False) -> Weights:

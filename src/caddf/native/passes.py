@@ -53,14 +53,16 @@ class Weights:
         self.kept: list[Any] = []
 
     def map(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None) -> CMap:
-        """A linear map, its matrix in panels of 16 outputs."""
+        """A linear map, its matrix in panels of 16 outputs; int8 of two inputs at a time."""
         (out, width), scales, weight = weight.shape, None, weight.detach()
         if self.kind == "int8":
             weight, scales = integers(weight)
             scales = F.pad(scales, (0, -out % 64))
         elif self.kind == "bf16":
             weight = weight.bfloat16()
-        panels = F.pad(weight, (0, 0, 0, -out % 64)).view(-1, 16, width).transpose(1, 2).contiguous()
+        together = 2 if self.kind == "int8" else 1
+        panels = F.pad(weight, (0, -width % together, 0, -out % 64))
+        panels = panels.view(len(panels) // 16, 16, -1, together).transpose(1, 2).contiguous()
         self.kept += [panels, scales, bias]
         self.bytes += panels.numel() * panels.element_size()
         which = KINDS.index(self.kind)
