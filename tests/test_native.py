@@ -34,6 +34,12 @@ NEAR = 1e-5
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the kernels need a C compiler, which is not here")
 
 
+@pytest.fixture(autouse=True)
+def proposed(monkeypatch):
+    """What only proposes is read in bfloat16, which changes nothing of these tests' weights, unless a test says so."""
+    monkeypatch.setattr("caddf.native.model.PROPOSED", "bf16")
+
+
 def dual(context: int = T, alibi: bool = True, bias: bool = False, draft_vocab: int | None = None) -> DualBranch:
     torch.manual_seed(4)
     diffusion = BranchConfig(2, 32, 4, bias=bias, alibi=alibi)
@@ -62,8 +68,8 @@ def gpt2() -> CausalModel:
 def loud(model):
     """Weights that are large enough for every part to be heard, biases among them.
 
-    They are numbers of bfloat16, as which drafts are read, so that rounding them changes nothing; but for one, that is
-    no draft's, so that the others are read in float32.
+    They are numbers of bfloat16, as which drafts are read here, so that rounding them changes nothing; but for one,
+    that is no draft's, so that the others are read in float32.
     """
     for parameter in model.parameters():
         parameter.data = (parameter.data + 0.1 * torch.randn(parameter.shape)).bfloat16().float()
@@ -181,8 +187,10 @@ def test_bits_depend_neither_on_the_batch_nor_on_the_width_of_a_pass():
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("drafts", ["bf16", "int8"])
 @torch.inference_mode()
-def test_speculation_in_float32_is_greedy_autoregression_to_the_token(threads, kind, monkeypatch):
+def test_speculation_in_float32_is_greedy_autoregression_to_the_token(threads, kind, drafts, monkeypatch):
+    monkeypatch.setattr("caddf.native.model.PROPOSED", drafts)
     monkeypatch.setattr("caddf.native.passes.ALONE", 0)  # small as it is, by as many threads as there are
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     model, x = native.attach(quantised(dual(), kind) if kind else dual()), tokens(3)
@@ -194,6 +202,22 @@ def test_speculation_in_float32_is_greedy_autoregression_to_the_token(threads, k
         written.append(last.tokens)
     assert (written[0][0] != V).all() and written[0][:, 9:].unique().numel() > 4
     assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
+
+
+@torch.inference_mode()
+def test_drafts_in_int8_are_drawn_from_nearly_the_same():
+    n, u = torch.tensor([20]), torch.full((1, 1), 0.5, dtype=torch.float64)
+    drawn = []
+    for kind in ("bf16", "int8"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("caddf.native.model.PROPOSED", kind)
+            model = native.attach(dual())
+            states = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(2))
+            cache, _ = model.allocate_drafts(1, 6), model.allocate(1, T)
+            drawn.append(model.native.drafts(states, tokens(1), n - 1, n, u, cache, warp=Warp(), least=0.0)[1])
+            assert {model.native.stacks[name].weights.kind for name in ("look", "chain")} == {kind}
+            assert model.native.heads["chain"].held[2].kind == kind
+    assert 0 < (drawn[0] - drawn[1]).abs().sum() / 2 < 0.02
 
 
 @torch.inference_mode()

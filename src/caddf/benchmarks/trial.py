@@ -120,7 +120,7 @@ def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
     rounded = None if native is None else {"bf16": 2, "int8": 1}.get(native.kind)
     each = rounded or next(network.parameters()).element_size()
     chained = isinstance(network, DualBranch) and network.chained
-    proposing = min(each, 2) if native is not None and chained else each  # kernels read what only proposes in bfloat16
+    proposing = 1 if native is not None and chained else each  # kernels read what only proposes in int8
 
     def size(*modules: nn.Module | None, each: int = each) -> int:
         whole = [p for module in modules if module is not None for p in module.parameters()]

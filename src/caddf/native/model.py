@@ -23,6 +23,8 @@ from caddf.native.rounds import Rounds
 from caddf.native.structures import CDraft, address, cache_of, filters
 from caddf.quantise import Quantisation, is_bf16
 
+PROPOSED: Quantisation = "int8"
+"""How what only proposes is read."""
 NEAR = 24 << 20
 """Bytes of a model up to which its weights stay in a processor's caches; beyond, they are fetched ahead."""
 
@@ -42,8 +44,8 @@ class Native:
     """A model's passes through the kernels: each gives None where a pass is not theirs, for the modules to do it.
 
     Matrices whose numbers are all of bfloat16, as those of most models on disk, are read as that: half the bytes, and
-    the same bits of every result. What only proposes is read in bfloat16 always (a round's window, the chain and its
-    head): whatever drafts are drawn from, what stands is the target's.
+    the same bits of every result. What only proposes is read in int8 always (a round's window, the chain and its head):
+    whatever drafts are drawn from, what stands is the target's.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,7 +68,7 @@ class Native:
     def weights(self, drafting: bool = False) -> Weights:
         """Room for matrices as this model's are, or as those of its drafts."""
         size = sum(p.numel() for p in self.model.parameters()) * (4 >> KINDS.index(self.kind))
-        return Weights(self.kind or ("bf16" if drafting else None), size > NEAR)
+        return Weights(PROPOSED if drafting else self.kind, size > NEAR)
 
     def refresh(self) -> None:
         """Lays the weights out for the kernels, if they have changed since that was done: with each new cache."""
@@ -82,7 +84,11 @@ class Native:
         if self.diffusion is not None:
             self.stacks["window"] = _window_pass(self.weights(), self.diffusion)
         if self.diffusion is not None and isinstance(chain, DraftChain):
-            rounded = self.stacks["window"] if self.kind else _window_pass(self.weights(drafting=True), self.diffusion)
+            rounded = (
+                self.stacks["window"]
+                if self.kind == PROPOSED
+                else _window_pass(self.weights(drafting=True), self.diffusion)
+            )
             self.stacks["look"] = rounded
             weights = self.weights(drafting=True)
             join = (chain.before_norm, chain.join)
