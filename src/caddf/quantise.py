@@ -1,8 +1,8 @@
 """Fewer bytes of weights for decoding on CPUs: int8, or bfloat16.
 
 Matrices are rounded, and stay a model like any other, in float32: every likelihood and decoder is that of the rounded
-model. Compiled kernels (`caddf.compile`) then read a quarter or half of the bytes; what they multiply by int8 they round as
-well, to 16 bits, so that all products are of integers.
+model. Compiled kernels (`caddf.compile`) then read a quarter or half of the bytes; what they multiply by int8 they
+round as well, to 16 bits, so that all products are of integers.
 """
 
 from __future__ import annotations
