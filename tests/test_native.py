@@ -533,6 +533,30 @@ def test_drafts_of_a_broken_model_are_tokens_still(temperature):
     assert ((drawn >= 0) & (drawn < V)).all()
 
 
+@pytest.mark.parametrize("draft_vocab", [None, 40])
+@pytest.mark.parametrize("warp", [Warp(0.0), Warp(0.8, top_p=0.9)], ids=["greedy", "drawn"])
+@torch.inference_mode()
+def test_templates_are_drafted_at_one_go_around_what_is_given_and_banned(warp, draft_vocab):
+    x, filled, counts = tokens(3), [], []
+    holes = torch.ones(3, T, dtype=torch.bool)
+    holes[:, :9] = holes[:, -4:] = holes[:, 14] = holes[0, 20:23] = holes[1, 17::2] = False
+    free = x.masked_fill(holes, V)
+    for banned in ((), tuple(range(0, V, 2))):
+        for at_once in (True, False):
+            model, drawn_from = native.attach(dual(draft_vocab=draft_vocab)), replace(warp, banned=banned)
+            given = Task(free, torch.tensor([T, T - 6, T]), V, RowGenerators(0, 3), drawn_from, template=True)
+            with pytest.MonkeyPatch.context() as patch:
+                if not at_once:
+                    patch.setattr(native.Native, "drafts", lambda *args, **settings: None)
+                *_, last = Speculative()(model, given)
+            filled.append(last.tokens)
+            counts.append(last.counts.rounds)
+        assert torch.equal(filled[-1], filled[-2]) and torch.equal(counts[-1], counts[-2])
+        assert not torch.isin(filled[-1][holes & (filled[-1] != V)], torch.tensor(banned, dtype=torch.long)).any()
+    assert not torch.equal(filled[0], filled[2])
+    assert torch.equal(filled[0][~holes], x[~holes]) and (filled[0][0] != V).all()
+
+
 def test_a_compiler_may_have_arguments(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "cc -DNOTHING=1")

@@ -177,6 +177,9 @@ class Incremental(LanguageModel, Protocol):
         position must have been.
         """
 
+    def window(self, seen: Any, positions: Int[Tensor, "B k"]) -> Any:
+        """What is seen of a canvas at `positions` alone: a window to be drafted from, of a model whose drafts chain."""
+
     def draft(self, seen: Any, tokens: Int[Tensor, "B T"]) -> Any:
         """Draft states of the window; a chain reads the drafts in `tokens` before each position."""
 
@@ -202,12 +205,14 @@ class Incremental(LanguageModel, Protocol):
         *,
         warp: Warp,
         least: float,
+        given: Int[Tensor, "B m"] | None = None,
     ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
         """m drafts of each row from position n on, in a window from `start` on: all steps of a chain at one go.
 
-        Gives the tokens, by inverse CDF of the uniforms `u`, q (float64), and how many are to be verified: drafting
-        ends when the product of the largest draft probabilities falls below `least`, never without a draft. None where
-        the model draws nothing itself.
+        Where `given` is not -1 that token stands already, and drafts behind it hear it. Gives the tokens, by inverse
+        CDF of the uniforms `u`, q (float64), and how many are to be verified: drafting ends when the product of the
+        largest draft probabilities falls below `least`, never without a draft. None where the model draws nothing
+        itself.
         """
 
     def rounds(self, lengths: Int[Tensor, " B"], size: int, caches: Any, *, warp: Warp, least: float) -> Rounds | None:

@@ -28,7 +28,7 @@ Target = Literal["causal", "fused"]
 class Plan:
     """What the target is and where drafts stand: the head, the pattern of its canvas, and whether windows slide.
 
-    `chained` says whether drafts are made one after the other: in blocks, by a model with a chain.
+    `chained` says whether drafts are made one after the other, by a model with a chain.
     """
 
     task: Task
@@ -49,7 +49,7 @@ class Plan:
                 f"target is {head}; this model does not read left to right, it only has {sorted(model.heads)}"
             )
         pattern = Infill() if task.template else Block(block_size)
-        return cls(task, head, pattern, head == "causal", model.chained and not task.template)
+        return cls(task, head, pattern, head == "causal", model.chained)
 
     def window(self, n: Int[Tensor, " B"], size: int) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Where the window of drafts from n on starts and ends.
@@ -58,7 +58,7 @@ class Plan:
         one that does not is n's block, or the template's next `size` positions.
         """
         if isinstance(self.pattern, Infill):
-            start, end = torch.zeros_like(n), n + size
+            start, end = n, n + size
         else:
             start = (n - 1).clamp(min=0) if self.sliding else self.pattern.start(n)
             end = start + size
@@ -124,9 +124,19 @@ class Reader(Protocol):
         """log q at positions `at` to `end - 1` of the window (0 behind a row's end)."""
 
     def chain(
-        self, look: Any, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], u: Float[Tensor, "B m"], warp: Warp, least: float
+        self,
+        look: Any,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        u: Float[Tensor, "B m"],
+        warp: Warp,
+        least: float,
+        given: Int[Tensor, "B m"] | None = None,
     ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
-        """Up to m chained drafts from n on at one go, where the model can: tokens, q, how many are to be verified."""
+        """Up to m chained drafts from n on at one go, where the model can: tokens, q, how many are to be verified.
+
+        Where `given` is not -1 that token stands already.
+        """
 
     def round(
         self,
@@ -172,11 +182,12 @@ class FullReader:
     def look(
         self, state: None, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], size: int, rows: Bool[Tensor, " B"]
     ) -> tuple[tuple[Tensor, Tensor, int], None]:
-        """Only remembers the canvas and the windows."""
+        """Only remembers the canvas and the windows; a chain drafts from a template as the target sees it."""
         start, end = self.plan.window(n, size)
         needed = self.plan.needed(end)
         self.counts.add(rows, causal=1, diffusion=1, computed=needed, needed=needed)
-        return (x, start, size), None
+        frozen = self.plan.chained and isinstance(self.plan.pattern, Infill)
+        return (self.plan.task.tokens if frozen else x, start, size), None
 
     def drafts(
         self,
@@ -188,6 +199,9 @@ class FullReader:
     ) -> Float[Tensor, "B m V"]:
         """One pass for all rows whose windows start at the same offset in their blocks."""
         canvas, start, size = look
+        if isinstance(self.plan.pattern, Infill) and self.plan.chained:
+            window = start[:, None] + torch.arange(size, device=x.device)
+            return self._read(x, canvas, Infill(), "draft", at, end, rows, window)
         if isinstance(self.plan.pattern, Infill):
             return self._read(x, canvas, Infill(), "draft", at, end, rows)
         out = None
@@ -198,9 +212,7 @@ class FullReader:
         assert out is not None
         return out
 
-    def chain(
-        self, look: Any, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], u: Float[Tensor, "B m"], warp: Warp, least: float
-    ) -> None:
+    def chain(self, look: Any, x: Tensor, n: Tensor, u: Tensor, warp: Warp, least: float, given: Any = None) -> None:
         """The reference drafts step by step."""
 
     def round(self, state: None, x: Tensor, n: Tensor, rows: Tensor, size: int = 0, least: float = 0.0) -> None:
@@ -218,15 +230,19 @@ class FullReader:
         at: Int[Tensor, " B"],
         end: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
+        window: Int[Tensor, "B k"] | None = None,
     ) -> Float[Tensor, "B m V"]:
         lengths, out = self.plan.task.lengths, None
         inside = torch.arange(_width(at, end), device=at.device) < (end - at)[:, None]
         for length in lengths[rows].unique().tolist():
             some = rows & (lengths == length)
-            positions = torch.arange(length, device=at.device)
-            where = (positions >= at[:, None]) & (positions < end[:, None])
             states, _ = self.model(prefix[some, :length], canvas[some, :length], pattern)
-            part = _padded(self.model.log_probs(states, where[some], head), inside & some[:, None])
+            positions = torch.arange(length, device=at.device)
+            if window is not None:
+                model, positions = cast(Incremental, self.model), window[some]
+                states = model.draft(model.window(states, positions), prefix[some, :length])
+            where = (positions >= at[some, None]) & (positions < end[some, None])
+            part = _padded(self.model.log_probs(states, where, head), inside & some[:, None])
             out = part if out is None else out + part
         assert out is not None
         return out
@@ -308,14 +324,17 @@ class CachedReader:
         self.counts.add(rows, needed=self.plan.needed(end))
         if self.plan.head == "fused":
             state = self._see(state, x, n, rows)
-        if isinstance(self.plan.pattern, Infill):
-            state = self._catch_up(state, x, n, rows)
+        if isinstance(self.plan.pattern, Infill) and not self.plan.chained:
+            state, whole = self._catch_up(state, x, n, rows), torch.zeros_like(n)
             self.counts.add(rows, diffusion=1, computed=self.plan.task.lengths)
-            seen = self.model.encode(x, start, self.plan.task.lengths, Infill(), state.caches)
-            return Window(seen, start, x.shape[1], n), state
+            seen = self.model.encode(x, whole, self.plan.task.lengths, Infill(), state.caches)
+            return Window(seen, whole, x.shape[1], n), state
         if state.chain is None:
             state = replace(state, chain=self.model.allocate_drafts(len(x), size))
         chain = state.chain
+        if isinstance(self.plan.pattern, Infill):
+            seen = self.model.window(state.seen, start[:, None] + torch.arange(size, device=x.device))
+            return Window(seen, start, size, n, chain), state
         if not self.plan.sliding and bool((n == start)[rows].all()):
             return Window(state.seen, start, size, n, chain), state
         state = self._catch_up(state, x, start, rows)
@@ -355,11 +374,12 @@ class CachedReader:
         u: Float[Tensor, "B m"],
         warp: Warp,
         least: float,
+        given: Int[Tensor, "B m"] | None = None,
     ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
-        """By the model itself, where it can and no token is banned."""
-        if look.chain is None or warp.banned:
+        """By the model itself, where it can."""
+        if look.chain is None:
             return None
-        return self.model.draw_drafts(look.seen, x, look.start, n, u, look.chain, warp=warp, least=least)
+        return self.model.draw_drafts(look.seen, x, look.start, n, u, look.chain, warp=warp, least=least, given=given)
 
     def round(
         self,

@@ -103,7 +103,8 @@ class Speculative:
         """
         task, (_, count), j = plan.task, place.shape, 0
         n = place[:, 0] if count else end
-        if plan.chained and count and (drawn := reader.chain(look, x, n, u, task.warp, self.least)) is not None:
+        given = torch.where(drafting, -1, _at(x, place)) if task.template else None
+        if plan.chained and count and (drawn := reader.chain(look, x, n, u, task.warp, self.least, given)) is not None:
             tokens, q, sure = drawn
             end = torch.minimum(end, n + sure)
             drafting, count = drafting & (place < end[:, None]), int((end - n).max())

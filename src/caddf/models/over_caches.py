@@ -134,8 +134,15 @@ class OverCaches(nn.Module):
         states = self.diffusion(canvas, exchange.turn(slots), visible, keys_values, exchanged)
         return Canvas(states, slots.positions, visible)
 
+    def window(self, seen: Canvas | States, positions: Int[Tensor, "B k"]) -> Canvas:
+        """The canvas at `positions` alone, which a chain drafts from; of a template's states those of its drafts."""
+        if isinstance(seen, States):
+            assert seen.draft is not None
+            seen = Canvas(seen.draft, torch.arange(seen.draft.shape[1], device=positions.device), None)
+        return Canvas(seen.at(positions), positions, None)
+
     def draft(self, seen: Canvas, tokens: Int[Tensor, "B T"]) -> States:
-        """Draft states of a window, chained where the model has a chain and the window is a block."""
+        """Draft states of a window; of a whole canvas not chained."""
         if self.chain is None or seen.visible is not None:
             return States(None, seen.states, None)
         return States(None, self.chain(seen.states, self._heard(tokens, seen.positions)), None, chained=True)
@@ -179,11 +186,12 @@ class OverCaches(nn.Module):
         *,
         warp: Warp,
         least: float,
+        given: Int[Tensor, "B m"] | None = None,
     ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
         """All steps of the chain at one go, where there are kernels for it."""
         if self.native is None:
             return None
-        return self.native.drafts(seen.states, tokens, start, n, u, cache, warp=warp, least=least)
+        return self.native.drafts(seen.states, tokens, start, n, u, cache, warp=warp, least=least, given=given)
 
     def rounds(
         self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, warp: Warp, least: float

@@ -182,11 +182,13 @@ class Native:
         *,
         warp: Warp,
         least: float,
+        given: Int[Tensor, "B m"] | None = None,
     ) -> tuple[Int[Tensor, "B m"], Float[Tensor, "B m V"], Int[Tensor, " B"]] | None:
         """m drafts of each row from position n on, one after the other: tokens, q, and how many are to be verified.
 
         `h_cad` is of the window from `start` on, before n stand the tokens `x`, and `u` has a uniform for each draft.
-        Drafting ends when the product of the largest draft probabilities falls below `least`, never without a draft.
+        Where `given` is not -1 that token stands, with q = 0, and drafts behind it hear it. Drafting ends when the
+        product of the largest draft probabilities falls below `least`, never without a draft.
         """
         stack = self.stacks.get("chain")
         if stack is None or self.diffusion is None or not few(h_cad[..., 0]):
@@ -196,15 +198,22 @@ class Native:
         before, earlier = (self.model.before(x, places, by) for by in (1, 2))
         first = (n - start).clamp(0, width - 1)
         tokens, q = before.new_empty(rows, count), u.new_zeros(rows, count, self.model.vocab_size)
-        given, drafted = self.draft_settings(rows, width, cache, warp, least), torch.empty_like(first)
+        settings, drafted = self.draft_settings(rows, width, cache, warp, least), torch.empty_like(first)
         made = {"states": h_cad, "before": before, "earlier": earlier, "first": first, "u": u}
+        banned = self._banned(warp)
+        made |= {"banned": banned} if given is None else {"banned": banned, "given": given}
         made = {name: each.contiguous() for name, each in made.items()} | {"tokens": tokens, "q": q, "drafts": drafted}
-        given.count = count
+        settings.count, settings.bans = count, len(banned)
         for name, each in made.items():
-            setattr(given, name, each.data_ptr())
-        if library().caddf_draft(ctypes.addressof(stack.stack), ctypes.addressof(given)):
+            setattr(settings, name, each.data_ptr())
+        if library().caddf_draft(ctypes.addressof(stack.stack), ctypes.addressof(settings)):
             raise MemoryError("the kernels' working memory could not be had")
         return tokens, q, drafted
+
+    def _banned(self, warp: Warp) -> Int[Tensor, " N"]:
+        """The draft head's logits of banned tokens."""
+        banned, small = torch.tensor(warp.banned, dtype=torch.long), self.model.draft_tokens
+        return banned if small is None else torch.isin(small, banned).nonzero()[:, 0]
 
     def draft_settings(self, rows: int, width: int, cache: KVCache, warp: Warp, least: float) -> CDraft:
         """What windows of `width` are drafted by; what they are drafted from, and go to, is for the caller."""

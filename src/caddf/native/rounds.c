@@ -14,6 +14,9 @@ typedef struct {
   const float *embedding, *shifted;  // [tokens, D]: of the token before; of the one before that, or NULL
   Map head;                    // its logits are those of `ids`, or of all tokens where that is NULL
   const int64_t *ids;
+  const int64_t *given;        // [rows, count]: what stands at a place already, or -1; NULL: nothing does
+  const int64_t *banned;       // of the head's logits, those that are never drawn
+  int64_t bans;
   int64_t vocabulary;
   double temperature, least;   // drafting ends when the product of the largest probabilities falls below `least`
   double top_p, min_p;         // filters, off at 1, 0
@@ -138,6 +141,7 @@ static double draw(const Draft *d, float *logits, double u, double *q, int64_t *
     for (int64_t i = 0; i < n; i++) total += expf(logits[i] - top);
     sure = 1 / total;
   }
+  for (int64_t i = 0; i < d->bans; i++) logits[d->banned[i]] = -INFINITY;
   if (d->temperature == 0) {
     largest(logits, n, &chosen);
     q[d->ids ? d->ids[chosen] : chosen] = 1;
@@ -209,7 +213,10 @@ static void draft(const void *of, int64_t thread, int64_t threads) {
         continue;
       }
       double *q = d->q + at * d->vocabulary;
-      w->chance[row] *= draw(d, w->logits + row * d->head.out, d->u[at], q, d->tokens + at);
+      if (d->given && d->given[at] >= 0)
+        d->tokens[at] = d->given[at];
+      else
+        w->chance[row] *= draw(d, w->logits + row * d->head.out, d->u[at], q, d->tokens + at);
       if (j && w->chance[row] < d->least)
         memset(q, 0, d->vocabulary * sizeof(double));
       else

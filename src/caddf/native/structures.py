@@ -75,7 +75,7 @@ class CDraft(ctypes.Structure):
     _fields_ = (
         ("rows", _number), ("width", _number), ("count", _number), ("states", _pointer), ("before", _pointer),
         ("earlier", _pointer), ("first", _pointer), ("u", _pointer), ("embedding", _pointer), ("shifted", _pointer),
-        ("head", CMap), ("ids", _pointer),
+        ("head", CMap), ("ids", _pointer), ("given", _pointer), ("banned", _pointer), ("bans", _number),
         ("vocabulary", _number), ("temperature", ctypes.c_double), ("least", ctypes.c_double),
         ("top_p", ctypes.c_double), ("min_p", ctypes.c_double), ("top_k", _number), ("cache", CCache),
         ("cos", _pointer), ("sin", _pointer), ("tokens", _pointer), ("q", _pointer), ("drafts", _pointer),
@@ -102,7 +102,7 @@ def address(tensor: Tensor | None) -> int | None:
 
 
 def filters(warp: Warp) -> dict[str, float]:
-    """The fields of `CDraft` that a warp without banned tokens is."""
+    """The fields of `CDraft` that a warp is, but for its banned tokens."""
     return {"temperature": warp.temperature, "top_k": warp.top_k, "top_p": warp.top_p, "min_p": warp.min_p}
 
 
