@@ -177,6 +177,9 @@ class Incremental(LanguageModel, Protocol):
         position must have been.
         """
 
+    def prepare(self, seen: Any, caches: Any) -> Any:
+        """What is seen, readier for `fuse`, which reads it for every token."""
+
     def window(self, seen: Any, positions: Int[Tensor, "B k"]) -> Any:
         """What is seen of a canvas at `positions` alone: a window to be drafted from, of a model whose drafts chain."""
 

@@ -426,6 +426,7 @@ class CachedReader:
             if new.any():
                 state = self._catch_up(state, x, first_open(task, task.tokens), new)
                 seen = self.model.encode(task.tokens, start, task.lengths, pattern, state.caches)
+                seen = self.model.prepare(seen, state.caches)
                 self.counts.add(new, diffusion=1, computed=task.lengths)
                 state = replace(state, seen=seen, seen_start=start)
             return state
@@ -435,7 +436,8 @@ class CachedReader:
             state = self._catch_up(state, x, start, new)
             masked = torch.full((len(x), pattern.size), self.model.mask_id, device=x.device)
             self.counts.add(new, diffusion=1, computed=pattern.size)
-            state = replace(state, seen=self._encode(state, masked, start, pattern, rows), seen_start=start)
+            seen = self._encode(state, masked, start, pattern, rows)
+            state = replace(state, seen=self.model.prepare(seen, state.caches), seen_start=start)
         return state
 
     def _encode(

@@ -17,7 +17,7 @@ from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.fusion import CrossFusion, Mixer
-from caddf.models.layers import Rotation, among, nearness
+from caddf.models.layers import KeysValues, Rotation, among, nearness
 from caddf.models.states import Canvas, States
 
 if TYPE_CHECKING:
@@ -42,13 +42,17 @@ class OverCaches(nn.Module):
     ) -> Float[Tensor, "B n D"]:
         """Eq. 10 at the slots `positions`, turned by `turn`, over canvas states (fusion `late` and `layers`)."""
         assert self.causal is not None and isinstance(self.fusion, CrossFusion)
-        keys_values = self.fusion.cross.keys_values(seen.states, seen.turn or self.causal.rotary(seen.positions))
+        keys_values = seen.keys_values or self._read_by_fusion(seen, self.causal.rotary(seen.positions))
         visible = seen.visible
         if self.config.diffusion.alibi:
             scores = nearness(positions, seen.positions, self.fusion.cross.heads, self.causal.norm.weight)
             visible = among(scores, visible)
         own = seen.at(positions) if self.config.own_state else None
         return self.fusion(h_trans, turn, keys_values, visible, own)
+
+    def _read_by_fusion(self, seen: Canvas, turn: Rotation) -> KeysValues:
+        assert isinstance(self.fusion, CrossFusion)
+        return self.fusion.cross.keys_values(seen.states, turn)
 
     def incremental(self, pattern: Pattern) -> bool:
         """With fusion `late` the causal branch's caches hold for any canvas; in blocks, with mutual exchange."""
@@ -88,8 +92,13 @@ class OverCaches(nn.Module):
         """The states of slots that have been read, fused with `seen`."""
         assert states.causal is not None
         turn = caches.causal.turn(Slots.of(positions))
-        seen = replace(seen, turn=caches.causal.turn(Slots.of(seen.positions)))
-        return replace(states, fused=self._cross(states.causal, positions, turn, seen))
+        return replace(states, fused=self._cross(states.causal, positions, turn, self.prepare(seen, caches)))
+
+    def prepare(self, seen: Canvas, caches: Caches) -> Canvas:
+        """What is seen, with what the fusion reads of it made once for all slots."""
+        if seen.keys_values is not None:
+            return seen
+        return replace(seen, keys_values=self._read_by_fusion(seen, caches.causal.turn(Slots.of(seen.positions))))
 
     def encode(
         self,

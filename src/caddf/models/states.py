@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.models.layers import Rotation
+from caddf.models.layers import KeysValues
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class States:
 class Canvas:
     """Canvas states as the fusion reads them: m states at `positions`, and what each output sees of them.
 
-    `turn` is their rotation in the fusion, where it has been made before. From the index `first` on they are those of
-    the canvas itself, at consecutive positions.
+    `keys_values` are what the fusion reads of them, where these have been made before. From the index `first` on they
+    are those of the canvas itself, at consecutive positions.
     """
 
     states: Float[Tensor, "B m d"]
     positions: Int[Tensor, "..."]
     visible: Bool[Tensor, "..."] | None
-    turn: Rotation | None = None
+    keys_values: KeysValues | None = None
     first: int = 0
 
     def at(self, positions: Int[Tensor, "B n"] | Int[Tensor, " n"]) -> Float[Tensor, "B n d"]:
