@@ -180,9 +180,6 @@ class Incremental(LanguageModel, Protocol):
     def prepare(self, seen: Any, caches: Any) -> Any:
         """What is seen, readier for `fuse`, which reads it for every token."""
 
-    def window(self, seen: Any, positions: Int[Tensor, "B k"]) -> Any:
-        """What is seen of a canvas at `positions` alone: a window to be drafted from, of a model whose drafts chain."""
-
     def draft(self, seen: Any, tokens: Int[Tensor, "B T"]) -> Any:
         """Draft states of the window; a chain reads the drafts in `tokens` before each position."""
 

@@ -28,6 +28,9 @@ Target = Literal["causal", "fused"]
 class Plan:
     """What the target is and where drafts stand: the head, the pattern of its canvas, and whether windows slide.
 
+    They do where a target's canvas is no block's: that of a causal head, which reads none, and a template's, which a
+    chain drafts for as for any other text, from windows that know of what stands behind them what they hold of it.
+
     `chained` says whether drafts are made one after the other, by a model with a chain.
     """
 
@@ -49,7 +52,7 @@ class Plan:
                 f"target is {head}; this model does not read left to right, it only has {sorted(model.heads)}"
             )
         pattern = Infill() if task.template else Block(block_size)
-        return cls(task, head, pattern, head == "causal", model.chained)
+        return cls(task, head, pattern, head == "causal" or (task.template and model.chained), model.chained)
 
     def window(self, n: Int[Tensor, " B"], size: int) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Where the window of drafts from n on starts and ends.
@@ -57,11 +60,11 @@ class Plan:
         A window that slides starts at the last token that stands, since the slots up to a window's start must be read;
         one that does not is n's block, or the template's next `size` positions.
         """
-        if isinstance(self.pattern, Infill):
-            start, end = n, n + size
+        if self.sliding:
+            start = (n - 1).clamp(min=0)
         else:
-            start = (n - 1).clamp(min=0) if self.sliding else self.pattern.start(n)
-            end = start + size
+            start = self.pattern.start(n) if isinstance(self.pattern, Block) else n
+        end = start + size
         return start, torch.minimum(end, self.task.lengths)
 
     def needed(self, end: Int[Tensor, " B"], branches: int = 2) -> Int[Tensor, " B"]:
@@ -182,12 +185,11 @@ class FullReader:
     def look(
         self, state: None, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], size: int, rows: Bool[Tensor, " B"]
     ) -> tuple[tuple[Tensor, Tensor, int], None]:
-        """Only remembers the canvas and the windows; a chain drafts from a template as the target sees it."""
+        """Only remembers the canvas and the windows."""
         start, end = self.plan.window(n, size)
         needed = self.plan.needed(end)
         self.counts.add(rows, causal=1, diffusion=1, computed=needed, needed=needed)
-        frozen = self.plan.chained and isinstance(self.plan.pattern, Infill)
-        return (self.plan.task.tokens if frozen else x, start, size), None
+        return (x, start, size), None
 
     def drafts(
         self,
@@ -199,10 +201,7 @@ class FullReader:
     ) -> Float[Tensor, "B m V"]:
         """One pass for all rows whose windows start at the same offset in their blocks."""
         canvas, start, size = look
-        if isinstance(self.plan.pattern, Infill) and self.plan.chained:
-            window = start[:, None] + torch.arange(size, device=x.device)
-            return self._read(x, canvas, Infill(), "draft", at, end, rows, window)
-        if isinstance(self.plan.pattern, Infill):
+        if isinstance(self.plan.pattern, Infill) and not self.plan.chained:
             return self._read(x, canvas, Infill(), "draft", at, end, rows)
         out = None
         for offset in (start % size)[rows].unique().tolist():
@@ -230,7 +229,6 @@ class FullReader:
         at: Int[Tensor, " B"],
         end: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
-        window: Int[Tensor, "B k"] | None = None,
     ) -> Float[Tensor, "B m V"]:
         lengths, out = self.plan.task.lengths, None
         inside = torch.arange(_width(at, end), device=at.device) < (end - at)[:, None]
@@ -238,9 +236,6 @@ class FullReader:
             some = rows & (lengths == length)
             states, _ = self.model(prefix[some, :length], canvas[some, :length], pattern)
             positions = torch.arange(length, device=at.device)
-            if window is not None:
-                model, positions = cast(Incremental, self.model), window[some]
-                states = model.draft(model.window(states, positions), prefix[some, :length])
             where = (positions >= at[some, None]) & (positions < end[some, None])
             part = _padded(self.model.log_probs(states, where, head), inside & some[:, None])
             out = part if out is None else out + part
@@ -322,7 +317,7 @@ class CachedReader:
         """Encodes the window; a block of which nothing stands yet has been seen by the target already."""
         start, end = self.plan.window(n, size)
         self.counts.add(rows, needed=self.plan.needed(end))
-        if self.plan.head == "fused":
+        if self.plan.head == "fused" and not self.plan.sliding:
             state = self._see(state, x, n, rows)
         if isinstance(self.plan.pattern, Infill) and not self.plan.chained:
             state, whole = self._catch_up(state, x, n, rows), torch.zeros_like(n)
@@ -332,9 +327,6 @@ class CachedReader:
         if state.chain is None:
             state = replace(state, chain=self.model.allocate_drafts(len(x), size))
         chain = state.chain
-        if isinstance(self.plan.pattern, Infill):
-            seen = self.model.window(state.seen, start[:, None] + torch.arange(size, device=x.device))
-            return Window(seen, start, size, n, chain), state
         if not self.plan.sliding and bool((n == start)[rows].all()):
             return Window(state.seen, start, size, n, chain), state
         state = self._catch_up(state, x, start, rows)

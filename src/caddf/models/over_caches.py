@@ -143,15 +143,8 @@ class OverCaches(nn.Module):
         states = self.diffusion(canvas, exchange.turn(slots), visible, keys_values, exchanged)
         return Canvas(states, slots.positions, visible)
 
-    def window(self, seen: Canvas | States, positions: Int[Tensor, "B k"]) -> Canvas:
-        """The canvas at `positions` alone, which a chain drafts from; of a template's states those of its drafts."""
-        if isinstance(seen, States):
-            assert seen.draft is not None
-            seen = Canvas(seen.draft, torch.arange(seen.draft.shape[1], device=positions.device), None)
-        return Canvas(seen.at(positions), positions, None)
-
     def draft(self, seen: Canvas, tokens: Int[Tensor, "B T"]) -> States:
-        """Draft states of a window; of a whole canvas not chained."""
+        """Draft states of a window, chained where the model has a chain and the window is a block."""
         if self.chain is None or seen.visible is not None:
             return States(None, seen.states, None)
         return States(None, self.chain(seen.states, self._heard(tokens, seen.positions)), None, chained=True)
