@@ -2,8 +2,10 @@
 
 import copy
 import ctypes
+import gc
 import multiprocessing
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -216,8 +218,74 @@ def test_drafts_in_int8_are_drawn_from_nearly_the_same():
             cache, _ = model.allocate_drafts(1, 6), model.allocate(1, T)
             drawn.append(model.native.drafts(states, tokens(1), n - 1, n, u, cache, warp=Warp(), least=0.0)[1])
             assert {model.native.stacks[name].weights.kind for name in ("look", "chain")} == {kind}
-            assert model.native.heads["chain"].held[2].kind == kind
+            assert model.native.heads["chain"].tokens()[1].kind == kind
     assert 0 < (drawn[0] - drawn[1]).abs().sum() / 2 < 0.02
+
+
+@torch.inference_mode()
+def test_what_is_no_number_stays_none_in_int8():
+    x = torch.ones(3, 40)
+    x[0, 3], x[2, 37], y = torch.nan, torch.inf, torch.empty(3, 9)
+    weights = Weights("int8")
+    made = weights.map(torch.ones(9, 40))
+    build.library().caddf_map(ctypes.addressof(made), 3, x.data_ptr(), y.data_ptr(), 1)
+    assert y[0].isnan().all() and y[1].isfinite().all() and not y[2].isfinite().any()
+
+
+@pytest.mark.parametrize("template", [False, True])
+@torch.inference_mode()
+def test_a_row_of_many_is_what_it_is_alone(template, monkeypatch):
+    """However many rows there are: whole rounds are for some, steps for more."""
+    monkeypatch.setattr("caddf.native.model.PROPOSED", "int8")
+    monkeypatch.setattr("caddf.native.rounds.MOST", 20)
+    monkeypatch.setattr("caddf.native.passes.WIDEST", 20)
+    model, rounds = native.attach(dual()), []
+    for rows in (2, 9):
+        x = tokens(9)[:rows].clone()
+        x[:, 9:] = V
+        if template:
+            x[:, -5:] = tokens(9)[:rows, -5:]
+        task = Task(x, torch.full((rows,), T), V, RowGenerators(0, rows), Warp(0.9), template=template)
+        *_, last = Speculative()(model, task)
+        rounds.append(last)
+    assert torch.equal(rounds[0].tokens, rounds[1].tokens[:2])
+    assert torch.equal(rounds[0].counts.rounds, rounds[1].counts.rounds[:2])
+
+
+def test_rounds_hold_what_they_read():
+    model = native.attach(dual()).requires_grad_(True)  # whose heads are laid out anew whenever they are read
+    with torch.inference_mode():
+        rounds = model.native.rounds(torch.tensor([T]), 6, model.allocate(1, T), warp=Warp(), least=0.0)
+        heads = [model.native.heads[name] for name in ("causal", "chain")]
+        panels = [weakref.ref(head.held[1][1]) for head in heads]
+        for head in heads:
+            assert head.tokens()[1] is not head.tokens()[1]
+    gc.collect()
+    assert all(panel() is not None for panel in panels)
+    del rounds
+    gc.collect()
+    assert all(panel() is None for panel in panels)
+
+
+@pytest.mark.parametrize("make", [dual, lambda: dual(alibi=False, bias=True), odd], ids=["biases", "none", "odd"])
+@torch.inference_mode()
+def test_the_fusion_is_the_modules(make):
+    plain, fast = make(), native.attach(make())
+    x, lengths = tokens(3), torch.tensor([T, T - 9, T])
+    x[:, 20:50] = V
+    fused = []
+    for model in (plain, fast):
+        caches = model.allocate(3, T)
+        states = model.read(x, torch.arange(30), caches)
+        one = model.encode(torch.full((3, 6), V), torch.tensor([12, 3, 18]), lengths, Block(6), caches)
+        two = model.encode(x, torch.zeros(3, dtype=torch.long), lengths, Infill(), caches)
+        places = torch.arange(18, 25)
+        states = model.read(x, places, caches)
+        made = [model.fuse(states, places, caches, seen).fused for seen in (one, model.prepare(two, caches))]
+        fused.append(made)
+    assert fast.native.fusion is not None or make is odd
+    for one, two in zip(*fused, strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=NEAR)
 
 
 @torch.inference_mode()

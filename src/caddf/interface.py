@@ -169,12 +169,13 @@ class Incremental(LanguageModel, Protocol):
         lengths: Int[Tensor, " B"],
         pattern: Pattern,
         caches: Any,
+        proposing: bool = False,
     ) -> Any:
         """What is seen of one window of canvas per row, from position `start`, over slots that have been read.
 
         `start` is each row's, or one for all. Under `Block` the window is a block, and the slots up to `start` must
         have been read; under `Infill` it is the whole row (up to `lengths`), and the slots up to its first masked
-        position must have been.
+        position must have been. `proposing`: nothing but drafts will be read of it.
         """
 
     def prepare(self, seen: Any, caches: Any) -> Any:

@@ -435,8 +435,9 @@ class CachedReader:
     def _encode(
         self, state: Progress, canvas: Int[Tensor, "B k"], start: Int[Tensor, " B"], block: Block, rows: Tensor
     ) -> Any:
-        """One pass of the diffusion branch over a block of each row."""
-        return self.model.encode(canvas, _alike(start, rows), self.plan.task.lengths, block, state.caches)
+        """One pass of the diffusion branch over a block of each row; windows that slide are for drafts alone."""
+        start, sliding = _alike(start, rows), self.plan.sliding
+        return self.model.encode(canvas, start, self.plan.task.lengths, block, state.caches, sliding)
 
     def _catch_up(
         self, state: Progress, x: Int[Tensor, "B T"], slot: Int[Tensor, " B"], rows: Bool[Tensor, " B"]

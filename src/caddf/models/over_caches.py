@@ -91,14 +91,18 @@ class OverCaches(nn.Module):
     ) -> States:
         """The states of slots that have been read, fused with `seen`."""
         assert states.causal is not None
-        turn = caches.causal.turn(Slots.of(positions))
-        return replace(states, fused=self._cross(states.causal, positions, turn, self.prepare(seen, caches)))
+        seen = self.prepare(seen, caches)
+        fused = None if self.native is None else self.native.fuse(states.causal, positions, caches, seen)
+        if fused is None:
+            fused = self._cross(states.causal, positions, caches.causal.turn(Slots.of(positions)), seen)
+        return replace(states, fused=fused)
 
     def prepare(self, seen: Canvas, caches: Caches) -> Canvas:
         """What is seen, with what the fusion reads of it made once for all slots."""
         if seen.keys_values is not None:
             return seen
-        return replace(seen, keys_values=self._read_by_fusion(seen, caches.causal.turn(Slots.of(seen.positions))))
+        keys, values = self._read_by_fusion(seen, caches.causal.turn(Slots.of(seen.positions)))
+        return replace(seen, keys_values=(keys.contiguous(), values.contiguous()))
 
     def encode(
         self,
@@ -107,6 +111,7 @@ class OverCaches(nn.Module):
         lengths: Int[Tensor, " B"],
         pattern: Pattern,
         caches: Caches,
+        proposing: bool = False,
     ) -> Canvas:
         """h_cad of one window per row over the cached causal states: up to the block's start, or the first mask."""
         window = torch.arange(canvas.shape[1], device=canvas.device)
@@ -118,7 +123,7 @@ class OverCaches(nn.Module):
             until, whole = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1), bool(visible.all())
         if self.native is not None and whole:
             shown = until.clamp(max=caches.causal.length - 1)
-            if (states := self.native.window(canvas, positions, shown, caches)) is not None:
+            if (states := self.native.window(canvas, positions, shown, caches, proposing)) is not None:
                 return Canvas(states, positions, visible)
         if caches.exchange is None:
             return Canvas(self.diffusion(canvas, positions, visible), positions, visible)

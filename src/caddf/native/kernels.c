@@ -86,6 +86,10 @@ typedef struct {
   int64_t threads;
 } Pass;
 
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Sums.
 
 static inline float total(v8 a) { return ((a[0] + a[1]) + (a[2] + a[3])) + ((a[4] + a[5]) + (a[6] + a[7])); }
@@ -230,9 +234,15 @@ static void round_row(const float *x, int64_t in, int16_t *to) {
     i8 larger = size > tops;
     tops = (larger & size) | (~larger & tops);
   }
-  float top = 0;
-  for (int i = 0; i < 8; i++) top = ((v8)tops)[i] > top ? ((v8)tops)[i] : top;
-  for (int64_t k = whole; k < in; k++) top = fabsf(x[k]) > top ? fabsf(x[k]) : top;
+  int32_t bits = 0;
+  for (int i = 0; i < 8; i++) bits = tops[i] > bits ? tops[i] : bits;
+  for (int64_t k = whole; k < in; k++) {
+    int32_t size;
+    memcpy(&size, x + k, sizeof size);
+    bits = (size & INT32_MAX) > bits ? size & INT32_MAX : bits;
+  }
+  float top;  // what is no number is larger than all that are, and makes the scale none
+  memcpy(&top, &bits, sizeof top);
   float scale = top / LEVELS, inverse = top > 0 ? LEVELS / top : 0;
   memcpy(to, &scale, sizeof scale);
   to += SCALE;
@@ -313,7 +323,7 @@ WHOLE_TILE(4, 1)
 WHOLE_TILE(5, 1)
 WHOLE_TILE(6, 1)
 
-enum { TALLEST = 6, NEAR = 64 << 10, ROUNDED = 48 };
+enum { TALLEST = 6, NEAR = 64 << 10, ROUNDED = 128 << 10 };  // so many rounded inputs at a time
 typedef void (*Tile)(const void *, int64_t, const void *, int64_t, float *, Ahead *);
 #define THESE(type, three)                                                                                       \
   {{tile_##type##_1_4, tile_##type##_2_2, tile_##type##_##three, tile_##type##_4_1, tile_##type##_5_1, tile_##type##_6_1}, \
@@ -383,11 +393,13 @@ static void share(int64_t count, int64_t thread, int64_t threads, int64_t grain,
 // `soon` is the map that will be read next, NULL where it is not known.
 static void map(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t thread, int64_t threads,
                 const Map *soon) {
+  if (!rows) return;
   int64_t from, to, next = 0, end, grain = 16 * (panels_of[f->type][0][(rows - 1) % TALLEST] > 2 ? 4 : 2);  // whole tiles
   if (soon) share(soon->out, thread, threads, grain, &next, &end);
   share(f->out, thread, threads, grain, &from, &to);
   const char *then_read = soon ? (const char *)soon->panels + next * deep_of(soon) * bytes_of[soon->type] : NULL;
-  for (int64_t m = 0, some = f->type == INT8 ? ROUNDED : rows; m < rows; m += some)
+  int64_t some = f->type == INT8 ? most(ROUNDED / (SCALE + deep_of(f)) / TALLEST, 1) * TALLEST : rows;
+  for (int64_t m = 0; m < rows; m += some)
     map_part(f, x + m * f->in, rows - m < some ? rows - m : some, y + m * f->out, then, from, to, then_read);
 }
 
@@ -435,10 +447,6 @@ static void rotate(float *to, const float *x, const float *cos, const float *sin
     to[k + half] = b * cos[k + half] + a * sin[k + half];
   }
 }
-
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Attention of several queries to the keys and values of one head, in tiles, so that what one query has fetched the others
 // find near; each query's sums run over its keys from first to last, whatever the tiles.
@@ -781,6 +789,86 @@ int caddf_stack(const Stack *s, const Pass *p) {
   r.scores = r.room + room;
   share_out(run_part, &r, p->threads);
   free(r.room);
+  return 0;
+}
+
+// The fusion (eq. 10): x + MLP([x ; what its cross-attention finds on the canvas], its own place's state), normed.
+
+typedef struct {
+  Attention cross;  // whose keys and values are made beforehand
+  Map up, own, down;  // `own` without panels: none
+  Norm norm;
+  int64_t width, own_width;
+} Fusion;
+
+typedef struct {
+  int64_t rows, n;
+  float *x;                  // [rows, n, width], overwritten
+  const float *own;          // [rows, n, own_width]
+  const int64_t *positions;  // [rows, n]
+  const float *cos, *sin;    // rotary angles [positions, size]
+  Cache canvas;              // of one layer
+  const int64_t *start;      // [rows]: the position of the canvas's first slot
+  const int64_t *seen;       // [rows]: how many slots of it a row sees
+  int64_t threads;
+} Fusing;
+
+typedef struct {
+  const Fusion *fusion;
+  const Fusing *pass;
+  float *both, *queries, *found, *hidden, *scores;
+  int64_t most;  // scores of a query
+} Fused;
+
+static void fuse_part(const void *of, int64_t thread, int64_t threads) {
+  const Fused *w = of;
+  const Fusion *f = w->fusion;
+  const Fusing *p = w->pass;
+  int64_t rows = p->rows * p->n, d = f->width, heads = f->cross.heads, size = d / heads, hidden = f->up.out, from, to;
+  map(&f->cross.query, p->x, rows, w->queries, PLAIN, thread, threads, &f->cross.out);
+  if (f->own.panels) map(&f->own, p->own, rows, w->hidden, PLAIN, thread, threads, &f->up);
+  TOGETHER
+  share(p->rows * heads, thread, threads, 1, &from, &to);
+  float turned[p->n * size];
+  Query q[p->n];
+  for (int64_t each = from; each < to; each++) {
+    int64_t row = each / heads, head = each % heads, base = each * p->canvas.slots * size;
+    for (int64_t i = 0; i < p->n; i++) {
+      int64_t index = row * p->n + i, at = p->positions[index], place = index * d + head * size;
+      rotate(turned + i * size, w->queries + place, angle(p->cos, at, size), angle(p->sin, at, size), size);
+      q[i] = (Query){.query = turned + i * size, .scores = w->scores + (thread * p->n + i) * w->most,
+                     .out = w->found + place, .to = p->seen[row], .distance = at - p->start[row]};
+    }
+    attend(q, p->n, p->canvas.keys + base, p->canvas.values + base, size, f->cross.slope, f->cross.side, head);
+  }
+  TOGETHER
+  map(&f->cross.out, w->found, rows, w->queries, PLAIN, thread, threads, &f->up);
+  TOGETHER
+  for (int64_t m = thread; m < rows; m += threads) {
+    memcpy(w->both + m * 2 * d, p->x + m * d, d * sizeof(float));
+    memcpy(w->both + m * 2 * d + d, w->queries + m * d, d * sizeof(float));
+  }
+  TOGETHER
+  map(&f->up, w->both, rows, w->hidden, f->own.panels ? ADD : PLAIN, thread, threads, &f->down);
+  TOGETHER
+  for (int64_t m = thread; m < rows; m += threads)
+    for (int64_t k = 0; k < hidden; k += 8) store(w->hidden + m * hidden + k, gelu(load(w->hidden + m * hidden + k)));
+  TOGETHER
+  map(&f->down, w->hidden, rows, p->x, ADD, thread, threads, NULL);
+  TOGETHER
+  norms(&f->norm, p->x, rows, d, p->x, d, thread, threads);
+}
+
+// 0, or -1 where memory is short.
+int caddf_fuse(const Fusion *f, const Fusing *p) {
+  Fused w = {.fusion = f, .pass = p, .most = (p->canvas.slots + 23) / 16 * 16};
+  int64_t rows = p->rows * p->n, d = f->width;
+  float *memory = memory_of(rows * (4 * d + f->up.out) + p->threads * p->n * w.most);
+  if (!memory) return -1;
+  w.both = memory, w.queries = w.both + rows * 2 * d, w.found = w.queries + rows * d, w.hidden = w.found + rows * d;
+  w.scores = w.hidden + rows * f->up.out;
+  share_out(fuse_part, &w, p->threads);
+  free(memory);
   return 0;
 }
 

@@ -16,11 +16,13 @@ from caddf.categorical import Warp
 from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
 from caddf.models.diffusion import DiffusionBranch
+from caddf.models.fusion import CrossFusion
 from caddf.models.layers import Attention, nearest, state_of
+from caddf.models.states import Canvas
 from caddf.native.build import library
-from caddf.native.passes import KINDS, WIDEST, Biases, NativeHead, StackPass, Weights, few, threads_for
+from caddf.native.passes import KINDS, WIDEST, Biases, FusionPass, NativeHead, StackPass, Weights, few, threads_for
 from caddf.native.rounds import Rounds
-from caddf.native.structures import CDraft, address, cache_of, filters
+from caddf.native.structures import CDraft, CMap, address, cache_of, filters
 from caddf.quantise import Quantisation, is_bf16
 
 PROPOSED: Quantisation = "int8"
@@ -50,6 +52,7 @@ class Native:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = cast(Any, model)
+        self.numbers = sum(parameter.numel() for parameter in model.parameters())
         self.context = cast(int, model.config.context)  # type: ignore[union-attr]
         self.branch = cast(CausalBranch, model.causal)
         diffusion, of = getattr(model, "diffusion", None), self.model.tokens_of
@@ -59,16 +62,19 @@ class Native:
         }
         if getattr(model, "chain", None) is not None:
             small, drafting = self.model.draft_tokens is not None, lambda: self.weights(drafting=True)
-            self.heads["chain"] = NativeHead(self.model.small_table if small else partial(of, "draft"), drafting)
+            self.heads["chain"] = NativeHead(
+                self.model.small_table if small else partial(of, "draft"), drafting, always=True
+            )
         self._laid_out: tuple[object, ...] | None = None
         self.stacks: dict[str, StackPass] = {}
+        self.fusion: FusionPass | None = None
         self.kind: Quantisation | None = getattr(model, "weights_kind", None)
         library()  # raises
 
     def weights(self, drafting: bool = False) -> Weights:
         """Room for matrices as this model's are, or as those of its drafts."""
-        size = sum(p.numel() for p in self.model.parameters()) * (4 >> KINDS.index(self.kind))
-        return Weights(PROPOSED if drafting else self.kind, size > NEAR)
+        far = self.numbers * (4 >> KINDS.index(self.kind)) > NEAR
+        return Weights(PROPOSED if drafting else self.kind, far)
 
     def refresh(self) -> None:
         """Lays the weights out for the kernels, if they have changed since that was done: with each new cache."""
@@ -83,6 +89,11 @@ class Native:
         self.stacks["causal"] = StackPass(weights, layers, branch.norm, self.context, exchange=exchange)
         if self.diffusion is not None:
             self.stacks["window"] = _window_pass(self.weights(), self.diffusion)
+        fusion, self.fusion = getattr(self.model, "fusion", None), None
+        if self.diffusion is not None and isinstance(fusion, CrossFusion) and fusion.mixer.mlp.up.out_features % 8 == 0:
+            slopes, sides = nearest(fusion.cross.heads, torch.device("cpu"), torch.float32)
+            biases = (slopes, torch.zeros_like(sides)) if self.diffusion.config.alibi else None
+            self.fusion = FusionPass(self.weights(), fusion, biases)
         if self.diffusion is not None and isinstance(chain, DraftChain):
             rounded = (
                 self.stacks["window"]
@@ -99,7 +110,8 @@ class Native:
     @property
     def bytes(self) -> int:
         """Of the matrices of all passes, once they are laid out; those of a head are when it is first read."""
-        return sum(each.weights.bytes for each in set(self.stacks.values()))
+        passes = {*self.stacks.values()} | ({self.fusion} if self.fusion is not None else set())
+        return sum(each.weights.bytes for each in passes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model has weights of its own, which these passes do not read."""
@@ -110,7 +122,7 @@ class Native:
         """Whether the kernels can do this model's passes over caches."""
         branch, diffusion = getattr(model, "causal", None), getattr(model, "diffusion", None)
         plain = isinstance(branch, CausalBranch) and not hasattr(branch.layers[0], "cross")
-        return plain and _readable(branch, diffusion, getattr(model, "chain", None))
+        return plain and _readable(branch, diffusion, getattr(model, "chain", None), getattr(model, "fusion", None))
 
     def causal(
         self, inputs: Int[Tensor, "B n"], slots: Slots, caches: Caches, earlier: Int[Tensor, "B n"] | None
@@ -132,11 +144,19 @@ class Native:
         return states[0] if len(states) == 1 else torch.cat(states, 1)
 
     def window(
-        self, canvas: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], until: Int[Tensor, " B"], caches: Caches
+        self,
+        canvas: Int[Tensor, "B n"],
+        positions: Int[Tensor, "B n"],
+        until: Int[Tensor, " B"],
+        caches: Caches,
+        proposing: bool = False,
     ) -> Float[Tensor, "B n d"] | None:
-        """h_cad of a window per row, each position seeing all of it and the causal states up to slot `until`."""
-        stack = self.stacks.get("window")
-        if stack is None or self.diffusion is None or caches.exchange is None or not few(canvas):
+        """h_cad of a window per row, each position seeing all of it and the causal states up to slot `until`.
+
+        `proposing`: it is for a chain's drafts alone.
+        """
+        stack = self.stacks.get("look" if proposing and "look" in self.stacks else "window")
+        if stack is None or self.diffusion is None or caches.exchange is None or not few(canvas[0]):
             return None
         if canvas.shape[1] > self.context:  # angles end there
             return None
@@ -148,12 +168,34 @@ class Native:
             until=until.expand(rows).contiguous(), source_context=self.context,
         )  # fmt: skip
 
+    def fuse(
+        self,
+        h_trans: Float[Tensor, "B n D"],
+        positions: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        caches: Caches,
+        seen: Canvas,
+    ) -> Float[Tensor, "B n D"] | None:
+        """Fused states of slots at `positions` over a canvas that is prepared, at consecutive positions."""
+        if self.fusion is None or caches.causal.turns is None or not few(h_trans[..., 0]) or seen.keys_values is None:
+            return None
+        rows, n = h_trans.shape[:2]
+        keys, values = seen.keys_values
+        slots = torch.full((rows,), keys.shape[2])
+        if seen.visible is not None:
+            slots = seen.visible.expand(rows, 1, 1, -1)[:, 0, 0].sum(-1)
+        own = seen.at(positions) if self.fusion.fusion.own_width else None
+        start = seen.positions.expand(rows, -1)[:, 0].contiguous()
+        return self.fusion(
+            h_trans, own, positions.expand(rows, n).contiguous(), caches.causal.turns,
+            (keys.contiguous(), values.contiguous()), start, slots,
+        )  # fmt: skip
+
     def chain(
         self, h_cad: Float[Tensor, "B n d"], before: Float[Tensor, "B n d"], slots: Slots, cache: KVCache
     ) -> Float[Tensor, "B n d"] | None:
         """Draft states at `slots` of each row's window."""
         stack = self.stacks.get("chain")
-        if stack is None or not few(h_cad[..., 0]):
+        if stack is None or not few(h_cad[0, :, 0]):
             return None
         return stack(h_cad.clone(), slots.positions, cache, turns=True, before=before)
 
@@ -191,14 +233,15 @@ class Native:
         product of the largest draft probabilities falls below `least`, never without a draft.
         """
         stack = self.stacks.get("chain")
-        if stack is None or self.diffusion is None or not few(h_cad[..., 0]):
+        if stack is None or self.diffusion is None or not few(h_cad[0, :, 0]):
             return None
         (rows, count), width = u.shape, h_cad.shape[1]
         places = (start[:, None] + torch.arange(width)).expand(rows, -1)
         before, earlier = (self.model.before(x, places, by) for by in (1, 2))
         first = (n - start).clamp(0, width - 1)
         tokens, q = before.new_empty(rows, count), u.new_zeros(rows, count, self.model.vocab_size)
-        settings, drafted = self.draft_settings(rows, width, cache, warp, least), torch.empty_like(first)
+        held = cast(NativeHead, self.heads["chain"]).tokens()
+        settings, drafted = self.draft_settings(held[0], rows, width, cache, warp, least), torch.empty_like(first)
         made = {"states": h_cad, "before": before, "earlier": earlier, "first": first, "u": u}
         banned = self._banned(warp)
         made |= {"banned": banned} if given is None else {"banned": banned, "given": given}
@@ -215,10 +258,13 @@ class Native:
         banned, small = torch.tensor(warp.banned, dtype=torch.long), self.model.draft_tokens
         return banned if small is None else torch.isin(small, banned).nonzero()[:, 0]
 
-    def draft_settings(self, rows: int, width: int, cache: KVCache, warp: Warp, least: float) -> CDraft:
-        """What windows of `width` are drafted by; what they are drafted from, and go to, is for the caller."""
+    def draft_settings(self, head: CMap, rows: int, width: int, cache: KVCache, warp: Warp, least: float) -> CDraft:
+        """What windows of `width` are drafted by; what they are drafted from, and go to, is for the caller.
+
+        `head` is the chain's, whose panels the caller holds.
+        """
         assert self.diffusion is not None
-        head, shifted = cast(NativeHead, self.heads["chain"]).tokens(), self.model.chain.shifted
+        shifted = self.model.chain.shifted
         table, (cos, sin) = self.diffusion.embedding.weight, cache.turns or (None, None)
         read = self.stacks["chain"].weights.bytes + (4 >> head.type) * head.out * table.shape[1]
         return CDraft(

@@ -16,10 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from caddf.caches import KVCache
+from caddf.models.fusion import CrossFusion
 from caddf.models.layers import Attention, Layer, state_of
 from caddf.native.build import library
 from caddf.native.structures import (
     CAttention,
+    CCache,
+    CFusing,
+    CFusion,
     CLayer,
     CMap,
     CNorm,
@@ -158,6 +162,46 @@ class StackPass:
         return x
 
 
+class FusionPass:
+    """The fusion, of widths that are whole vectors."""
+
+    def __init__(self, weights: Weights, fusion: CrossFusion, biases: Biases) -> None:
+        self.weights, self.run = weights, cast(Callable[..., int], library().caddf_fuse)
+        cross, mixer = fusion.cross, fusion.mixer
+        weights.kept.append(biases)
+        attention = CAttention(
+            query=weights.linear(cross.query), out=weights.linear(cross.out), heads=cross.heads,
+            slope=address(biases and biases[0]), side=address(biases and biases[1]),
+        )  # fmt: skip
+        own = CMap() if mixer.own is None else weights.linear(mixer.own)
+        width, own_width = mixer.norm.normalized_shape[0], 0 if mixer.own is None else mixer.own.in_features
+        self.fusion = CFusion(
+            attention, weights.linear(mixer.mlp.up), own, weights.linear(mixer.mlp.down), weights.norm(mixer.norm),
+            width, own_width,
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        x: Float[Tensor, "B n D"],
+        own: Float[Tensor, "B n d"] | None,
+        positions: Int[Tensor, "B n"],
+        turns: tuple[Tensor, Tensor],
+        canvas: tuple[Float[Tensor, "B H m size"], Float[Tensor, "B H m size"]],
+        start: Int[Tensor, " B"],
+        seen: Int[Tensor, " B"],
+    ) -> Float[Tensor, "B n D"]:
+        """Fused states; `canvas` are keys and values of m slots from the position `start` on, the first `seen` seen."""
+        x, own = x.clone(memory_format=torch.contiguous_format), own if own is None else own.contiguous()
+        given = CFusing(
+            x.shape[0], x.shape[1], x.data_ptr(), address(own), positions.data_ptr(), *map(address, turns),
+            CCache(canvas[0].data_ptr(), canvas[1].data_ptr(), canvas[0].shape[2]), start.data_ptr(), seen.data_ptr(),
+            threads_for(self.weights.bytes, x.shape[0] * x.shape[1]),
+        )  # fmt: skip
+        if self.run(ctypes.addressof(self.fusion), ctypes.addressof(given)):
+            raise MemoryError("the kernels' working memory could not be had")
+        return x
+
+
 def threads_for(weights: int, positions: int) -> int:
     """How many threads a pass of so many positions over so many bytes of weights is worth."""
     return 1 if weights * -(-positions // 4) < ALONE else torch.get_num_threads()
@@ -169,21 +213,25 @@ def few(positions: Tensor) -> bool:
 
 
 class NativeHead(nn.Module):
-    """A head's logits: through the kernels for a few states, whose bits do not depend on how many are read together."""
+    """A head's logits: through the kernels for a few states, whose bits do not depend on how many are read together.
 
-    def __init__(self, table: Callable[[], Float[Tensor, "V D"]], weights: Callable[[], Weights] = Weights) -> None:
+    With `always` for any number: where the kernels' weights are rounded further than the table is.
+    """
+
+    def __init__(
+        self, table: Callable[[], Float[Tensor, "V D"]], weights: Callable[[], Weights] = Weights, always: bool = False
+    ) -> None:
         super().__init__()
-        self.table, self.weights = table, weights
-        self.held: tuple[tuple[object, ...], Tensor, Weights, CMap] | None = None
+        self.table, self.weights, self.always = table, weights, always
+        self.held: tuple[tuple[object, ...], tuple[CMap, Weights, Tensor]] | None = None
 
-    def tokens(self) -> CMap:
-        """The map of states to logits, of the weights as they are now."""
-        table = self.table()
-        which = state_of(table)
+    def tokens(self) -> tuple[CMap, Weights, Tensor]:
+        """The map of states to logits, of the weights as they are now, and what must live as long as it is used."""
+        table, weights = self.table(), self.weights()
+        which = (*state_of(table), weights.kind)
         if self.held is None or self.held[0] != which:
-            weights = self.weights()
-            self.held = (which, table, weights, weights.map(table))  # held, so that no other table is where it was
-        return self.held[3]
+            self.held = (which, (weights.map(table), weights, table))  # the table, so that no other is where it was
+        return self.held[1]
 
     def __len__(self) -> int:
         """V."""
@@ -192,12 +240,12 @@ class NativeHead(nn.Module):
     def forward(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """`states E^T`."""
         table = self.table()
-        if len(states) > WIDEST or torch.is_grad_enabled() or not len(states):
+        if (len(states) > WIDEST and not self.always) or torch.is_grad_enabled() or not len(states):
             return F.linear(states, table)
-        tokens = self.tokens()
+        held = self.tokens()
         states, logits = states.contiguous(), states.new_empty(len(states), len(table))
         threads = threads_for(table.numel() * 4, len(states))
         library().caddf_map(
-            ctypes.addressof(tokens), len(states), states.data_ptr(), logits.data_ptr(), threads
+            ctypes.addressof(held[0]), len(states), states.data_ptr(), logits.data_ptr(), threads
         )  # fmt: skip
         return logits

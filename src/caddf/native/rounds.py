@@ -41,7 +41,8 @@ class Rounds:
         model, branch, self.stacks, self.kept = native.model, native.branch, native.stacks.copy(), list[Any]()
         self.lengths, self.mask_id = self._keep(lengths.contiguous()), model.mask_id
         causal, head, table = self.stacks["causal"], cast(NativeHead, native.heads["causal"]), branch.table
-        read, shifted = head.tokens(), None if branch.shifted is None else self._keep(branch.shifted.weight)
+        shifted = None if branch.shifted is None else self._keep(branch.shifted.weight)
+        read, *_ = self._keep(head.tokens())
         turns = (caches.causal.turns if table is None else None) or (None, None)
         exchange_turns = (caches.exchange.turns if caches.exchange is not None else None) or (None, None)
         self.passes = CPass(
@@ -89,7 +90,8 @@ class Rounds:
             self._new(rows, dtype=torch.long), native.context, CCache(), None, None,
             threads_for(window.weights.bytes, rows * size),
         )  # fmt: skip
-        self.draft = native.draft_settings(rows, size, self._keep(cache), warp, least)
+        head, *_ = self._keep(cast(NativeHead, native.heads["chain"]).tokens())
+        self.draft = native.draft_settings(head, rows, size, self._keep(cache), warp, least)
         self._keep((native.diffusion.embedding.weight, model.chain.shifted and model.chain.shifted.weight))
         self.draft.states, self.draft.u = states, self._new(rows, size, dtype=torch.double)
         self.draft.q = self._new(rows, size, model.vocab_size, dtype=torch.double)

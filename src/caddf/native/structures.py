@@ -69,6 +69,25 @@ class CPass(ctypes.Structure):
     )  # fmt: skip
 
 
+class CFusion(ctypes.Structure):
+    """The fusion of the branches."""
+
+    _fields_ = (
+        ("cross", CAttention), ("up", CMap), ("own", CMap), ("down", CMap), ("norm", CNorm), ("width", _number),
+        ("own_width", _number),
+    )  # fmt: skip
+
+
+class CFusing(ctypes.Structure):
+    """A pass through it."""
+
+    _fields_ = (
+        ("rows", _number), ("n", _number), ("x", _pointer), ("own", _pointer), ("positions", _pointer),
+        ("cos", _pointer), ("sin", _pointer), ("canvas", CCache), ("start", _pointer), ("seen", _pointer),
+        ("threads", _number),
+    )  # fmt: skip
+
+
 class CDraft(ctypes.Structure):
     """Drafts of a chain."""
 

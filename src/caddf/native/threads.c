@@ -95,7 +95,10 @@ static void *worker(void *place) {
     await(&team.turn, turn, &between);
     turn = atomic_load(&team.turn.number);  // no other begins before this one is done, if it is this thread's, too
     int64_t threads = turn & MOST_THREADS;
-    if (thread >= threads) continue;
+    if (thread >= threads) {
+      between.looks = LEAST_LOOKS;
+      continue;
+    }
     team.work(team.of, thread, threads);
     together(threads);
   }
@@ -113,16 +116,21 @@ static void alone_again(void) {  // a forked process has none of its parent's th
 static void hire(int64_t workers) {
   static int told;
   sigset_t every, before;
+  pthread_attr_t attributes;
   if (!told) pthread_atfork(NULL, NULL, alone_again), told = 1;
+  if (team.workers >= workers || pthread_attr_init(&attributes)) return;
+  pthread_attr_setstacksize(&attributes, 8 << 20);
   sigfillset(&every);
+  sigdelset(&every, SIGSEGV), sigdelset(&every, SIGBUS), sigdelset(&every, SIGFPE), sigdelset(&every, SIGILL);
   pthread_sigmask(SIG_BLOCK, &every, &before);
   for (; team.workers < workers; team.workers++) {
     pthread_t made;
     intptr_t place = (intptr_t)atomic_load(&team.turn.number) << 8 | (intptr_t)(team.workers + 1);
-    if (pthread_create(&made, NULL, worker, (void *)place)) break;
+    if (pthread_create(&made, &attributes, worker, (void *)place)) break;
     pthread_detach(made);
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
+  pthread_attr_destroy(&attributes);
 }
 
 // `work` by `threads` threads, the caller's among them; by that one alone while the others work for somebody else.
