@@ -344,11 +344,15 @@ static inline v8 finished(v8 sum, const float *scales, const float *bias, const 
 
 static int64_t deep_of(const Map *f) { return f->type == INT8 ? (f->in + 1) / 2 * 2 : f->in; }
 
+// Positions are shared out evenly among tiles, since a low one has too few sums to keep a processor busy.
+static int64_t tiles_for(int64_t rows) { return (rows + TALLEST - 1) / TALLEST; }
+static int64_t height(int64_t rows) { return (rows + tiles_for(rows) - 1) / tiles_for(rows); }  // of the next
+
 // Outputs `from` to `to`, of which `from` begins a panel, of `rows` positions; ADD adds to what is there.
 static void map_part(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t from, int64_t to,
                      const char *soon) {
   // A few panels stay in a near cache while all positions pass over them, and those behind are fetched meanwhile.
-  int64_t wide = deep_of(f) * bytes_of[f->type], last = (rows - 1) % TALLEST, steps = 0;
+  int64_t wide = deep_of(f) * bytes_of[f->type], last = rows / tiles_for(rows) - 1, steps = 0;
   int narrow = rows > TALLEST && panels_of[f->type][0][last] * 16 * wide > 2 * NEAR;
   const int64_t *panels = panels_of[f->type][narrow];
   int64_t stride = f->type == INT8 ? SCALE + deep_of(f) : f->in;
@@ -356,13 +360,13 @@ static void map_part(const Map *f, const float *x, int64_t rows, float *y, int t
   for (int64_t m = 0; f->type == INT8 && m < rows; m++) round_row(x + m * f->in, f->in, rounded + m * stride);
   int64_t block = 64;
   while (block > 16 * panels[last] && block * wide > NEAR) block /= 2;
-  for (int64_t m = 0; m < rows; m += TALLEST) steps += block / 16 / panels[rows - m > TALLEST ? TALLEST - 1 : rows - m - 1];
+  for (int64_t m = 0; m < rows; m += height(rows - m)) steps += block / 16 / panels[height(rows - m) - 1];
   int64_t lines = rows < 4 || !f->far ? 0 : (block * wide / 64 * STRIDE + steps * f->in - 1) / (steps * f->in);
   for (int64_t low = from; low < to; low += block) {
     int64_t high = low + block < to ? low + block : to;
     Ahead ahead = {high < to ? (const char *)f->panels + high * wide : soon, high < to || soon ? lines : 0};
     for (int64_t m = 0, mr; m < rows; m += mr) {
-      mr = rows - m < TALLEST ? rows - m : TALLEST;
+      mr = height(rows - m);
       for (int64_t o = low, each = 16 * panels[mr - 1]; o < high; o += each) {
         float sums[TALLEST * 16];
         const void *read = f->type == INT8 ? (const void *)(rounded + m * stride) : x + m * stride;
@@ -394,7 +398,7 @@ static void share(int64_t count, int64_t thread, int64_t threads, int64_t grain,
 static void map(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t thread, int64_t threads,
                 const Map *soon) {
   if (!rows) return;
-  int64_t from, to, next = 0, end, grain = 16 * (panels_of[f->type][0][(rows - 1) % TALLEST] > 2 ? 4 : 2);  // whole tiles
+  int64_t from, to, next = 0, end, grain = 16 * (rows > 1 ? 2 : 4);  // whole tiles
   if (soon) share(soon->out, thread, threads, grain, &next, &end);
   share(f->out, thread, threads, grain, &from, &to);
   const char *then_read = soon ? (const char *)soon->panels + next * deep_of(soon) * bytes_of[soon->type] : NULL;

@@ -255,10 +255,13 @@ int caddf_draft(const Stack *s, const Draft *d) {
 
 typedef struct {
   const float *weights;  // of the target at each place, [places, V], unnormalised
+  const double *totals;  // [places]: their sums
   const double *q;       // of the drafts, [places, V]
   const int64_t *tokens;
   int64_t end;           // so many were drafted
   int64_t vocabulary;
+  double *may;           // [end]: with what probability those before a place may stand, all together
+  double *rest;          // [end]: the sum of (may p - q)+ at a place
 } Drafted;
 
 // The sum of (scale p - q)+, and where `to` is given those numbers.
@@ -283,22 +286,32 @@ static double spared(const float *p, double scale, const double *q, int64_t n, f
   return sum;
 }
 
+static void may_stand(const Drafted *d) {
+  double may = 1;
+  for (int64_t i = 0; i < d->end; i++) {
+    d->may[i] = may;
+    may *= d->weights[i * d->vocabulary + d->tokens[i]] / d->totals[i] / d->q[i * d->vocabulary + d->tokens[i]];
+    if (may > 1) may = 1;
+  }
+}
+
+static void spare(const Drafted *d, int64_t i) {
+  if (d->may[i] > 0)
+    d->rest[i] = spared(d->weights + i * d->vocabulary, d->may[i] / d->totals[i], d->q + i * d->vocabulary, d->vocabulary, NULL);
+}
+
 // `u` has a uniform for each draft; `share` becomes that at which drafts end.
 static int64_t verify(const Drafted *d, const double *u, double *share) {
-  int64_t stop = 0;
-  double s = 1;
+  int64_t stop = 0, last = d->end - 1;
   *share = 1;
-  for (int64_t i = 0; i < d->end && s > 0; i++) {
-    const float *p = d->weights + i * d->vocabulary;
-    const double *q = d->q + i * d->vocabulary;
-    double total = weight_of(p, d->vocabulary);
-    if (i) {
-      double rest = spared(p, s / total, q, d->vocabulary, NULL), of = rest + 1 - s;
-      if (of == 0 || u[i - 1] * of < rest) stop = i, *share = s;
-    }
-    s *= p[d->tokens[i]] / total / q[d->tokens[i]];
-    if (s > 1) s = 1;
-    if (i == d->end - 1 && u[i] < s) stop = d->end, *share = s;
+  for (int64_t i = 1; i < d->end && d->may[i] > 0; i++) {
+    double of = d->rest[i] + 1 - d->may[i];
+    if (of == 0 || u[i - 1] * of < d->rest[i]) stop = i, *share = d->may[i];
+  }
+  if (d->end && d->may[last] > 0) {
+    const float *p = d->weights + last * d->vocabulary;
+    double all = d->may[last] * p[d->tokens[last]] / d->totals[last] / d->q[last * d->vocabulary + d->tokens[last]];
+    if (u[last] < all) stop = d->end, *share = all < 1 ? all : 1;
   }
   return stop;
 }
@@ -307,8 +320,8 @@ static int64_t verify(const Drafted *d, const double *u, double *share) {
 static int64_t following(const Drafted *d, float *weights, int64_t stop, double share, double u) {
   float *p = weights + stop * d->vocabulary;
   const double *q = d->q + stop * d->vocabulary;
-  double total = weight_of(p, d->vocabulary);
-  if (stop < d->end && spared(p, share / total, q, d->vocabulary, NULL) > 0)
+  double total = d->totals[stop];
+  if (stop < d->end && (stop ? d->rest[stop] : spared(p, share / total, q, d->vocabulary, NULL)) > 0)
     spared(p, share / total, q, d->vocabulary, p);  // nothing is left where p is q up to rounding
   return pick(p, d->vocabulary, u, &total);
 }
@@ -369,10 +382,12 @@ static int drafts_of(const Round *r, int64_t count) {
 typedef struct {
   const Round *round;
   const int64_t *shown;
+  const Drafted *drafted;  // [rows]
+  double *totals;          // [rows, wide]
   int64_t wide;
 } Weighing;
 
-// The weights of what a round reads, in the place of logits.
+// The weights of what a round reads, in the place of logits, and their sums.
 static void weigh_part(const void *of, int64_t thread, int64_t threads) {
   const Weighing *w = of;
   const Round *r = w->round;
@@ -382,7 +397,14 @@ static void weigh_part(const void *of, int64_t thread, int64_t threads) {
     if (r->n[each / w->wide] + each % w->wide >= w->shown[each / w->wide]) continue;
     weigh(logits, V, r->draft->temperature);
     filter(r->draft, logits, V);
+    w->totals[each] = weight_of(logits, V);
   }
+}
+
+static void spare_part(const void *of, int64_t thread, int64_t threads) {
+  const Weighing *w = of;
+  for (int64_t each = thread; each < w->round->rows * w->wide; each += threads)
+    if (each % w->wide && each % w->wide < w->drafted[each / w->wide].end) spare(&w->drafted[each / w->wide], each % w->wide);
 }
 
 // 0, or -1 where memory is short.
@@ -419,8 +441,19 @@ int caddf_round(const Round *r) {
   if (caddf_stack(r->causal, pass)) return -1;
   caddf_map(&r->head, r->rows * wide, pass->x, r->logits, r->head_threads);
 
-  double temperature = r->draft->temperature;
-  if (temperature > 0) share_out(weigh_part, &(Weighing){r, shown, wide}, r->head_threads);
+  double temperature = r->draft->temperature, totals[r->rows * wide + 1], may[r->rows * wide + 1], rest[r->rows * wide + 1];
+  Drafted drafted[r->rows];
+  for (int64_t row = 0; row < r->rows; row++) {
+    int64_t at = row * wide, end = temperature > 0 && r->active[row] ? ends[row] - r->n[row] : 0;
+    const double *q = r->draft->q + row * count * V;
+    drafted[row] = (Drafted){r->logits + at * V, totals + at, q, r->draft->tokens + row * count, end, V, may + at, rest + at};
+  }
+  if (temperature > 0) {
+    Weighing w = {r, shown, drafted, totals, wide};
+    share_out(weigh_part, &w, r->head_threads);
+    for (int64_t row = 0; row < r->rows; row++) may_stand(&drafted[row]);
+    if (count > 1) share_out(spare_part, &w, r->head_threads);
+  }
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t n = r->n[row], end = ends[row] - n, stop = 0, token = 0, *x = r->x + row * r->length;
     r->next[row] = n, r->read[row] = r->held[row];
@@ -430,9 +463,8 @@ int caddf_round(const Round *r) {
     int more;
     if (temperature > 0) {
       double share;
-      Drafted d = {weights, r->draft->q + row * count * V, r->draft->tokens + row * count, end, V};
-      stop = verify(&d, u, &share);
-      if ((more = n + stop < shown[row])) token = following(&d, weights, stop, share, u[r->size]);
+      stop = verify(&drafted[row], u, &share);
+      if ((more = n + stop < shown[row])) token = following(&drafted[row], weights, stop, share, u[r->size]);
     } else {
       while ((more = n + stop < shown[row])) {
         largest(weights + stop * V, V, &token);
