@@ -338,6 +338,8 @@ def _stream(
     cost = flops.get("diffusion", 0.0) / flops["causal"] if "causal" in flops else 1.0
     seconds, written = 0.0, tokens
     frames = decoder(cast(LanguageModel, model.model), task)
+    if (native := getattr(model.model, "native", None)) is not None:
+        native.refresh()  # once for a model, as loading it is, and no part of decoding
     while True:
         begun = time.perf_counter()
         with torch.inference_mode():
