@@ -60,6 +60,8 @@ class Native:
         self.heads: dict[str, nn.Module] = {
             head: NativeHead(partial(of, head), lambda: self.weights()) for head in self.model.heads
         }
+        if "fused" in self.heads:
+            self.heads["fused"] = self.heads["causal"]  # of the same embeddings
         if getattr(model, "chain", None) is not None:
             small, drafting = self.model.draft_tokens is not None, lambda: self.weights(drafting=True)
             self.heads["chain"] = NativeHead(
@@ -106,6 +108,8 @@ class Native:
             self.stacks["chain"] = StackPass(
                 weights, [weights.layer(chain.layer, False)], chain.norm, self.context, join
             )
+        for name in self.heads.keys() & {"causal", "chain"}:
+            cast(NativeHead, self.heads[name]).tokens()
 
     @property
     def bytes(self) -> int:
