@@ -17,7 +17,8 @@ from caddf.caches import Slots
 from caddf.categorical import RowGenerators, Warp, inverse_cdf
 from caddf.compile import compiled
 from caddf.decoding import Autoregressive, Speculative, Task
-from caddf.decoding.left_to_right import CachedReader, Plan
+from caddf.decoding.cached_reader import CachedReader
+from caddf.decoding.plan import Plan
 from caddf.decoding.task import Counts
 from caddf.errors import InputError
 from caddf.interface import Block, Infill

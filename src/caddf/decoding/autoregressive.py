@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from caddf.decoding.left_to_right import Plan, Target, first_open, most_rounds, reader_for
+from caddf.decoding.left_to_right import reader_for
+from caddf.decoding.plan import Plan, Target, first_open, most_rounds
 from caddf.decoding.task import Counts, Frame, Task
 from caddf.interface import LanguageModel
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.decoding.ancestral import masking_times
-from caddf.decoding.left_to_right import first_open
+from caddf.decoding.plan import first_open
 from caddf.decoding.task import Counts, Frame, Task, draw, evaluate, full_pass
 from caddf.errors import InputError
 from caddf.interface import Block, LanguageModel

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.categorical import inverse_cdf
-from caddf.decoding.left_to_right import Plan, Reader, Target, first_open, most_rounds, reader_for
+from caddf.decoding.left_to_right import Reader, reader_for
+from caddf.decoding.plan import Plan, Target, first_open, most_rounds
 from caddf.decoding.task import Counts, Frame, Task
 from caddf.decoding.verification import at_place, residual, verify
 from caddf.errors import InputError

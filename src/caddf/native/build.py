@@ -14,8 +14,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("rounds.c")
-INCLUDED = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "threads.c"))
+SOURCE = Path(__file__).with_name("rounds.c")  # which includes the others
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -37,7 +36,7 @@ def _built() -> Path:
     compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, COMPILERS))[:1]
     if not compiler or shutil.which(compiler[0]) is None:
         raise BuildError(f"no {compiler[0]}" if compiler else f"no C compiler ({', '.join(COMPILERS)}) is here")
-    sources = (path.read_text() for path in (SOURCE, *INCLUDED))
+    sources = (path.read_text() for path in sorted(SOURCE.parent.glob("*.c")))
     made_of = "\n".join((*sources, *compiler, *FLAGS, platform.machine(), _processor()))
     path = _cache() / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
     if not path.exists():

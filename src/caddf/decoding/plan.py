@@ -1,0 +1,101 @@
+"""What is decoded left to right: the target, where drafts stand, and how far a row is.
+
+The target is a distribution over the next token that stays the same whatever is drafted:
+`causal`  log p_causal(x_i | x_<i), the causal branch's own head;
+`fused`   log p_fused(x_i | x_<i, h), h being that of i's block all masked, or in a template that of the template.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from caddf.decoding.task import NO_TOKEN, DecodingError, Task
+from caddf.errors import InputError
+from caddf.interface import Block, Head, Infill, LanguageModel
+
+Target = Literal["causal", "fused"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the target is and where drafts stand: the head, the pattern of its canvas, and whether windows slide.
+
+    They do where a target's canvas is no block's: that of a causal head, which reads none, and a template's, which a
+    chain drafts for as for any other text, from windows that know of what stands behind them what they hold of it.
+
+    `chained` says whether drafts are made one after the other, by a model with a chain.
+    """
+
+    task: Task
+    head: Head
+    pattern: Block | Infill
+    sliding: bool
+    chained: bool
+
+    @classmethod
+    def of(cls, model: LanguageModel, task: Task, target: Target, block_size: int) -> Plan:
+        """Templates always have the fused target: a causal one ignores what comes after.
+
+        Raises `InputError` where the model does not have the head.
+        """
+        head: Head = "fused" if task.template else target
+        if head not in model.heads:
+            raise InputError(
+                f"target is {head}; this model does not read left to right, it only has {sorted(model.heads)}"
+            )
+        pattern = Infill() if task.template else Block(block_size)
+        return cls(task, head, pattern, head == "causal" or (task.template and model.chained), model.chained)
+
+    def window(self, n: Int[Tensor, " B"], size: int) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+        """Where the window of drafts from n on starts and ends.
+
+        A window that slides starts at the last token that stands, since the slots up to a window's start must be read;
+        one that does not is n's block, or the template's next `size` positions.
+        """
+        if self.sliding:
+            start = (n - 1).clamp(min=0)
+        else:
+            start = self.pattern.start(n) if isinstance(self.pattern, Block) else n
+        end = start + size
+        return start, torch.minimum(end, self.task.lengths)
+
+    def needed(self, end: Int[Tensor, " B"], branches: int = 2) -> Int[Tensor, " B"]:
+        """Token-positions of an evaluation up to `end` without caches; of a template the second branch reads all."""
+        beyond = self.task.lengths if isinstance(self.pattern, Infill) else end
+        return end if branches == 1 else end + beyond
+
+
+def first_open(task: Task, x: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
+    """Each row's first position that is still to be filled, T where there is none."""
+    at = torch.arange(x.shape[1], device=x.device)
+    return torch.where(task.wanted & (x == task.mask_id), at, x.shape[1]).amin(1)
+
+
+def most_rounds(task: Task) -> Iterator[None]:
+    """Turns for as many rounds as a task can take, each of which brings every row a token further.
+
+    Raises `DecodingError` where they were not enough.
+    """
+    yield from itertools.repeat(None, int(task.wanted.sum(1).max()) + 1)
+    raise DecodingError(NO_TOKEN)
+
+
+def width_of(start: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> int:
+    """What the widest row needs."""
+    return int((end - start).max())
+
+
+def padded(log_p: Float[Tensor, "N V"], where: Bool[Tensor, "B n"]) -> Float[Tensor, "B n V"]:
+    """Row-major readings back in their places, 0 where nothing was read."""
+    if len(log_p) == where.numel():
+        return log_p.view(*where.shape, -1)
+    out = log_p.new_zeros(*where.shape, log_p.shape[-1])
+    out[where] = log_p
+    return out
