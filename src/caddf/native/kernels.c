@@ -204,13 +204,19 @@ static void run_part(const void *of, int64_t thread, int64_t threads) {
   run(r->stack, r->pass, r->room, r->made, r->scores + thread * r->pass->n * r->seen, r->seen, thread, threads);
 }
 
-// 0, or -1 where memory is short.
-int caddf_stack(const Stack *s, const Pass *p) {
+// What a pass needs by so many threads; `room` is NULL where memory is short, and to be freed.
+static Running running(const Stack *s, const Pass *p, int64_t threads) {
   Running r = {.stack = s, .pass = p};
   int64_t room = floats_of(s, p, &r.made, &r.seen);
-  r.room = memory_of(room + p->threads * p->n * r.seen);
-  if (!r.room) return -1;
+  r.room = memory_of(room + threads * p->n * r.seen);
   r.scores = r.room + room;
+  return r;
+}
+
+// 0, or -1 where memory is short.
+int caddf_stack(const Stack *s, const Pass *p) {
+  Running r = running(s, p, p->threads);
+  if (!r.room) return -1;
   share_out(run_part, &r, p->threads);
   free(r.room);
   return 0;

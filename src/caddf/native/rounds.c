@@ -228,26 +228,32 @@ static void draft(const void *of, int64_t thread, int64_t threads) {
   }
 }
 
-// 0, or -1 where memory is short.
-int caddf_draft(const Stack *s, const Draft *d) {
-  Drafting w = {.stack = s, .draft = d};
-  Pass *p = &w.pass;
-  *p = (Pass){.rows = d->rows, .n = d->width, .cos = d->cos, .sin = d->sin, .own = d->cache, .threads = d->threads};
-  int64_t states = d->rows * d->width * s->width, room = floats_of(s, p, &w.made, &w.seen);
-  int64_t logits = d->rows * d->head.out;
-  float *memory = memory_of(2 * states + logits + room + d->threads * d->width * w.seen);
-  w.positions = malloc(d->rows * d->width * sizeof(int64_t) + d->rows * sizeof(double));
-  if (!memory || !w.positions) {
-    free(memory), free(w.positions);
+// What drafting needs by so many threads; `x` and `positions` are to be freed. 0, or -1 where memory is short.
+static int drafting(const Stack *s, const Draft *d, int64_t threads, Drafting *w) {
+  *w = (Drafting){.stack = s, .draft = d};
+  Pass *p = &w->pass;
+  *p = (Pass){.rows = d->rows, .n = d->width, .cos = d->cos, .sin = d->sin, .own = d->cache, .threads = threads};
+  int64_t states = d->rows * d->width * s->width, room = floats_of(s, p, &w->made, &w->seen);
+  w->x = memory_of(2 * states + d->rows * d->head.out + room + threads * d->width * w->seen);
+  w->positions = malloc(d->rows * d->width * sizeof(int64_t) + d->rows * sizeof(double));
+  if (!w->x || !w->positions) {
+    free(w->x), free(w->positions);
     return -1;
   }
-  w.chance = (double *)(w.positions + d->rows * d->width);
-  w.x = memory, w.before = w.x + states, w.room = w.before + states, w.scores = w.room + room;
-  w.logits = w.scores + d->threads * d->width * w.seen;
-  p->x = w.x, p->before = w.before, p->positions = w.positions;
-  for (int64_t row = 0; row < d->rows; row++) w.chance[row] = 1, d->drafts[row] = 0;
+  w->chance = (double *)(w->positions + d->rows * d->width);
+  w->before = w->x + states, w->room = w->before + states, w->scores = w->room + room;
+  w->logits = w->scores + threads * d->width * w->seen;
+  p->x = w->x, p->before = w->before, p->positions = w->positions;
+  for (int64_t row = 0; row < d->rows; row++) w->chance[row] = 1, d->drafts[row] = 0;
+  return 0;
+}
+
+// 0, or -1 where memory is short.
+int caddf_draft(const Stack *s, const Draft *d) {
+  Drafting w;
+  if (drafting(s, d, d->threads, &w)) return -1;
   share_out(draft, &w, d->threads);
-  free(memory), free(w.positions);
+  free(w.x), free(w.positions);
   return 0;
 }
 
@@ -358,10 +364,22 @@ static int64_t whole_of(const Round *r, int64_t row) { return least_of(start_of(
 
 static int64_t count_of(const Round *r, int64_t row) { return r->active[row] ? most(whole_of(r, row) - r->n[row], 0) : 0; }
 
+typedef struct {
+  Running window;
+  Drafting drafting;
+} Looking;
+
+static void look_part(const void *of, int64_t thread, int64_t threads) {
+  const Looking *w = of;
+  run_part(&w->window, thread, threads);
+  TOGETHER
+  draft(&w->drafting, thread, threads);
+}
+
 static int drafts_of(const Round *r, int64_t count) {
   Pass *look = r->look;
   Draft *draft = r->draft;
-  int64_t width = r->window->width;
+  int64_t width = r->window->width, threads = most(look->threads, draft->threads);
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t start = start_of(r, row), n = least_of(r->n[row], r->length - 1), stands = r->active[row] ? n : 0;
     for (int64_t i = 0, at = row * r->size; i < r->size; i++, at++) {
@@ -376,7 +394,15 @@ static int drafts_of(const Round *r, int64_t count) {
     memcpy((double *)draft->u + row * count, r->u + row * (2 * r->size + 1), count * sizeof(double));
   }
   draft->count = count;
-  return caddf_stack(r->window, look) || caddf_draft(r->chain, draft);
+  Looking w = {.window = running(r->window, look, threads)};
+  if (!w.window.room) return -1;
+  int bad = drafting(r->chain, draft, threads, &w.drafting);
+  if (!bad) {
+    share_out(look_part, &w, threads);
+    free(w.drafting.x), free(w.drafting.positions);
+  }
+  free(w.window.room);
+  return bad;
 }
 
 typedef struct {
@@ -405,6 +431,27 @@ static void spare_part(const void *of, int64_t thread, int64_t threads) {
   const Weighing *w = of;
   for (int64_t each = thread; each < w->round->rows * w->wide; each += threads)
     if (each % w->wide && each % w->wide < w->drafted[each / w->wide].end) spare(&w->drafted[each / w->wide], each % w->wide);
+}
+
+typedef struct {
+  Running causal;
+  Mapping head;
+  Weighing weighing;
+} Reading;
+
+static void read_part(const void *of, int64_t thread, int64_t threads) {
+  const Reading *w = of;
+  const Weighing *v = &w->weighing;
+  run_part(&w->causal, thread, threads);
+  TOGETHER
+  map_share(&w->head, thread, threads);
+  TOGETHER
+  if (v->round->draft->temperature == 0) return;
+  weigh_part(v, thread, threads);
+  TOGETHER
+  for (int64_t row = thread; row < v->round->rows; row += threads) may_stand(&v->drafted[row]);
+  TOGETHER
+  spare_part(v, thread, threads);
 }
 
 // 0, or -1 where memory is short.
@@ -438,8 +485,6 @@ int caddf_round(const Round *r) {
       if (r->table) add(to, r->table + at * width, width);
     }
   pass->n = wide;
-  if (caddf_stack(r->causal, pass)) return -1;
-  caddf_map(&r->head, r->rows * wide, pass->x, r->logits, r->head_threads);
 
   double temperature = r->draft->temperature, totals[r->rows * wide + 1], may[r->rows * wide + 1], rest[r->rows * wide + 1];
   Drafted drafted[r->rows];
@@ -448,12 +493,11 @@ int caddf_round(const Round *r) {
     const double *q = r->draft->q + row * count * V;
     drafted[row] = (Drafted){r->logits + at * V, totals + at, q, r->draft->tokens + row * count, end, V, may + at, rest + at};
   }
-  if (temperature > 0) {
-    Weighing w = {r, shown, drafted, totals, wide};
-    share_out(weigh_part, &w, r->head_threads);
-    for (int64_t row = 0; row < r->rows; row++) may_stand(&drafted[row]);
-    if (count > 1) share_out(spare_part, &w, r->head_threads);
-  }
+  int64_t threads = most(pass->threads, r->head_threads);
+  Reading w = {running(r->causal, pass, threads), {&r->head, r->rows * wide, pass->x, r->logits}, {r, shown, drafted, totals, wide}};
+  if (!w.causal.room) return -1;
+  share_out(read_part, &w, threads);
+  free(w.causal.room);
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t n = r->n[row], end = ends[row] - n, stop = 0, token = 0, *x = r->x + row * r->length;
     r->next[row] = n, r->read[row] = r->held[row];
