@@ -24,6 +24,7 @@ from caddf.experiment import Network
 from caddf.interface import LanguageModel
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalModel
+from caddf.native.model import PROPOSED
 from caddf.text_model import TextModel
 from caddf.tokenizer import Tokenizer
 
@@ -117,10 +118,11 @@ def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
     are read in a few rows alone, which count for nothing; a chain is read, with its head, for every draft.
     """
     native = getattr(network, "native", None)
-    rounded = None if native is None else {"bf16": 2, "int8": 1}.get(native.kind)
+    sizes = {"bf16": 2, "int8": 1}
+    rounded = None if native is None else sizes.get(native.kind)
     each = rounded or next(network.parameters()).element_size()
     chained = isinstance(network, DualBranch) and network.chained
-    proposing = 1 if native is not None and chained else each  # kernels read what only proposes in int8
+    proposing = sizes[PROPOSED] if native is not None and chained else each
 
     def size(*modules: nn.Module | None, each: int = each) -> int:
         whole = [p for module in modules if module is not None for p in module.parameters()]

@@ -254,7 +254,7 @@ static void fuse_part(const void *of, int64_t thread, int64_t threads) {
   const Fused *w = of;
   const Fusion *f = w->fusion;
   const Fusing *p = w->pass;
-  int64_t rows = p->rows * p->n, d = f->width, heads = f->cross.heads, size = d / heads, hidden = f->up.out, from, to;
+  int64_t rows = p->rows * p->n, d = f->width, heads = f->cross.heads, size = d / heads, from, to;
   map(&f->cross.query, p->x, rows, w->queries, PLAIN, thread, threads, &f->cross.out);
   if (f->own.panels) map(&f->own, p->own, rows, w->hidden, PLAIN, thread, threads, &f->up);
   TOGETHER
@@ -279,10 +279,7 @@ static void fuse_part(const void *of, int64_t thread, int64_t threads) {
     memcpy(w->both + m * 2 * d + d, w->queries + m * d, d * sizeof(float));
   }
   TOGETHER
-  map(&f->up, w->both, rows, w->hidden, f->own.panels ? ADD : PLAIN, thread, threads, &f->down);
-  TOGETHER
-  for (int64_t m = thread; m < rows; m += threads)
-    for (int64_t k = 0; k < hidden; k += 8) store(w->hidden + m * hidden + k, gelu(load(w->hidden + m * hidden + k)));
+  map(&f->up, w->both, rows, w->hidden, f->own.panels ? ADD_GELU : GELU, thread, threads, &f->down);
   TOGETHER
   map(&f->down, w->hidden, rows, p->x, ADD, thread, threads, NULL);
   TOGETHER

@@ -183,12 +183,13 @@ static const int64_t panels_of[3][2][TALLEST] = {{{4, 2, 2, 1, 1, 1}, {1, 1, 1, 
                                                  {{4, 2, 1, 1, 1, 1}, {1, 1, 1, 1, 1, 1}}};
 static const int64_t bytes_of[] = {4, 2, 1};
 
-enum { PLAIN, GELU, ADD };
+enum { PLAIN, GELU, ADD, ADD_GELU };
 
 static inline v8 finished(v8 sum, const float *scales, const float *bias, const float *y, int then) {
   if (scales) sum *= load(scales);
   if (bias) sum += load(bias);
-  return then == GELU ? gelu(sum) : then == ADD ? load(y) + sum : sum;
+  if (then >= ADD) sum += load(y);
+  return then == GELU || then == ADD_GELU ? gelu(sum) : sum;
 }
 
 static int64_t deep_of(const Map *f) { return f->type == INT8 ? (f->in + 1) / 2 * 2 : f->in; }
@@ -197,7 +198,7 @@ static int64_t deep_of(const Map *f) { return f->type == INT8 ? (f->in + 1) / 2 
 static int64_t tiles_for(int64_t rows) { return (rows + TALLEST - 1) / TALLEST; }
 static int64_t height(int64_t rows) { return (rows + tiles_for(rows) - 1) / tiles_for(rows); }  // of the next
 
-// Outputs `from` to `to`, of which `from` begins a panel, of `rows` positions; ADD adds to what is there.
+// Outputs `from` to `to`, of which `from` begins a panel, of `rows` positions; ADD and ADD_GELU add to what is there.
 static void map_part(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t from, int64_t to,
                      const char *soon) {
   // A few panels stay in a near cache while all positions pass over them, and those behind are fetched meanwhile.
@@ -228,7 +229,8 @@ static void map_part(const Map *f, const float *x, int64_t rows, float *y, int t
                                         f->bias ? f->bias + o + j : NULL, row + o + j, then));
           for (; j < count; j++) {
             float one = sum[j] * (f->scales ? f->scales[o + j] : 1) + (f->bias ? f->bias[o + j] : 0);
-            row[o + j] = then == ADD ? row[o + j] + one : then == GELU ? gelu(all(one))[0] : one;
+            if (then >= ADD) one += row[o + j];
+            row[o + j] = then == GELU || then == ADD_GELU ? gelu(all(one))[0] : one;
           }
         }
       }

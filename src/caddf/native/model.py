@@ -92,7 +92,7 @@ class Native:
         if self.diffusion is not None:
             self.stacks["window"] = _window_pass(self.weights(), self.diffusion)
         fusion, self.fusion = getattr(self.model, "fusion", None), None
-        if self.diffusion is not None and isinstance(fusion, CrossFusion) and fusion.mixer.mlp.up.out_features % 8 == 0:
+        if self.diffusion is not None and isinstance(fusion, CrossFusion):
             slopes, sides = nearest(fusion.cross.heads, torch.device("cpu"), torch.float32)
             biases = (slopes, torch.zeros_like(sides)) if self.diffusion.config.alibi else None
             self.fusion = FusionPass(self.weights(), fusion, biases)
@@ -113,7 +113,7 @@ class Native:
 
     @property
     def bytes(self) -> int:
-        """Of the matrices of all passes, once they are laid out; those of a head are when it is first read."""
+        """Of the matrices of all passes, once they are laid out; a head's are not among them."""
         passes = {*self.stacks.values()} | ({self.fusion} if self.fusion is not None else set())
         return sum(each.weights.bytes for each in passes)
 
@@ -180,18 +180,17 @@ class Native:
         seen: Canvas,
     ) -> Float[Tensor, "B n D"] | None:
         """Fused states of slots at `positions` over a canvas that is prepared, at consecutive positions."""
-        if self.fusion is None or caches.causal.turns is None or not few(h_trans[..., 0]) or seen.keys_values is None:
+        if self.fusion is None or caches.causal.turns is None or not few(h_trans[0, :, 0]) or seen.keys_values is None:
             return None
         rows, n = h_trans.shape[:2]
-        keys, values = seen.keys_values
-        slots = torch.full((rows,), keys.shape[2])
+        slots = torch.full((rows,), seen.keys_values[0].shape[2])
         if seen.visible is not None:
             slots = seen.visible.expand(rows, 1, 1, -1)[:, 0, 0].sum(-1)
         own = seen.at(positions) if self.fusion.fusion.own_width else None
         start = seen.positions.expand(rows, -1)[:, 0].contiguous()
         return self.fusion(
             h_trans, own, positions.expand(rows, n).contiguous(), caches.causal.turns,
-            (keys.contiguous(), values.contiguous()), start, slots,
+            seen.keys_values, start, slots,
         )  # fmt: skip
 
     def chain(

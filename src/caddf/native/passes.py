@@ -163,7 +163,7 @@ class StackPass:
 
 
 class FusionPass:
-    """The fusion, of widths that are whole vectors."""
+    """The fusion of the branches."""
 
     def __init__(self, weights: Weights, fusion: CrossFusion, biases: Biases) -> None:
         self.weights, self.run = weights, cast(Callable[..., int], library().caddf_fuse)

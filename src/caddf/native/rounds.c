@@ -266,7 +266,7 @@ typedef struct {
   const int64_t *tokens;
   int64_t end;           // so many were drafted
   int64_t vocabulary;
-  double *may;           // [end]: with what probability those before a place may stand, all together
+  double *may;           // [end + 1]: with what probability those before a place may stand, all together
   double *rest;          // [end]: the sum of (may p - q)+ at a place
 } Drafted;
 
@@ -293,11 +293,11 @@ static double spared(const float *p, double scale, const double *q, int64_t n, f
 }
 
 static void may_stand(const Drafted *d) {
-  double may = 1;
+  d->may[0] = 1;
   for (int64_t i = 0; i < d->end; i++) {
-    d->may[i] = may;
-    may *= d->weights[i * d->vocabulary + d->tokens[i]] / d->totals[i] / d->q[i * d->vocabulary + d->tokens[i]];
-    if (may > 1) may = 1;
+    int64_t drawn = i * d->vocabulary + d->tokens[i];
+    double may = d->may[i] * (d->weights[drawn] / d->totals[i] / d->q[drawn]);
+    d->may[i + 1] = may > 1 ? 1 : may;
   }
 }
 
@@ -308,17 +308,13 @@ static void spare(const Drafted *d, int64_t i) {
 
 // `u` has a uniform for each draft; `share` becomes that at which drafts end.
 static int64_t verify(const Drafted *d, const double *u, double *share) {
-  int64_t stop = 0, last = d->end - 1;
+  int64_t stop = 0;
   *share = 1;
   for (int64_t i = 1; i < d->end && d->may[i] > 0; i++) {
     double of = d->rest[i] + 1 - d->may[i];
     if (of == 0 || u[i - 1] * of < d->rest[i]) stop = i, *share = d->may[i];
   }
-  if (d->end && d->may[last] > 0) {
-    const float *p = d->weights + last * d->vocabulary;
-    double all = d->may[last] * p[d->tokens[last]] / d->totals[last] / d->q[last * d->vocabulary + d->tokens[last]];
-    if (u[last] < all) stop = d->end, *share = all < 1 ? all : 1;
-  }
+  if (d->end && u[d->end - 1] < d->may[d->end]) stop = d->end, *share = d->may[d->end];
   return stop;
 }
 
@@ -486,12 +482,12 @@ int caddf_round(const Round *r) {
     }
   pass->n = wide;
 
-  double temperature = r->draft->temperature, totals[r->rows * wide + 1], may[r->rows * wide + 1], rest[r->rows * wide + 1];
+  double temperature = r->draft->temperature, totals[r->rows * wide + 1], may[r->rows * (wide + 1)], rest[r->rows * wide + 1];
   Drafted drafted[r->rows];
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t at = row * wide, end = temperature > 0 && r->active[row] ? ends[row] - r->n[row] : 0;
     const double *q = r->draft->q + row * count * V;
-    drafted[row] = (Drafted){r->logits + at * V, totals + at, q, r->draft->tokens + row * count, end, V, may + at, rest + at};
+    drafted[row] = (Drafted){r->logits + at * V, totals + at, q, r->draft->tokens + row * count, end, V, may + at + row, rest + at};
   }
   int64_t threads = most(pass->threads, r->head_threads);
   Reading w = {running(r->causal, pass, threads), {&r->head, r->rows * wide, pass->x, r->logits}, {r, shown, drafted, totals, wide}};

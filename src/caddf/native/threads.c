@@ -78,9 +78,11 @@ static void together(int64_t threads) {
 }
 
 typedef void Work(const void *of, int64_t thread, int64_t threads);
+#ifdef _OPENMP
 static int forked;  // a forked process has none of its parent's threads, for which OpenMP would wait
 static void alone_again(void) { forked = 1; }
 static void watch_forks(void) { pthread_atfork(NULL, NULL, alone_again); }
+#endif
 
 // `work` by `threads` threads, the caller's among them.
 static void share_out(Work *work, const void *of, int64_t threads) {
