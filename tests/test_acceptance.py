@@ -41,19 +41,22 @@ def network(**settings: Any) -> DualBranch:
 
 def by_enumeration(model: DualBranch, x0: Tensor, block: int, target: str) -> Tensor:
     """P(the first j drafts stand) in one block of one row, summed over all paths of drafts."""
-    given = int(target == "causal")
+    given = int(target == "causal" or model.chained)
     n, first = SIZE - given, block * SIZE + given
     paths = torch.cartesian_prod(*[torch.arange(V)] * n).view(-1, n)
     prefix = x0.repeat(len(paths), 1)
     prefix[:, first : first + n] = paths
     canvas = torch.full_like(prefix, model.mask_id)
-    canvas[:, first - given : first] = x0[first - given : first]
-    states, _ = model(prefix, canvas, Block(SIZE))
+    shown = canvas.clone()
+    shown[:, first - given : first] = x0[first - given : first]
     where = torch.zeros_like(prefix, dtype=torch.bool)
     where[:, first : first + n] = True
     p, q = (
-        model.log_probs(states, where, head).exp().view(len(paths), n, V).gather(-1, paths[..., None])[..., 0]
-        for head in (target, "draft")  # type: ignore[arg-type]
+        model.log_probs(model(prefix, seen, Block(SIZE))[0], where, head)  # type: ignore[arg-type]
+        .exp()
+        .view(len(paths), n, V)
+        .gather(-1, paths[..., None])[..., 0]
+        for head, seen in ((target, canvas), ("draft", shown))
     )
     # What can stand of a path is no more than is drafted of it, and than the target makes of what stands before.
     kept, reached = torch.ones(len(paths), dtype=p.dtype), []
@@ -75,7 +78,7 @@ def test_rounds_are_worth_what_all_their_paths_are(draft: str, target: str) -> N
     error = drawn.reached.std(0) / 2000**0.5
     assert ((drawn.reached.mean(0) - exact).abs() <= 5.5 * error + 1e-12).all()
     assert (error > 1e-4).any() and (exact < 0.9).all() and (exact[1:] > 0.01).all()
-    tokens = 1 + exact.sum() - (0 if target == "causal" else exact[-1])
+    tokens = 1 + exact.sum() - (0 if target == "causal" or model.chained else exact[-1])
     assert (drawn.tokens.mean() - tokens).abs() <= 5.5 * drawn.tokens.std() / 2000**0.5
 
 
@@ -91,7 +94,7 @@ def test_rounds_are_worth_what_the_decoder_gets(draft: str, warp: Warp, target: 
     rounds = []
     for block in (0, 1):
         tokens = x0.repeat(rows, 1)
-        tokens[:, block * SIZE + (target == "causal") :] = model.mask_id
+        tokens[:, block * SIZE + (target == "causal" or model.chained) :] = model.mask_id
         open_places = int((tokens[0] == model.mask_id).sum())
         task = Task(tokens, torch.full((rows,), len(x0)), model.mask_id, RowGenerators(block, rows), warp)
         frame = next(Speculative(target=target)(model, task, Counts.zeros(rows)))  # type: ignore[arg-type]

@@ -111,7 +111,8 @@ def test_a_round_costs_one_pass_but_where_a_block_starts_from_a_correction(kind,
         at = (frame.corrected[0] if frame.corrected is not None else torch.zeros(T)).nonzero()
         starts += int(len(at) and (int(at) + 1) % K == 0 and int(at) + 1 < T)
         corrected += len(at)
-    assert corrected and int(frame.counts.causal) == rounds + 1 + (starts if target == "fused" else 0)
+    again = starts if target == "fused" and kind == "mutual" else 0  # windows of a chain slide over blocks' ends
+    assert corrected and int(frame.counts.causal) == rounds + 1 + again
 
 
 @pytest.mark.parametrize("decoder", [Autoregressive(), Autoregressive("fused"), Speculative(), Speculative("fused")])

@@ -256,7 +256,7 @@ def test_a_row_of_many_is_what_it_is_alone(template, monkeypatch):
 def test_rounds_hold_what_they_read():
     model = native.attach(dual()).requires_grad_(True)  # whose heads are laid out anew whenever they are read
     with torch.inference_mode():
-        rounds = model.native.rounds(torch.tensor([T]), 6, model.allocate(1, T), warp=Warp(), least=0.0)
+        rounds = model.rounds(torch.tensor([T]), 6, model.allocate(1, T), warp=Warp(), least=0.0)
         heads = [model.native.heads[name] for name in ("causal", "chain")]
         panels = [weakref.ref(head.held[1][1]) for head in heads]
         for head in heads:
@@ -615,6 +615,7 @@ def test_templates_are_drafted_at_one_go_around_what_is_given_and_banned(warp, d
             model, drawn_from = native.attach(dual(draft_vocab=draft_vocab)), replace(warp, banned=banned)
             given = Task(free, torch.tensor([T, T - 6, T]), V, RowGenerators(0, 3), drawn_from, template=True)
             with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(model), "rounds", lambda *_, **__: None)  # whole rounds are compared with these
                 if not at_once:
                     patch.setattr(native.Native, "drafts", lambda *args, **settings: None)
                 *_, last = Speculative()(model, given)
@@ -647,6 +648,17 @@ ROUNDS = {
     "a context that slides": (lambda: dual(context=24), Speculative(block_size=4)),
     "a small vocabulary": (lambda: dual(draft_vocab=40), Speculative()),
     "odd widths": (odd, Speculative()),
+    "fused": (dual, Autoregressive("fused")),
+    "fused drafts": (dual, Speculative("fused")),
+    "few fused drafts": (dual, Speculative("fused", block_size=2)),
+    "no fused drafts": (dual, Speculative("fused", block_size=1)),
+    "unsure fused drafts": (dual, Speculative("fused", least=0.2)),
+    "a context that slides, fused": (lambda: dual(context=24), Speculative("fused", block_size=4)),
+    "odd widths, fused": (odd, Speculative("fused", block_size=5)),
+    "a template": (dual, Autoregressive()),
+    "drafts of a template": (dual, Speculative()),
+    "unsure drafts of a template": (dual, Speculative(least=0.2)),
+    "odd widths of a template": (odd, Speculative()),
 }
 
 
@@ -657,18 +669,22 @@ ROUNDS = {
 def test_a_round_is_what_its_steps_are(kind, prompt, warp, monkeypatch):
     """Rows of unequal length, one of which meets its end early: the same tokens, marks and counts, frame by frame."""
     make, decoder = ROUNDS[kind]
-    model, x, lengths = native.attach(make()), tokens(3), torch.tensor([T, T - 5, T - 1])
-    x[:, prompt:] = V
+    model, x, lengths, template = native.attach(make()), tokens(3), torch.tensor([T, T - 5, T - 1]), "template" in kind
+    holes = torch.arange(T) >= torch.full((3, 1), prompt)
+    if template:  # given are single tokens, some of which end a window, two together, and what no window reaches over
+        holes[:, 30] = holes[0, 21:23] = holes[1, 17:25:2] = holes[2, 40:52] = holes[:, -7:-3] = False
+    x[holes] = V
 
     def early(rows: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([False, False, True]) & (rows[:, prompt + 20] != V)
+        return torch.tensor([False, False, True]) & (rows[:, prompt + 20] != V) & (not template)
 
     written = []
     for stepwise in (False, True):
         with monkeypatch.context() as patch:
             if stepwise:
                 patch.setattr(type(model), "rounds", lambda *_, **__: None)  # every reading by itself
-            task = Task(x, lengths, V, RowGenerators(0, 3), warp, finished=early)
+            drawn_from = replace(warp, banned=(3, 50)) if template else warp
+            task = Task(x, lengths, V, RowGenerators(0, 3), drawn_from, finished=early, template=template)
             frames = [replace(frame, counts=frame.counts.copy()) for frame in decoder(model, task)]
         written.append(frames)
     assert len(written[0]) == len(written[1]) > 4
@@ -703,9 +719,10 @@ def test_rounds_of_a_row_are_its_own():
         assert torch.equal(alone.counts.all[:, 0], together.counts.all[:, row])
 
 
+@pytest.mark.parametrize("target", ["causal", "fused"])
 @pytest.mark.parametrize("block_size", [2, 5])
 @torch.inference_mode()
-def test_rounds_draw_the_target(block_size):
+def test_rounds_draw_the_target(block_size, target):
     """Chi-squared over all texts of three tokens, which fails by chance once in a million times."""
     torch.manual_seed(2)
     branch = BranchConfig(1, 16, 2)
@@ -713,14 +730,14 @@ def test_rounds_draw_the_target(block_size):
     for parameter in model.parameters():
         parameter.data.mul_(2)
     rows, texts = 8, torch.cartesian_prod(*[torch.arange(3)] * 3)
-    states, _ = model(texts, torch.full_like(texts, 3), Block(3))
-    log_p = -model.nll(states, torch.ones_like(texts, dtype=torch.bool), texts, "causal").view(-1, 3).sum(1)
+    states, _ = model(texts, torch.full_like(texts, 3), Block(block_size))
+    log_p = -model.nll(states, torch.ones_like(texts, dtype=torch.bool), texts, target).view(-1, 3).sum(1)
     expected, seen = log_p.double().exp(), torch.zeros(27)
     native.attach(model)
     for batch in range(500):
         generators = RowGenerators(0, range(batch * rows, batch * rows + rows))
         empty = torch.full((rows, 3), 3)
-        *_, last = Speculative(block_size=block_size)(model, Task(empty, torch.full((rows,), 3), 3, generators))
+        *_, last = Speculative(target, block_size)(model, Task(empty, torch.full((rows,), 3), 3, generators))
         seen += torch.bincount((last.tokens * torch.tensor([9, 3, 1])).sum(1), minlength=27)
     kept = expected * 500 * rows >= 5
     seen, expected = (torch.cat([each[kept], each[~kept].sum()[None]]) for each in (seen, expected * 500 * rows))

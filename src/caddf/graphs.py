@@ -78,13 +78,15 @@ class Graphs:
         return self.suits(model) and drafts and reach and rows * (size + 1) <= MOST
 
     def rounds(
-        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, warp: Warp, least: float
+        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, warp: Warp, least: float, over: object = None
     ) -> GraphRounds | None:
         """Whole rounds over what `caches` hold at the first of them; None where they do not fit, or recording failed.
 
+        The target is causal, and no token banned: there are none for others.
+
         Engines whose weights stand elsewhere by now, or whose tables were made of others, are let go.
         """
-        if self.failed or not self.fit(len(lengths), size, caches):
+        if over is not None or warp.banned or self.failed or not self.fit(len(lengths), size, caches):
             return None
         branch, weight = self.model.causal, self.model.causal.embedding.weight
         length = -(-caches.causal.length // STEP) * STEP

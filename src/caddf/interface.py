@@ -181,6 +181,12 @@ class Incremental(LanguageModel, Protocol):
     def prepare(self, seen: Any, caches: Any) -> Any:
         """What is seen, readier for `fuse`, which reads it for every token."""
 
+    def beside(self, one: Any, two: Any, positions: Int[Tensor, "B n"] | Int[Tensor, " n"]) -> Any:
+        """What is seen of two blocks, prepared, as one: outputs at `positions` of each row see their own block's.
+
+        They begin in either block and may go on in the one behind, which is then the other.
+        """
+
     def draft(self, seen: Any, tokens: Int[Tensor, "B T"]) -> Any:
         """Draft states of the window; a chain reads the drafts in `tokens` before each position."""
 
@@ -216,10 +222,14 @@ class Incremental(LanguageModel, Protocol):
         itself.
         """
 
-    def rounds(self, lengths: Int[Tensor, " B"], size: int, caches: Any, *, warp: Warp, least: float) -> Rounds | None:
-        """Whole rounds of the causal target over `caches`, for rows of these lengths; None where the model has none.
+    def rounds(
+        self, lengths: Int[Tensor, " B"], size: int, caches: Any, *, warp: Warp, least: float, over: Any = None
+    ) -> Rounds | None:
+        """Whole rounds over `caches`, for rows of these lengths; None where the model has none.
 
-        Windows of `size` slide (`decoding.speculative`); with size 0 a round is one token, and nothing is drafted.
+        The target is causal, or fused `over` each block's all-masked start (a `Block`) or over what is seen of one
+        canvas. Windows of `size` slide (`decoding.speculative`); with size 0 a round is one token, and nothing is
+        drafted.
         """
 
 

@@ -36,10 +36,10 @@ class Autoregressive:
         for _ in most_rounds(task):
             if not (rows := (n < x.shape[1]) & ~task.finished(x)).any():
                 return
-            if (done := reader.round(state, x, n, rows)) is not None:
-                one, state = done
-                x, n = one.tokens, one.n
-                yield Frame(x, one.fresh, counts)
+            done, state = reader.round(state, x, n, rows)
+            if done is not None:
+                x, n = done.tokens, done.n
+                yield Frame(x, done.fresh, counts)
                 continue
             log_p, state = reader.target(state, x, n, n + 1, rows)
             u, where = task.generators.uniform(rows).to(x.device), (at == n[:, None]) & rows[:, None]

@@ -17,17 +17,18 @@ from caddf.interface import Block, Head, Incremental, Infill, Round, Rounds
 
 @dataclass(frozen=True)
 class Progress:
-    """What a cached reader has read: caches whose slots below `read` hold, and the canvas that the target sees.
+    """What a cached reader has read: caches whose slots below `read` hold, and the canvases that the target sees.
 
-    `seen_start` is the first position of the block that `seen` is of, -1 where there is none yet. `chain` is the cache
-    of the drafts of one window, of which the next makes use again, and `rounds` the model's own rounds, None until they
-    were asked for; `settled` says that every slot before a row's first open position has been read.
+    `seen` are those of blocks of even and of odd number, `seen_start` the first positions of these blocks, -1 where
+    there is none; a template's is the first. `chain` is the cache of the drafts of one window, of which the next makes
+    use again, and `rounds` the model's own rounds, None until they were asked for; `settled` says that every slot
+    before a row's first open position has been read.
     """
 
     caches: Any
     read: Int[Tensor, " B"]
-    seen: Any
-    seen_start: Int[Tensor, " B"]
+    seen: tuple[Any, Any]
+    seen_start: Int[Tensor, "2 B"]
     chain: Any = None
     rounds: tuple[Rounds | None] | None = None
     settled: bool = False
@@ -59,7 +60,7 @@ class CachedReader:
         """Empty caches."""
         rows, length = self.plan.task.tokens.shape
         none = torch.zeros(rows, dtype=torch.long, device=self.plan.task.tokens.device)
-        return Progress(self.model.allocate(rows, length), none, None, none - 1)
+        return Progress(self.model.allocate(rows, length), none, (None, None), none.expand(2, -1) - 1)
 
     def target(
         self,
@@ -69,17 +70,18 @@ class CachedReader:
         end: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
     ) -> tuple[Float[Tensor, "B m V"], Progress]:
-        """Reads the slots from the first that does not hold.
-
-        With the fused target also the slot behind, where its token is drafted: the next block starts from it.
-        """
+        """Reads the slots from the first that does not hold; of those before n the fused target is not asked."""
         fused, upto = self.plan.head == "fused", end
-        if fused and isinstance(self.plan.pattern, Block):
-            upto = end + (rows & (end < self.plan.task.lengths) & (_at(x, end - 1) != self.plan.task.mask_id))
+        if fused:
+            state = self._catch_up(state, x, n - 1, rows)
+        if fused and not self.plan.sliding and isinstance(self.plan.pattern, Block):  # the next block starts from there
+            upto = end + (
+                rows & (end < self.plan.task.lengths) & (_at(x, end[:, None] - 1)[:, 0] != self.plan.task.mask_id)
+            )
         states, positions, state = self._read(state, x, torch.minimum(state.read, n), upto, rows)
         if fused:
-            state = self._see(state, x, n, rows)
-            states = self.model.fuse(states, positions.clamp(max=x.shape[1] - 1), state.caches, state.seen)
+            seen, state = self._see(state, x, positions, end, rows)
+            states = self.model.fuse(states, positions.clamp(max=x.shape[1] - 1), state.caches, seen)
         self.counts.add(rows, needed=self.plan.needed(end, 2 if fused else 1))
         return self._log_probs(states, positions, n, end, rows, self.plan.head), state
 
@@ -90,7 +92,7 @@ class CachedReader:
         start, end = self.plan.window(n, size)
         self.counts.add(rows, needed=self.plan.needed(end))
         if self.plan.head == "fused" and not self.plan.sliding:
-            state = self._see(state, x, n, rows)
+            _, state = self._see(state, x, n[:, None], n + 1, rows)
         if isinstance(self.plan.pattern, Infill) and not self.plan.chained:
             state, whole = self._catch_up(state, x, n, rows), torch.zeros_like(n)
             self.counts.add(rows, diffusion=1, computed=self.plan.task.lengths)
@@ -100,12 +102,16 @@ class CachedReader:
             state = replace(state, chain=self.model.allocate_drafts(len(x), size))
         chain = state.chain
         if not self.plan.sliding and bool((n == start)[rows].all()):
-            return Window(state.seen, start, size, n, chain), state
+            odd = (start // size % 2)[rows]
+            if bool((odd == odd[0]).all()):
+                return Window(state.seen[int(odd[0])], start, size, n, chain), state
         state = self._catch_up(state, x, start, rows)
         new = rows if self.plan.sliding else rows & (n != start)
         self.counts.add(new, diffusion=1, computed=size)
-        canvas = _gather(x, start[:, None] + torch.arange(size, device=x.device), self.model.mask_id)
-        return Window(self._encode(state, canvas, start, Block(size), rows), start, size, n, chain), state
+        places = start[:, None] + torch.arange(size, device=x.device)
+        canvas = torch.where(places < self.plan.task.lengths[:, None], _at(x, places), self.model.mask_id)
+        seen = self._encode(state, canvas, start, Block(size), rows, proposing=self.plan.sliding)
+        return Window(seen, start, size, n, chain), state
 
     def drafts(
         self,
@@ -153,63 +159,90 @@ class CachedReader:
         rows: Bool[Tensor, " B"],
         size: int = 0,
         least: float = 0.0,
-    ) -> tuple[Round, Progress] | None:
-        """By the model itself, where the target is causal and no token is banned."""
-        task = self.plan.task
-        if self.plan.head != "causal" or task.warp.banned or (size and not self.plan.chained):
-            return None
+    ) -> tuple[Round | None, Progress]:
+        """By the model itself, where drafts chain."""
+        task, fused = self.plan.task, self.plan.head == "fused"
+        if size and not self.plan.chained:
+            return None, state
+        if not state.settled or task.template:
+            start, end = self.plan.window(n, size)
+            if bool((end > n)[rows].any()):  # drafts see what stands before them
+                state = self._catch_up(state, x, start, rows)
+            elif fused:
+                state = self._catch_up(state, x, n - 1, rows)
+            if bool((state.read < n)[rows].any()):
+                return None, state
         if state.rounds is None:
-            made = self.model.rounds(task.lengths, size, state.caches, warp=task.warp, least=least)
+            over: Any = self.plan.pattern if fused else None
+            if isinstance(over, Infill):
+                over, state = self._see(state, x, n[:, None], n + 1, rows)
+            made = self.model.rounds(task.lengths, size, state.caches, warp=task.warp, least=least, over=over)
             state = replace(state, rounds=(made,))
         assert state.rounds is not None
         (rounds,) = state.rounds
         if rounds is None:
-            return None
-        if not state.settled:
-            if bool((self.plan.window(n, size)[1] > n)[rows].any()):  # drafts see what stands before them
-                state = self._catch_up(state, x, (n - 1).clamp(min=0), rows)
-            if bool((state.read < n)[rows].any()):
-                return None
+            return None, state
         done = rounds(x, n, rows, state.read, task.generators.several(rows, 2 * size + 1))
         self.counts.all.add_(done.work.to(self.counts.all.device))
         return done, replace(state, read=done.read, settled=True)
 
     def keep(self, state: Progress, below: Int[Tensor, " B"]) -> Progress:
-        """Going back is a smaller number."""
-        return replace(state, read=torch.minimum(state.read, below))
+        """Going back is a smaller number; a block whose first slot does not hold has not been seen."""
+        seen_start = torch.where(state.seen_start < below, state.seen_start, -1)
+        return replace(state, read=torch.minimum(state.read, below), seen_start=seen_start)
 
-    def _see(self, state: Progress, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], rows: Bool[Tensor, " B"]) -> Progress:
-        """The canvas that the target at n is fused with: encoded once per block, once per template.
+    def _see(
+        self,
+        state: Progress,
+        x: Int[Tensor, "B T"],
+        positions: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        end: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+    ) -> tuple[Any, Progress]:
+        """The canvases that the targets at `positions` below `end` are fused with, encoded once per block or template.
 
         A row whose block goes on gets the same states again when another row enters a block.
         """
-        task, pattern = self.plan.task, self.plan.pattern
+        task, pattern, n = self.plan.task, self.plan.pattern, positions[..., 0].expand(len(x))
         if isinstance(pattern, Infill):
-            start = torch.zeros_like(n)
-            new = rows & (state.seen_start < 0)
+            start, (one, two), starts = torch.zeros_like(n), state.seen, state.seen_start
+            new = rows & (starts[0] < 0)
             if new.any():
                 state = self._catch_up(state, x, first_open(task, task.tokens), new)
-                seen = self.model.encode(task.tokens, start, task.lengths, pattern, state.caches)
-                seen = self.model.prepare(seen, state.caches)
+                one = self.model.encode(task.tokens, start, task.lengths, pattern, state.caches)
+                one = self.model.prepare(one, state.caches)
                 self.counts.add(new, diffusion=1, computed=task.lengths)
-                state = replace(state, seen=seen, seen_start=start)
-            return state
-        start = pattern.start(n)
-        new = rows & (state.seen_start != start)
-        if new.any():
-            state = self._catch_up(state, x, start, new)
-            masked = torch.full((len(x), pattern.size), self.model.mask_id, device=x.device)
-            self.counts.add(new, diffusion=1, computed=pattern.size)
-            seen = self._encode(state, masked, start, pattern, rows)
-            state = replace(state, seen=self.model.prepare(seen, state.caches), seen_start=start)
-        return state
+            return one, replace(state, seen=(one, two), seen_start=torch.stack([start, starts[1]]))
+        first, last = pattern.start(n), pattern.start(end - 1)
+        odd, other = pattern.index(n) % 2 == 1, torch.where(last > first, last, -1)
+        wanted = torch.stack([torch.where(odd, other, first), torch.where(odd, first, other)])
+        wanted = torch.where(rows, wanted, -1)
+        seen, starts = list(state.seen), state.seen_start
+        masked = torch.full((len(x), pattern.size), self.model.mask_id, device=x.device)
+        for i, new in enumerate((wanted >= 0) & (wanted != starts)):
+            if new.any():
+                start = torch.where(new, wanted[i], starts[i].clamp(min=0))
+                state = self._catch_up(state, x, start, new)
+                self.counts.add(new, diffusion=1, computed=pattern.size)
+                seen[i] = self._encode(state, masked, start, pattern, rows)
+                seen[i] = self.model.prepare(seen[i], state.caches)
+        state = replace(state, seen=(seen[0], seen[1]), seen_start=torch.where(wanted >= 0, wanted, starts))
+        used = [bool((each >= 0).any()) for each in wanted]
+        if not all(used):
+            return seen[used.index(True)], state
+        return self.model.beside(seen[0], seen[1], positions), state
 
     def _encode(
-        self, state: Progress, canvas: Int[Tensor, "B k"], start: Int[Tensor, " B"], block: Block, rows: Tensor
+        self,
+        state: Progress,
+        canvas: Int[Tensor, "B k"],
+        start: Int[Tensor, " B"],
+        block: Block,
+        rows: Bool[Tensor, " B"],
+        proposing: bool = False,
     ) -> Any:
-        """One pass of the diffusion branch over a block of each row; windows that slide are for drafts alone."""
-        start, sliding = _alike(start, rows), self.plan.sliding
-        return self.model.encode(canvas, start, self.plan.task.lengths, block, state.caches, sliding)
+        """One pass of the diffusion branch over a block of each row."""
+        return self.model.encode(canvas, _alike(start, rows), self.plan.task.lengths, block, state.caches, proposing)
 
     def _catch_up(
         self, state: Progress, x: Int[Tensor, "B T"], slot: Int[Tensor, " B"], rows: Bool[Tensor, " B"]
@@ -267,12 +300,6 @@ def _alike(start: Int[Tensor, " B"], rows: Bool[Tensor, " B"]) -> Int[Tensor, " 
     return shared[:1] if bool((shared == shared[0]).all()) else start
 
 
-def _at(x: Int[Tensor, "B T"], position: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """The token at one position of each row."""
-    return x.gather(1, position.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
-
-
-def _gather(x: Int[Tensor, "B T"], positions: Int[Tensor, "B n"], beyond: int) -> Int[Tensor, "B n"]:
-    """`x` at `positions`, `beyond` past its end."""
-    inside = positions < x.shape[1]
-    return torch.where(inside, x.gather(1, positions.clamp(max=x.shape[1] - 1)), beyond)
+def _at(x: Int[Tensor, "B T"], positions: Int[Tensor, "B n"]) -> Int[Tensor, "B n"]:
+    """`x` at positions of each row, or at its ends."""
+    return x.gather(1, positions.clamp(0, x.shape[1] - 1))

@@ -70,8 +70,11 @@ class FullReader:
     def chain(self, look: Any, x: Tensor, n: Tensor, u: Tensor, warp: Warp, least: float, given: Any = None) -> None:
         """The reference drafts step by step."""
 
-    def round(self, state: None, x: Tensor, n: Tensor, rows: Tensor, size: int = 0, least: float = 0.0) -> None:
+    def round(
+        self, state: None, x: Tensor, n: Tensor, rows: Tensor, size: int = 0, least: float = 0.0
+    ) -> tuple[None, None]:
         """The reference works step by step."""
+        return None, None
 
     def keep(self, state: None, below: Int[Tensor, " B"]) -> None:
         """Nothing is kept."""

@@ -62,7 +62,7 @@ class Reader(Protocol):
         rows: Bool[Tensor, " B"],
         size: int = 0,
         least: float = 0.0,
-    ) -> tuple[Round, Any] | None:
+    ) -> tuple[Round | None, Any]:
         """A whole round, where the model can: what the other readings lead to, from the same uniforms.
 
         Windows are of `size`; 0: one token of each row, and no drafts.

@@ -27,8 +27,8 @@ Target = Literal["causal", "fused"]
 class Plan:
     """What the target is and where drafts stand: the head, the pattern of its canvas, and whether windows slide.
 
-    They do where a target's canvas is no block's: that of a causal head, which reads none, and a template's, which a
-    chain drafts for as for any other text, from windows that know of what stands behind them what they hold of it.
+    They do where drafts are no reading of the target's own canvas: a causal head reads none, and a chain drafts from
+    windows of its own, which know of what stands behind them what they hold of it.
 
     `chained` says whether drafts are made one after the other, by a model with a chain.
     """
@@ -51,7 +51,7 @@ class Plan:
                 f"target is {head}; this model does not read left to right, it only has {sorted(model.heads)}"
             )
         pattern = Infill() if task.template else Block(block_size)
-        return cls(task, head, pattern, head == "causal" or (task.template and model.chained), model.chained)
+        return cls(task, head, pattern, head == "causal" or model.chained, model.chained)
 
     def window(self, n: Int[Tensor, " B"], size: int) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Where the window of drafts from n on starts and ends.

@@ -23,8 +23,8 @@ from caddf.interface import LanguageModel
 class Speculative:
     """Each round one diffusion pass drafts a window and one causal pass verifies it: the target's distribution exactly.
 
-    target: `causal` (the causal branch's own head; the window slides and a round that is accepted whole adds a token)
-        or `fused` (in blocks of `block_size`, each fused with its all-masked start; templates always).
+    target: `causal` (the causal branch's own head) or `fused` (in blocks of `block_size`, each fused with its
+        all-masked start; templates always). Where windows slide (`plan`) a round that is accepted whole adds a token.
     block_size: k; not set, the model's own.
     least: drafts are verified while the product of their largest draft probabilities is at least this; 0 verifies all.
     cache: false reads whole rows each time, for comparison.
@@ -50,10 +50,10 @@ class Speculative:
         for _ in most_rounds(task):
             if not (rows := (n < x.shape[1]) & ~task.finished(x)).any():
                 return
-            if (done := reader.round(state, x, n, rows, size, self.least)) is not None:
-                one, state = done
-                x, n = one.tokens, one.n
-                yield Frame(x, one.fresh, counts, one.drafts, one.corrected)
+            done, state = reader.round(state, x, n, rows, size, self.least)
+            if done is not None:
+                x, n = done.tokens, done.n
+                yield Frame(x, done.fresh, counts, done.drafts, done.corrected)
                 continue
             before, whole = x, torch.where(rows, plan.window(n, size)[1], n)
             place = n[:, None] + torch.arange(m := int((whole - n).max()), device=x.device)

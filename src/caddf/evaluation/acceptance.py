@@ -68,15 +68,15 @@ def acceptance(
 ) -> Acceptance:
     """`rounds` rounds per row, each at a block of it drawn from `noise`, the text before it given.
 
-    `fused`: the k drafts of an all-masked block. `causal`: a window that slides starts with the last token that stands,
-    so the block's first token is given, and the other k-1 are drafted. `block_size` is the model's if not given. At
-    most `elements` probabilities (or one round's) are made at a time. Raises `InputError` where the model does not have
-    the head, or a block has no draft.
+    Where windows slide (`causal`, and `fused` where drafts chain) one starts with the last token that stands, so the
+    block's first token is given, and the other k-1 are drafted; else they are the k drafts of an all-masked block.
+    `block_size` is the model's if not given. At most `elements` probabilities (or one round's) are made at a time.
+    Raises `InputError` where the model does not have the head, or a block has no draft.
     """
     model = checked(model, x0, vocab_size)
     size = model.block_size if block_size is None else block_size
     at_least_one(rounds=rounds, block_size=size)
-    given, blocks = int(target == "causal"), x0.shape[1] // size
+    given, blocks = int(target == "causal" or model.chained), x0.shape[1] // size
     if {target, "draft"} - model.heads:
         raise InputError(f"target is {target}; this model has the heads {', '.join(sorted(model.heads))} alone")
     if not given < size <= x0.shape[1]:
@@ -139,10 +139,11 @@ Reading = Callable[[Int[Tensor, "m T"], Int[Tensor, "m j"], Head], Float[Tensor,
 def _full(model: LanguageModel, x: Int[Tensor, "m T"], window: Int[Tensor, "m k"], given: int) -> Reading:
     """Whole rows, in one pass per reading."""
     shown = window[:, :given]
-    canvas = torch.full_like(x, model.mask_id).scatter(1, shown, x.gather(1, shown))
+    masked = torch.full_like(x, model.mask_id)
+    canvas = masked.scatter(1, shown, x.gather(1, shown))
 
     def read(x: Int[Tensor, "m T"], at: Int[Tensor, "m j"], head: Head) -> Float[Tensor, "m j V"]:
-        states, _ = model(x, canvas, Block(window.shape[1]))
+        states, _ = model(x, canvas if head == "draft" else masked, Block(window.shape[1]))
         where = torch.zeros_like(x, dtype=torch.bool).scatter(1, at, True)
         return model.log_probs(states, where, head).view(*at.shape, -1)
 
@@ -153,10 +154,10 @@ def _cached(
     model: Incremental, x: Int[Tensor, "m T"], window: Int[Tensor, "m k"], given: int, caches: Caches
 ) -> Reading:
     """Windows alone, over `caches` that hold the rows."""
-    canvas = torch.full_like(window, model.mask_id)
-    canvas[:, :given] = x.gather(1, window[:, :given])
-    lengths = torch.full_like(window[:, 0], x.shape[1])
-    seen = model.encode(canvas, window[:, 0], lengths, Block(window.shape[1]), caches)
+    masked = torch.full_like(window, model.mask_id)
+    canvas = torch.cat([x.gather(1, window[:, :given]), masked[:, given:]], 1)
+    lengths, block = torch.full_like(window[:, 0], x.shape[1]), Block(window.shape[1])
+    seen = model.encode(canvas, window[:, 0], lengths, block, caches)
 
     def read(x: Int[Tensor, "m T"], at: Int[Tensor, "m j"], head: Head) -> Float[Tensor, "m j V"]:
         if head == "draft":
@@ -164,7 +165,8 @@ def _cached(
         else:
             states = model.read(x, window, caches)
             if head == "fused":
-                states = model.fuse(states, window, caches, seen)
+                own = model.encode(masked, window[:, 0], lengths, block, caches) if given else seen
+                states = model.fuse(states, window, caches, own)
         where = (window[..., None] == at[:, None]).any(-1)
         return model.log_probs(states, where, head).view(*at.shape, -1)
 

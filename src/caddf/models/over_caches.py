@@ -101,8 +101,30 @@ class OverCaches(nn.Module):
         """What is seen, with what the fusion reads of it made once for all slots."""
         if seen.keys_values is not None:
             return seen
+        if self.native is not None and (made := self.native.prepare(seen, caches)) is not None:
+            return replace(seen, keys_values=made)
         keys, values = self._read_by_fusion(seen, caches.causal.turn(Slots.of(seen.positions)))
         return replace(seen, keys_values=(keys.contiguous(), values.contiguous()))
+
+    def beside(self, one: Canvas, two: Canvas, positions: Int[Tensor, "B n"] | Int[Tensor, " n"]) -> Canvas:
+        """Two blocks' canvases, prepared, as one; outputs at `positions` see their own block's.
+
+        A row's first is of either, and what it has of the other is the block behind, or not seen.
+        """
+        assert one.keys_values is not None and two.keys_values is not None
+        rows, size, _ = one.states.shape
+        first, at = positions.expand(rows, -1), [each.positions.expand(rows, -1) for each in (one, two)]
+        swapped = (first[:, 0] < at[0][:, 0]) | (first[:, 0] >= at[0][:, 0] + size)
+
+        def join(one: Tensor, two: Tensor, dim: int) -> Tensor:
+            other = swapped.view(-1, *[1] * (one.ndim - 1))
+            return torch.cat([torch.where(other, two, one), torch.where(other, one, two)], dim)
+
+        joined = join(at[0], at[1], 1)
+        block = (first - joined[:, :1]) // size
+        visible = torch.arange(2 * size, device=first.device) // size == block[..., None]
+        keys, values = (join(a, b, 2) for a, b in zip(one.keys_values, two.keys_values, strict=True))
+        return Canvas(join(one.states, two.states, 1), joined, visible[:, None], (keys, values))
 
     def encode(
         self,
@@ -201,11 +223,18 @@ class OverCaches(nn.Module):
         return self.native.drafts(seen.states, tokens, start, n, u, cache, warp=warp, least=least, given=given)
 
     def rounds(
-        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, warp: Warp, least: float
+        self,
+        lengths: Int[Tensor, " B"],
+        size: int,
+        caches: Caches,
+        *,
+        warp: Warp,
+        least: float,
+        over: Block | Canvas | None = None,
     ) -> Rounds | None:
-        """Whole rounds of the causal target at one go, where there are kernels or graphs for it."""
+        """Whole rounds at one go, where there are kernels or graphs for it."""
         whole = self.native or self.graphs
-        return None if whole is None else whole.rounds(lengths, size, caches, warp=warp, least=least)
+        return None if whole is None else whole.rounds(lengths, size, caches, warp=warp, least=least, over=over)
 
     def before(
         self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"], by: int = 1

@@ -82,6 +82,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.caddf_stack.argtypes, library.caddf_stack.restype = [pointer, pointer], ctypes.c_int
     library.caddf_fuse.argtypes, library.caddf_fuse.restype = [pointer, pointer], ctypes.c_int
+    library.caddf_prepare.argtypes, library.caddf_prepare.restype = [pointer, number], None
     library.caddf_draft.argtypes, library.caddf_draft.restype = [pointer, pointer], ctypes.c_int
     library.caddf_round.argtypes, library.caddf_round.restype = [pointer], ctypes.c_int
     library.caddf_map.argtypes, library.caddf_map.restype = [pointer, number, pointer, pointer, number], None

@@ -225,7 +225,7 @@ int caddf_stack(const Stack *s, const Pass *p) {
 // The fusion (eq. 10): x + MLP([x ; what its cross-attention finds on the canvas], its own place's state), normed.
 
 typedef struct {
-  Attention cross;  // whose keys and values are made beforehand
+  Attention cross;
   Map up, own, down;  // `own` without panels: none
   Norm norm;
   int64_t width, own_width;
@@ -233,20 +233,19 @@ typedef struct {
 
 typedef struct {
   int64_t rows, n;
-  float *x;                  // [rows, n, width], overwritten
-  const float *own;          // [rows, n, own_width]
-  const int64_t *positions;  // [rows, n]
-  const float *cos, *sin;    // rotary angles [positions, size]
-  Cache canvas;              // of one layer
-  const int64_t *start;      // [rows]: the position of the canvas's first slot
-  const int64_t *seen;       // [rows]: how many slots of it a row sees
+  float *x;                         // [rows, n, width], overwritten
+  const int64_t *positions;         // [rows, n]
+  const int64_t *slot, *from, *to;  // [rows, n]: the slot of the canvas that each stands at, and those that it sees
+  const float *cos, *sin;           // rotary angles [positions, size]
+  Cache canvas;                     // keys and values of one layer
+  const float *own;                 // [rows, slots, own_width]: the canvas's states
   int64_t threads;
 } Fusing;
 
 typedef struct {
   const Fusion *fusion;
   const Fusing *pass;
-  float *both, *queries, *found, *hidden, *scores;
+  float *both, *queries, *found, *hidden, *own, *scores;
   int64_t most;  // scores of a query
 } Fused;
 
@@ -255,8 +254,15 @@ static void fuse_part(const void *of, int64_t thread, int64_t threads) {
   const Fusion *f = w->fusion;
   const Fusing *p = w->pass;
   int64_t rows = p->rows * p->n, d = f->width, heads = f->cross.heads, size = d / heads, from, to;
+  if (f->own.panels) {
+    for (int64_t m = thread; m < rows; m += threads) {
+      int64_t slot = m / p->n * p->canvas.slots + most(0, least_of(p->slot[m], p->canvas.slots - 1));
+      memcpy(w->own + m * f->own_width, p->own + slot * f->own_width, f->own_width * sizeof(float));
+    }
+    TOGETHER
+    map(&f->own, w->own, rows, w->hidden, PLAIN, thread, threads, &f->cross.query);
+  }
   map(&f->cross.query, p->x, rows, w->queries, PLAIN, thread, threads, &f->cross.out);
-  if (f->own.panels) map(&f->own, p->own, rows, w->hidden, PLAIN, thread, threads, &f->up);
   TOGETHER
   share(p->rows * heads, thread, threads, 1, &from, &to);
   float turned[p->n * size];
@@ -267,7 +273,7 @@ static void fuse_part(const void *of, int64_t thread, int64_t threads) {
       int64_t index = row * p->n + i, at = p->positions[index], place = index * d + head * size;
       rotate(turned + i * size, w->queries + place, angle(p->cos, at, size), angle(p->sin, at, size), size);
       q[i] = (Query){.query = turned + i * size, .scores = w->scores + (thread * p->n + i) * w->most,
-                     .out = w->found + place, .to = p->seen[row], .distance = at - p->start[row]};
+                     .out = w->found + place, .from = p->from[index], .to = p->to[index], .distance = p->slot[index]};
     }
     attend(q, p->n, p->canvas.keys + base, p->canvas.values + base, size, f->cross.slope, f->cross.side, head);
   }
@@ -286,18 +292,56 @@ static void fuse_part(const void *of, int64_t thread, int64_t threads) {
   norms(&f->norm, p->x, rows, d, p->x, d, thread, threads);
 }
 
-// 0, or -1 where memory is short.
-int caddf_fuse(const Fusion *f, const Fusing *p) {
+// What fusing needs by so many threads; `both` is NULL where memory is short, and to be freed.
+static Fused fusing(const Fusion *f, const Fusing *p, int64_t threads) {
   Fused w = {.fusion = f, .pass = p, .most = (p->canvas.slots + 23) / 16 * 16};
   int64_t rows = p->rows * p->n, d = f->width;
-  float *memory = memory_of(rows * (4 * d + f->up.out) + p->threads * p->n * w.most);
-  if (!memory) return -1;
-  w.both = memory, w.queries = w.both + rows * 2 * d, w.found = w.queries + rows * d, w.hidden = w.found + rows * d;
-  w.scores = w.hidden + rows * f->up.out;
+  w.both = memory_of(rows * (4 * d + f->up.out + f->own_width) + threads * p->n * w.most);
+  w.queries = w.both + rows * 2 * d, w.found = w.queries + rows * d, w.hidden = w.found + rows * d;
+  w.own = w.hidden + rows * f->up.out, w.scores = w.own + rows * f->own_width;
+  return w;
+}
+
+// 0, or -1 where memory is short.
+int caddf_fuse(const Fusion *f, const Fusing *p) {
+  Fused w = fusing(f, p, p->threads);
+  if (!w.both) return -1;
   share_out(fuse_part, &w, p->threads);
-  free(memory);
+  free(w.both);
   return 0;
 }
+
+// What the fusion reads of a canvas: keys and values of its states, made once.
+typedef struct {
+  const Fusion *fusion;
+  int64_t rows, n;
+  const float *states;       // [rows, n, own_width]
+  const int64_t *positions;  // [rows, n]
+  const int64_t *into;       // [rows]: the first slot that a row's go to; -1: they go nowhere
+  const float *cos, *sin;
+  Cache canvas;
+  float *made;               // [rows, n, 2 width]
+} Preparing;
+
+static void prepare_part(const void *of, int64_t thread, int64_t threads) {
+  const Preparing *p = of;
+  int64_t heads = p->fusion->cross.heads, width = p->fusion->width, size = width / heads, from, to;
+  map(&p->fusion->cross.key_value, p->states, p->rows * p->n, p->made, PLAIN, thread, threads, NULL);
+  TOGETHER
+  share(p->rows * heads, thread, threads, 1, &from, &to);
+  for (int64_t each = from; each < to; each++) {
+    int64_t row = each / heads, slot = each * p->canvas.slots + p->into[row];
+    if (p->into[row] < 0) continue;
+    for (int64_t i = 0; i < p->n; i++, slot++) {
+      const float *both = p->made + (row * p->n + i) * 2 * width + each % heads * size;
+      int64_t at = p->positions[row * p->n + i];
+      rotate(p->canvas.keys + slot * size, both, angle(p->cos, at, size), angle(p->sin, at, size), size);
+      memcpy(p->canvas.values + slot * size, both + width, size * sizeof(float));
+    }
+  }
+}
+
+void caddf_prepare(const Preparing *p, int64_t threads) { share_out(prepare_part, p, threads); }
 
 typedef struct {
   const Map *map;

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from caddf.caches import Caches, KVCache, Slots
 from caddf.categorical import Warp
+from caddf.interface import Block
 from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.fusion import CrossFusion
-from caddf.models.layers import Attention, nearest, state_of
+from caddf.models.layers import Attention, KeysValues, nearest, state_of
 from caddf.models.states import Canvas
 from caddf.native.build import library
 from caddf.native.passes import KINDS, WIDEST, Biases, FusionPass, NativeHead, StackPass, Weights, few, threads_for
@@ -172,6 +173,13 @@ class Native:
             until=until.expand(rows).contiguous(), source_context=self.context,
         )  # fmt: skip
 
+    def prepare(self, seen: Canvas, caches: Caches) -> KeysValues | None:
+        """What the fusion reads of a canvas."""
+        if self.fusion is None or caches.causal.turns is None or not few(seen.states[0, :, 0]):
+            return None
+        positions = seen.positions.expand(len(seen.states), -1)
+        return self.fusion.prepare(seen.states, positions, caches.causal.turns)
+
     def fuse(
         self,
         h_trans: Float[Tensor, "B n D"],
@@ -179,19 +187,20 @@ class Native:
         caches: Caches,
         seen: Canvas,
     ) -> Float[Tensor, "B n D"] | None:
-        """Fused states of slots at `positions` over a canvas that is prepared, at consecutive positions."""
+        """Fused states of slots at `positions` over a canvas that is prepared, at consecutive positions.
+
+        What each sees of it are consecutive slots as well.
+        """
         if self.fusion is None or caches.causal.turns is None or not few(h_trans[0, :, 0]) or seen.keys_values is None:
             return None
-        rows, n = h_trans.shape[:2]
-        slots = torch.full((rows,), seen.keys_values[0].shape[2])
+        (rows, n), m = h_trans.shape[:2], seen.keys_values[0].shape[2]
+        positions = positions.expand(rows, n).contiguous()
+        since, count = torch.zeros_like(positions), torch.full_like(positions, m)
         if seen.visible is not None:
-            slots = seen.visible.expand(rows, 1, 1, -1)[:, 0, 0].sum(-1)
-        own = seen.at(positions) if self.fusion.fusion.own_width else None
-        start = seen.positions.expand(rows, -1)[:, 0].contiguous()
-        return self.fusion(
-            h_trans, own, positions.expand(rows, n).contiguous(), caches.causal.turns,
-            seen.keys_values, start, slots,
-        )  # fmt: skip
+            visible = seen.visible.expand(rows, 1, n, m)[:, 0]
+            since, count = visible.int().argmax(-1), visible.sum(-1)
+        slots = torch.stack([positions - seen.positions.expand(rows, m)[:, :1], since, since + count])
+        return self.fusion(h_trans, positions, caches.causal.turns, seen.keys_values, seen.states, slots)
 
     def chain(
         self, h_cad: Float[Tensor, "B n d"], before: Float[Tensor, "B n d"], slots: Slots, cache: KVCache
@@ -210,11 +219,12 @@ class Native:
         *,
         warp: Warp,
         least: float,
+        over: Block | Canvas | None,
     ) -> Rounds | None:
         """Whole rounds over `caches` (`caddf.interface.Incremental.rounds`)."""
-        if not Rounds.fit(self, len(lengths), size, caches):
+        if not Rounds.fit(self, len(lengths), size, caches, over):
             return None
-        return Rounds(self, lengths, size, caches, warp, least)
+        return Rounds(self, lengths, size, caches, warp, least, over)
 
     def drafts(
         self,
@@ -246,7 +256,7 @@ class Native:
         held = cast(NativeHead, self.heads["chain"]).tokens()
         settings, drafted = self.draft_settings(held[0], rows, width, cache, warp, least), torch.empty_like(first)
         made = {"states": h_cad, "before": before, "earlier": earlier, "first": first, "u": u}
-        banned = self._banned(warp)
+        banned = self.banned(warp)
         made |= {"banned": banned} if given is None else {"banned": banned, "given": given}
         made = {name: each.contiguous() for name, each in made.items()} | {"tokens": tokens, "q": q, "drafts": drafted}
         settings.count, settings.bans = count, len(banned)
@@ -256,7 +266,7 @@ class Native:
             raise MemoryError("the kernels' working memory could not be had")
         return tokens, q, drafted
 
-    def _banned(self, warp: Warp) -> Int[Tensor, " N"]:
+    def banned(self, warp: Warp) -> Int[Tensor, " N"]:
         """The draft head's logits of banned tokens."""
         banned, small = torch.tensor(warp.banned, dtype=torch.long), self.model.draft_tokens
         return banned if small is None else torch.isin(small, banned).nonzero()[:, 0]

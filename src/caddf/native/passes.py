@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from caddf.caches import KVCache
 from caddf.models.fusion import CrossFusion
-from caddf.models.layers import Attention, Layer, state_of
+from caddf.models.layers import Attention, KeysValues, Layer, state_of
 from caddf.native.build import library
 from caddf.native.structures import (
     CAttention,
@@ -28,6 +28,7 @@ from caddf.native.structures import (
     CMap,
     CNorm,
     CPass,
+    CPreparing,
     CStack,
     address,
     cache_of,
@@ -166,38 +167,56 @@ class FusionPass:
     """The fusion of the branches."""
 
     def __init__(self, weights: Weights, fusion: CrossFusion, biases: Biases) -> None:
-        self.weights, self.run = weights, cast(Callable[..., int], library().caddf_fuse)
+        self.weights = weights
         cross, mixer = fusion.cross, fusion.mixer
         weights.kept.append(biases)
         attention = CAttention(
-            query=weights.linear(cross.query), out=weights.linear(cross.out), heads=cross.heads,
-            slope=address(biases and biases[0]), side=address(biases and biases[1]),
+            query=weights.linear(cross.query), key_value=weights.linear(cross.key_value), out=weights.linear(cross.out),
+            heads=cross.heads, slope=address(biases and biases[0]), side=address(biases and biases[1]),
         )  # fmt: skip
         own = CMap() if mixer.own is None else weights.linear(mixer.own)
-        width, own_width = mixer.norm.normalized_shape[0], 0 if mixer.own is None else mixer.own.in_features
+        self.width, self.heads = mixer.norm.normalized_shape[0], cross.heads
+        self.own_width = 0 if mixer.own is None else mixer.own.in_features
         self.fusion = CFusion(
             attention, weights.linear(mixer.mlp.up), own, weights.linear(mixer.mlp.down), weights.norm(mixer.norm),
-            width, own_width,
+            self.width, self.own_width,
         )  # fmt: skip
+
+    def prepare(
+        self, states: Float[Tensor, "B m d"], positions: Int[Tensor, "B m"], turns: tuple[Tensor, Tensor]
+    ) -> KeysValues:
+        """Keys and values of the states of a canvas."""
+        rows, count = positions.shape
+        states, positions, into = states.contiguous(), positions.contiguous(), positions.new_zeros(rows)
+        keys, values = states.new_empty(2, rows, self.heads, count, self.width // self.heads)
+        made = states.new_empty(rows, count, 2 * self.width)
+        given = CPreparing(
+            ctypes.addressof(self.fusion), rows, count, states.data_ptr(), positions.data_ptr(), into.data_ptr(),
+            *map(address, turns), CCache(keys.data_ptr(), values.data_ptr(), count), made.data_ptr(),
+        )  # fmt: skip
+        library().caddf_prepare(ctypes.addressof(given), threads_for(self.weights.bytes, rows * count))
+        return keys, values
 
     def __call__(
         self,
         x: Float[Tensor, "B n D"],
-        own: Float[Tensor, "B n d"] | None,
         positions: Int[Tensor, "B n"],
         turns: tuple[Tensor, Tensor],
-        canvas: tuple[Float[Tensor, "B H m size"], Float[Tensor, "B H m size"]],
-        start: Int[Tensor, " B"],
-        seen: Int[Tensor, " B"],
+        canvas: KeysValues,
+        own: Float[Tensor, "B m d"],
+        slots: Int[Tensor, "3 B n"],
     ) -> Float[Tensor, "B n D"]:
-        """Fused states; `canvas` are keys and values of m slots from the position `start` on, the first `seen` seen."""
-        x, own = x.clone(memory_format=torch.contiguous_format), own if own is None else own.contiguous()
+        """Fused states over the keys and values and the states of m slots.
+
+        `slots` are that at which each position stands, and the first that it sees and the end of those.
+        """
+        x, own, slots = x.clone(memory_format=torch.contiguous_format), own.contiguous(), slots.contiguous()
         given = CFusing(
-            x.shape[0], x.shape[1], x.data_ptr(), address(own), positions.data_ptr(), *map(address, turns),
-            CCache(canvas[0].data_ptr(), canvas[1].data_ptr(), canvas[0].shape[2]), start.data_ptr(), seen.data_ptr(),
+            x.shape[0], x.shape[1], x.data_ptr(), positions.data_ptr(), *map(address, slots), *map(address, turns),
+            CCache(canvas[0].data_ptr(), canvas[1].data_ptr(), canvas[0].shape[2]), own.data_ptr(),
             threads_for(self.weights.bytes, x.shape[0] * x.shape[1]),
         )  # fmt: skip
-        if self.run(ctypes.addressof(self.fusion), ctypes.addressof(given)):
+        if library().caddf_fuse(ctypes.addressof(self.fusion), ctypes.addressof(given)):
             raise MemoryError("the kernels' working memory could not be had")
         return x
 

@@ -147,6 +147,7 @@ static double draw(const Draft *d, float *logits, double u, double *q, int64_t *
     q[d->ids ? d->ids[chosen] : chosen] = 1;
   } else {
     weigh(logits, n, d->temperature);
+    for (int64_t i = 0; i < d->bans; i++) logits[d->banned[i]] = 0;
     filter(d, logits, n);
     double total;
     chosen = pick(logits, n, u, &total);
@@ -263,8 +264,8 @@ typedef struct {
   const float *weights;  // of the target at each place, [places, V], unnormalised
   const double *totals;  // [places]: their sums
   const double *q;       // of the drafts, [places, V]
-  const int64_t *tokens;
-  int64_t end;           // so many were drafted
+  const int64_t *tokens, *given;  // of each place; -1: it was drafted
+  int64_t end;           // so many places are verified
   int64_t vocabulary;
   double *may;           // [end + 1]: with what probability those before a place may stand, all together
   double *rest;          // [end]: the sum of (may p - q)+ at a place
@@ -296,25 +297,28 @@ static void may_stand(const Drafted *d) {
   d->may[0] = 1;
   for (int64_t i = 0; i < d->end; i++) {
     int64_t drawn = i * d->vocabulary + d->tokens[i];
-    double may = d->may[i] * (d->weights[drawn] / d->totals[i] / d->q[drawn]);
+    double may = d->may[i] * (d->given[i] < 0 ? d->weights[drawn] / d->totals[i] / d->q[drawn] : 1);
     d->may[i + 1] = may > 1 ? 1 : may;
   }
 }
 
 static void spare(const Drafted *d, int64_t i) {
-  if (d->may[i] > 0)
+  if (d->given[i] >= 0)
+    d->rest[i] = 0;
+  else if (d->may[i] > 0)
     d->rest[i] = spared(d->weights + i * d->vocabulary, d->may[i] / d->totals[i], d->q + i * d->vocabulary, d->vocabulary, NULL);
 }
 
-// `u` has a uniform for each draft; `share` becomes that at which drafts end.
+// `u` has a uniform for each place; behind given tokens that of the draft before them decides. `share` becomes that at
+// which drafts end.
 static int64_t verify(const Drafted *d, const double *u, double *share) {
-  int64_t stop = 0;
+  int64_t stop = 0, decides = 0;
   *share = 1;
-  for (int64_t i = 1; i < d->end && d->may[i] > 0; i++) {
-    double of = d->rest[i] + 1 - d->may[i];
-    if (of == 0 || u[i - 1] * of < d->rest[i]) stop = i, *share = d->may[i];
+  for (int64_t i = 1; i <= d->end && d->may[i] > 0; i++) {
+    if (d->given[i - 1] < 0) decides = i - 1;
+    double rest = i < d->end ? d->rest[i] : d->may[i], of = i < d->end ? rest + 1 - d->may[i] : 1;
+    if (of == 0 || u[decides] * of < rest) stop = i, *share = d->may[i];
   }
-  if (d->end && u[d->end - 1] < d->may[d->end]) stop = d->end, *share = d->may[d->end];
   return stop;
 }
 
@@ -328,18 +332,34 @@ static int64_t following(const Drafted *d, float *weights, int64_t stop, double 
   return pick(p, d->vocabulary, u, &total);
 }
 
+// The canvases of a fused target: one for the whole text, made beforehand, or each block's all-masked start, read when a
+// position of it is first asked for. A row's blocks of even number go to the first `block` slots, the others behind.
+typedef struct {
+  const Fusion *fusion;
+  Fusing *fusing;              // with room for the widest round
+  int64_t block;               // 0: one canvas, of which a row sees the first `seen` slots
+  const int64_t *seen;         // [rows]
+  const Stack *stack;          // of a block's pass
+  Pass *pass;
+  const float *mask;           // what is read at each of its places
+  int64_t *start;              // [2, rows]: of the blocks that are held; -1: none
+  int64_t *into;               // [rows]
+} Canvas;
+
 // Rows that do not go on, and places that a row has not while a wider one has, are read as if they held other tokens:
 // what comes of it is seen by nothing, and what a row holds beyond its end is not looked at.
-typedef struct {  // a round of a causal target: a window of drafts that starts at the last token that stands
+typedef struct {  // a round: a window of drafts that starts at the last token that stands, and the target's reading of them
   int64_t rows, length, size, mask, bos;  // size 0: one token of each row, and no drafts
-  const int64_t *before;                  // [rows, length]: what stands
+  const int64_t *before;                  // [rows, length]: what stands, and is given; the mask elsewhere
   const int64_t *lengths, *n, *held;      // [rows]: where rows end, their first open positions, how many slots hold
   const uint8_t *active;                  // [rows]: whether a row goes on
   const Stack *causal, *window, *chain;
   Pass *pass, *look;                      // with room for the widest round
   Draft *draft;
+  const Canvas *canvas;                   // NULL: the target is causal
   Map head;
-  int64_t head_threads;
+  const int64_t *banned;                  // tokens that the target never draws
+  int64_t bans, head_threads;
   const float *embedding, *shifted, *table;  // what the causal branch reads; shifted NULL: not the token before; table
                                           // NULL: rotary positions
   float *logits;                          // [rows, size + 1, V]
@@ -353,6 +373,8 @@ typedef struct {  // a round of a causal target: a window of drafts that starts 
 } Round;
 
 static int64_t before(const Round *r, int64_t row, int64_t at) { return at > 0 ? r->x[row * r->length + at - 1] : r->bos; }
+
+static int open(const Round *r, int64_t row, int64_t at) { return r->before[row * r->length + at] == r->mask; }
 
 // Where a row's window starts and ends.
 static int64_t start_of(const Round *r, int64_t row) { return r->n[row] ? least_of(r->n[row], r->length) - 1 : 0; }
@@ -379,11 +401,15 @@ static int drafts_of(const Round *r, int64_t count) {
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t start = start_of(r, row), n = least_of(r->n[row], r->length - 1), stands = r->active[row] ? n : 0;
     for (int64_t i = 0, at = row * r->size; i < r->size; i++, at++) {
-      int64_t token = start + i < stands ? r->x[row * r->length + start + i] : r->mask;
+      int64_t token = r->active[row] && start + i < r->lengths[row] ? r->x[row * r->length + start + i] : r->mask;
       memcpy(look->x + at * width, draft->embedding + token * width, width * sizeof(float));
       ((int64_t *)look->positions)[at] = start + i;
       ((int64_t *)draft->before)[at] = start + i <= stands ? before(r, row, start + i) : r->bos;
       ((int64_t *)draft->earlier)[at] = start + i <= stands ? before(r, row, start + i - 1) : r->bos;
+    }
+    for (int64_t i = 0; i < count; i++) {
+      int64_t at = r->n[row] + i, given = i < count_of(r, row) && !open(r, row, at);
+      ((int64_t *)draft->given)[row * count + i] = given ? r->x[row * r->length + at] : -1;
     }
     ((int64_t *)look->until)[row] = start;
     ((int64_t *)draft->first)[row] = n - start;
@@ -409,7 +435,7 @@ typedef struct {
   int64_t wide;
 } Weighing;
 
-// The weights of what a round reads, in the place of logits, and their sums.
+// The weights of what a round reads, in the place of logits, and their sums; greedily logits stay.
 static void weigh_part(const void *of, int64_t thread, int64_t threads) {
   const Weighing *w = of;
   const Round *r = w->round;
@@ -417,7 +443,10 @@ static void weigh_part(const void *of, int64_t thread, int64_t threads) {
   for (int64_t each = thread; each < r->rows * w->wide; each += threads) {
     float *logits = r->logits + each * V;
     if (r->n[each / w->wide] + each % w->wide >= w->shown[each / w->wide]) continue;
+    for (int64_t i = 0; i < r->bans; i++) logits[r->banned[i]] = -INFINITY;
+    if (r->draft->temperature == 0) continue;
     weigh(logits, V, r->draft->temperature);
+    for (int64_t i = 0; i < r->bans; i++) logits[r->banned[i]] = 0;
     filter(r->draft, logits, V);
     w->totals[each] = weight_of(logits, V);
   }
@@ -429,42 +458,126 @@ static void spare_part(const void *of, int64_t thread, int64_t threads) {
     if (each % w->wide && each % w->wide < w->drafted[each / w->wide].end) spare(&w->drafted[each / w->wide], each % w->wide);
 }
 
+// The position of a row's reading at a place of the round, for places that it has not as well.
+static int64_t at_of(const Round *r, int64_t row, int64_t i) { return least_of(r->n[row] + i, r->length - 1); }
+
+// Which slots of its canvas each place of a round sees, and where it stands there.
+static void see(const Round *r, int64_t wide) {
+  const Canvas *c = r->canvas;
+  Fusing *p = c->fusing;
+  for (int64_t row = 0; row < r->rows; row++)
+    for (int64_t i = 0, index = row * wide; i < wide; i++, index++) {
+      int64_t at = at_of(r, row, i), from = c->block ? at / c->block % 2 * c->block : 0;
+      ((int64_t *)p->slot)[index] = c->block ? from + at % c->block : at;
+      ((int64_t *)p->from)[index] = from;
+      ((int64_t *)p->to)[index] = c->block ? from + c->block : c->seen[row];
+    }
+}
+
+// Readies the pass over the first blocks that rows read (`next` 0), or those behind, where they are not held; `encoded`
+// counts them. Whether there are any.
+static int64_t canvases(const Round *r, const int64_t *shown, int64_t next, int64_t *encoded) {
+  const Canvas *c = r->canvas;
+  int64_t any = 0, k = c->block;
+  for (int64_t row = 0; row < r->rows; row++) {
+    int64_t start = at_of(r, row, 0) / k * k, odd = (start / k + next) % 2, missing = 0;
+    if (next && r->active[row] && start + k < shown[row])
+      start += k, missing = 1;
+    else if (!next)
+      missing = r->active[row];
+    int64_t *held = c->start + odd * r->rows + row;
+    missing = missing && *held != start;
+    if (missing) *held = start;
+    c->into[row] = missing ? odd * k : -1;
+    encoded[row] += missing, any += missing;
+    ((int64_t *)c->pass->until)[row] = start;
+    for (int64_t i = 0; i < k; i++) ((int64_t *)c->pass->positions)[row * k + i] = start + i;
+  }
+  return any;
+}
+
 typedef struct {
-  Running causal;
+  Running causal, canvas;
+  Preparing preparing;
+  Fused fused;
   Mapping head;
   Weighing weighing;
+  int64_t *encoded;  // [rows]
+  int64_t any;
 } Reading;
 
+static void canvas_part(Reading *w, int64_t thread, int64_t threads) {
+  const Round *r = w->weighing.round;
+  const Canvas *c = r->canvas;
+  int64_t k = c->block, width = k ? c->stack->width : 0, slots = c->fusing->canvas.slots;
+  for (int64_t next = 0; next < 2 && k; next++) {
+    TOGETHER
+    if (thread == 0) w->any = canvases(r, w->weighing.shown, next, w->encoded);
+    TOGETHER
+    if (!w->any) continue;
+    for (int64_t m = thread; m < r->rows * k; m += threads) memcpy(c->pass->x + m * width, c->mask, width * sizeof(float));
+    TOGETHER
+    run_part(&w->canvas, thread, threads);
+    TOGETHER
+    prepare_part(&w->preparing, thread, threads);
+    for (int64_t row = thread; row < r->rows && c->fusion->own.panels; row += threads)
+      if (c->into[row] >= 0)
+        memcpy((float *)c->fusing->own + (row * slots + c->into[row]) * width, c->pass->x + row * k * width, k * width * sizeof(float));
+  }
+  TOGETHER
+  fuse_part(&w->fused, thread, threads);
+}
+
 static void read_part(const void *of, int64_t thread, int64_t threads) {
-  const Reading *w = of;
+  Reading *w = (Reading *)of;
   const Weighing *v = &w->weighing;
   run_part(&w->causal, thread, threads);
+  if (v->round->canvas) canvas_part(w, thread, threads);
   TOGETHER
   map_share(&w->head, thread, threads);
   TOGETHER
-  if (v->round->draft->temperature == 0) return;
   weigh_part(v, thread, threads);
+  if (v->round->draft->temperature == 0) return;
   TOGETHER
   for (int64_t row = thread; row < v->round->rows; row += threads) may_stand(&v->drafted[row]);
   TOGETHER
   spare_part(v, thread, threads);
 }
 
+// Readies the fused target's part of a reading; `made` is to be freed. 0, or -1 where memory is short.
+static int seeing(const Round *r, int64_t wide, int64_t threads, Reading *w) {
+  const Canvas *c = r->canvas;
+  if (c->block)
+    for (int64_t i = 0; i < 2 * r->rows; i++)  // what was read over drafts that did not stand
+      if (c->start[i] >= r->held[i % r->rows]) c->start[i] = -1;
+  c->fusing->n = wide;
+  see(r, wide);
+  w->fused = fusing(c->fusion, c->fusing, threads);
+  if (!w->fused.both) return -1;
+  if (!c->block) return 0;
+  w->canvas = running(c->stack, c->pass, threads);
+  if (!w->canvas.room) return -1;
+  w->preparing = (Preparing){c->fusion, r->rows, c->block, c->pass->x, c->pass->positions, c->into, c->fusing->cos,
+                             c->fusing->sin, c->fusing->canvas, memory_of(r->rows * c->block * 2 * c->fusion->width)};
+  return w->preparing.made ? 0 : -1;
+}
+
 // 0, or -1 where memory is short.
 int caddf_round(const Round *r) {
   Pass *pass = r->pass;
-  int64_t width = r->causal->width, V = r->head.out, count = 0, wide = 0, shown[r->rows], ends[r->rows];
+  int64_t width = r->causal->width, V = r->head.out, count = 0, wide = 0, shown[r->rows], ends[r->rows], encoded[r->rows];
   int64_t all = r->rows * r->length;
   memcpy(r->x, r->before, all * sizeof(int64_t));
   for (int64_t i = 0; i < all; i++) r->drafts[i] = r->mask;
   memset(r->fresh, 0, all), memset(r->corrected, 0, all);
-  memset(r->work, 0, 5 * r->rows * sizeof(int64_t));
+  memset(r->work, 0, 5 * r->rows * sizeof(int64_t)), memset(encoded, 0, sizeof encoded);
   for (int64_t row = 0; row < r->rows; row++) count = most(count, count_of(r, row));
   if (count && drafts_of(r, count)) return -1;
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t n = r->n[row], end = n, *x = r->x + row * r->length;
     if (count && r->active[row]) end = n + least_of(r->draft->drafts[row], count_of(r, row));
-    for (int64_t i = n; i < end; i++) r->drafts[row * r->length + i] = x[i] = r->draft->tokens[row * count + i - n];
+    for (int64_t i = n; i < end; i++)
+      if (open(r, row, i)) r->drafts[row * r->length + i] = x[i] = r->draft->tokens[row * count + i - n];
     ends[row] = end;
     shown[row] = r->active[row] ? least_of(end + 1, r->lengths[row]) : n;
     wide = most(wide, shown[row] - n);
@@ -472,7 +585,7 @@ int caddf_round(const Round *r) {
 
   for (int64_t row = 0; row < r->rows; row++)
     for (int64_t i = 0, index = row * wide; i < wide; i++, index++) {
-      int64_t at = r->n[row] + i < r->length ? r->n[row] + i : r->length - 1;
+      int64_t at = at_of(r, row, i);
       int real = r->active[row] && at < shown[row];
       float *to = pass->x + index * width;
       ((int64_t *)pass->positions)[index] = at;
@@ -485,42 +598,52 @@ int caddf_round(const Round *r) {
   double temperature = r->draft->temperature, totals[r->rows * wide + 1], may[r->rows * (wide + 1)], rest[r->rows * wide + 1];
   Drafted drafted[r->rows];
   for (int64_t row = 0; row < r->rows; row++) {
-    int64_t at = row * wide, end = temperature > 0 && r->active[row] ? ends[row] - r->n[row] : 0;
-    const double *q = r->draft->q + row * count * V;
-    drafted[row] = (Drafted){r->logits + at * V, totals + at, q, r->draft->tokens + row * count, end, V, may + at + row, rest + at};
+    int64_t at = row * wide, end = temperature > 0 && r->active[row] ? ends[row] - r->n[row] : 0, of = row * count;
+    drafted[row] = (Drafted){r->logits + at * V, totals + at, r->draft->q + of * V, r->draft->tokens + of,
+                             r->draft->given + of, end, V, may + at + row, rest + at};
   }
   int64_t threads = most(pass->threads, r->head_threads);
-  Reading w = {running(r->causal, pass, threads), {&r->head, r->rows * wide, pass->x, r->logits}, {r, shown, drafted, totals, wide}};
-  if (!w.causal.room) return -1;
-  share_out(read_part, &w, threads);
-  free(w.causal.room);
+  Reading w = {.causal = running(r->causal, pass, threads), .head = {&r->head, r->rows * wide, pass->x, r->logits},
+               .weighing = {r, shown, drafted, totals, wide}, .encoded = encoded};
+  int bad = !w.causal.room || (r->canvas && seeing(r, wide, threads, &w));
+  if (!bad) share_out(read_part, &w, threads);
+  free(w.causal.room), free(w.canvas.room), free(w.preparing.made), free(w.fused.both);
+  if (bad) return -1;
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t n = r->n[row], end = ends[row] - n, stop = 0, token = 0, *x = r->x + row * r->length;
     r->next[row] = n, r->read[row] = r->held[row];
     if (!r->active[row]) continue;
     const double *u = r->u + row * (2 * r->size + 1) + r->size;
     float *weights = r->logits + row * wide * V;
-    int more;
-    if (temperature > 0) {
-      double share;
-      stop = verify(&drafted[row], u, &share);
-      if ((more = n + stop < shown[row])) token = following(&drafted[row], weights, stop, share, u[r->size]);
-    } else {
-      while ((more = n + stop < shown[row])) {
-        largest(weights + stop * V, V, &token);
-        if (stop == end || token != r->draft->tokens[row * count + stop]) break;
-        stop++;
-      }
+    double share = 1;
+    if (temperature > 0) stop = verify(&drafted[row], u, &share);
+    for (; temperature == 0 && stop < end; stop++) {
+      if (!open(r, row, n + stop)) continue;
+      largest(weights + stop * V, V, &token);
+      if (token != r->draft->tokens[row * count + stop]) break;
     }
-    for (int64_t i = n + stop; i < n + end; i++) x[i] = r->mask;
+    int more = n + stop < shown[row] && open(r, row, n + stop);
+    if (more && temperature > 0) token = following(&drafted[row], weights, stop, share, u[r->size]);
+    if (more && temperature == 0) largest(weights + stop * V, V, &token);
+    for (int64_t i = n; i < n + end; i++) {
+      r->fresh[row * r->length + i] = i < n + stop && open(r, row, i);
+      if (i >= n + stop && open(r, row, i)) x[i] = r->mask;
+    }
     if (more) {
       x[n + stop] = token;
+      r->fresh[row * r->length + n + stop] = 1;
       r->corrected[row * r->length + n + stop] = stop < end;
     }
-    memset(r->fresh + row * r->length + n, 1, stop + more);
-    r->next[row] = n + stop + more < r->lengths[row] ? n + stop + more : r->length;
+    int64_t next = n + stop + more;
+    while (next < r->lengths[row] && !open(r, row, next)) next++;
+    r->next[row] = next < r->lengths[row] ? next : r->length;
     r->read[row] = least_of(most(r->held[row], shown[row]), n + stop + 1);
-    int64_t work[] = {1, count > 0, shown[row] - n + (count ? r->size : 0), shown[row] + (count ? 2 * whole_of(r, row) : 0), 1};
+    // Without caches each branch would read all up to the window's end, and up to the target's; a template whole.
+    const Canvas *c = r->canvas;
+    int64_t until = c && !c->block ? r->lengths[row] : 0, whole = whole_of(r, row), block = c ? c->block : 0;
+    int64_t needed = shown[row] + (c ? most(shown[row], until) : 0) + (count ? whole + most(whole, until) : 0);
+    int64_t computed = shown[row] - n + (count ? r->size : 0) + encoded[row] * block;
+    int64_t work[] = {1, (count > 0) + encoded[row], computed, needed, 1};
     for (int i = 0; i < 5; i++) r->work[i * r->rows + row] = work[i];
   }
   return 0;

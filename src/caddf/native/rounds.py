@@ -1,4 +1,4 @@
-"""Whole rounds of a causal target by the kernels: a window, its drafts, their verification, and the token behind them.
+"""Whole rounds by the kernels: a window, its drafts, their verification, and the token behind them.
 
 Where models are small, a round's time is that of the steps between its passes: here it is one call. It writes what
 `decoding.speculative` and `decoding.autoregressive` write from the same uniforms by the same passes.
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from caddf.caches import Caches
 from caddf.categorical import Warp
-from caddf.interface import Round
+from caddf.interface import Block, Round
+from caddf.models.states import Canvas
 from caddf.native.build import library
-from caddf.native.passes import NativeHead, threads_for
-from caddf.native.structures import CCache, CDraft, CPass, CRound, address, cache_of, filters
+from caddf.native.passes import FusionPass, NativeHead, StackPass, threads_for
+from caddf.native.structures import CCache, CCanvas, CDraft, CFusing, CPass, CRound, address, cache_of, filters
 
 if TYPE_CHECKING:
     from caddf.native.model import Native
@@ -31,11 +32,19 @@ MOST = 96
 class Rounds:
     """Rounds of rows that end at `lengths`, over caches that hold all slots before a row's first open position.
 
-    Windows are of `size`; 0: no drafts, and one token a round. Buffers are made once, and used by every round.
+    Windows are of `size`; 0: no drafts, and one token a round. The target is causal, or fused with each block's
+    all-masked start, or with one canvas that has been prepared. Buffers are made once, and used by every round.
     """
 
     def __init__(
-        self, native: Native, lengths: Int[Tensor, " B"], size: int, caches: Caches, warp: Warp, least: float
+        self,
+        native: Native,
+        lengths: Int[Tensor, " B"],
+        size: int,
+        caches: Caches,
+        warp: Warp,
+        least: float,
+        over: Block | Canvas | None = None,
     ) -> None:
         rows, places, self.size, self.caches = len(lengths), size + 1, size, caches
         model, branch, self.stacks, self.kept = native.model, native.branch, native.stacks.copy(), list[Any]()
@@ -54,14 +63,19 @@ class Rounds:
         self.look, self.draft = CPass(), CDraft(**filters(warp))
         if size:
             self._draft(native, rows, caches, warp, least)
+        banned = self._keep(torch.tensor(warp.banned, dtype=torch.long))
+        if isinstance(over, Block):
+            self._see_blocks(native, rows, over)
+        elif over is not None:
+            self._see(native, rows, over)
         self.given = CRound(
             rows=rows, size=size, mask=model.mask_id, bos=model.config.bos_id, lengths=self.lengths.data_ptr(),
-            causal=ctypes.addressof(causal.stack), head=read,
+            causal=ctypes.addressof(causal.stack), head=read, banned=banned.data_ptr(), bans=len(banned),
             head_threads=threads_for((4 >> read.type) * read.out * causal.width, rows * places),
             embedding=address(branch.embedding.weight), shifted=address(shifted),
             table=None if table is None else address(table.weight),
             logits=self._new(rows, places, len(head)), look=ctypes.addressof(self.look),
-            draft=ctypes.addressof(self.draft),
+            draft=ctypes.addressof(self.draft), canvas=None if over is None else ctypes.addressof(self.canvas),
         )  # fmt: skip
         setattr(self.given, "pass", ctypes.addressof(self.passes))
         for part, name in (("window", "look"), ("chain", "chain")) if size else ():
@@ -69,8 +83,12 @@ class Rounds:
         self.run = library().caddf_round
 
     @staticmethod
-    def fit(native: Native, rows: int, size: int, caches: Caches) -> bool:
+    def fit(native: Native, rows: int, size: int, caches: Caches, over: Block | Canvas | None = None) -> bool:
         """Whether the kernels can do such rounds."""
+        if over is not None and (native.fusion is None or caches.causal.turns is None):
+            return False
+        if isinstance(over, Block) and (caches.exchange is None or over.size > native.context):
+            return False
         table = native.branch.table
         drafts = not size or (caches.exchange is not None and {"look", "chain"} <= native.stacks.keys())
         reach = size <= native.context and (table is None or caches.causal.length <= native.context)
@@ -78,25 +96,70 @@ class Rounds:
 
     def _draft(self, native: Native, rows: int, caches: Caches, warp: Warp, least: float) -> None:
         """The window's pass and the chain's drafts."""
-        assert caches.exchange is not None and caches.exchange.turns is not None and native.diffusion is not None
-        model, config, size = native.model, native.diffusion.config, self.size
-        window, cache = self.stacks["look"], model.allocate_drafts(rows, size)
-        states = self._new(rows, size, window.width)
-        own = (config.layers, rows, config.heads, size, config.width // config.heads)
-        turns = caches.exchange.turns
-        self.look = CPass(
-            rows, size, states, None, self._new(rows, size, dtype=torch.long), 0, address(turns[0]), address(turns[1]),
-            CCache(self._new(*own), self._new(*own), size), cache_of(caches.exchange),
-            self._new(rows, dtype=torch.long), native.context, CCache(), None, None,
-            threads_for(window.weights.bytes, rows * size),
-        )  # fmt: skip
+        assert native.diffusion is not None
+        model, size = native.model, self.size
+        cache = model.allocate_drafts(rows, size)
+        self.look = self._window(native, self.stacks["look"], rows, size)
         head, *_ = self._keep(cast(NativeHead, native.heads["chain"]).tokens())
         self.draft = native.draft_settings(head, rows, size, self._keep(cache), warp, least)
+        banned = self._keep(native.banned(warp))
+        self.draft.banned, self.draft.bans = banned.data_ptr(), len(banned)
         self._keep((native.diffusion.embedding.weight, model.chain.shifted and model.chain.shifted.weight))
-        self.draft.states, self.draft.u = states, self._new(rows, size, dtype=torch.double)
+        self.draft.states, self.draft.u = self.look.x, self._new(rows, size, dtype=torch.double)
         self.draft.q = self._new(rows, size, model.vocab_size, dtype=torch.double)
-        for name, shape in (("before", 2), ("earlier", 2), ("tokens", 2), ("first", 1), ("drafts", 1)):
+        for name, shape in (("before", 2), ("earlier", 2), ("given", 2), ("tokens", 2), ("first", 1), ("drafts", 1)):
             setattr(self.draft, name, self._new(*(rows, size)[:shape], dtype=torch.long))
+
+    def _fuse(self, native: Native, rows: int) -> FusionPass:
+        """The fusion over a round's places; its canvas is for the caller."""
+        fusion, turns = native.fusion, self.caches.causal.turns
+        assert fusion is not None and turns is not None
+        slots = {name: self._new(rows, self.size + 1, dtype=torch.long) for name in ("slot", "from", "to")}
+        self.fusing = CFusing(
+            rows=rows, x=self.passes.x, positions=self.passes.positions, cos=address(turns[0]), sin=address(turns[1]),
+            **slots,
+        )  # fmt: skip
+        self.canvas = CCanvas(ctypes.addressof(fusion.fusion), ctypes.addressof(self.fusing))
+        return cast(FusionPass, self._keep(fusion))
+
+    def _see(self, native: Native, rows: int, canvas: Canvas) -> None:
+        """One canvas, which has been prepared."""
+        assert canvas.keys_values is not None
+        self._fuse(native, rows)
+        (keys, values), states = self._keep(canvas.keys_values), self._keep(canvas.states.contiguous())
+        slots = keys.shape[2]
+        seen = torch.full((rows,), slots)
+        if canvas.visible is not None:
+            seen = canvas.visible.expand(rows, 1, 1, slots).sum(-1).view(rows).contiguous()
+        self.canvas.seen, self.fusing.own = self._keep(seen).data_ptr(), states.data_ptr()
+        self.fusing.canvas = CCache(keys.data_ptr(), values.data_ptr(), slots)
+
+    def _see_blocks(self, native: Native, rows: int, block: Block) -> None:
+        """Room for two blocks of each row, and the pass that reads them."""
+        assert native.diffusion is not None
+        fusion, embedding, slots = self._fuse(native, rows), native.diffusion.embedding.weight, 2 * block.size
+        shape, stack = (rows, fusion.heads, slots, fusion.width // fusion.heads), self.stacks["window"]
+        self.fusing.canvas = CCache(self._new(*shape), self._new(*shape), slots)
+        self.fusing.own = self._new(rows, slots, stack.width)
+        self.block = self._window(native, stack, rows, block.size)
+        self.canvas.block, self.canvas.stack = block.size, ctypes.addressof(stack.stack)
+        setattr(self.canvas, "pass", ctypes.addressof(self.block))
+        self.canvas.mask = self._keep(embedding[self.mask_id].clone()).data_ptr()
+        self.canvas.start = self._keep(torch.full((2, rows), -1)).data_ptr()
+        self.canvas.into = self._new(rows, dtype=torch.long)
+
+    def _window(self, native: Native, window: StackPass, rows: int, size: int) -> CPass:
+        """A pass over `size` positions of each row's canvas."""
+        diffusion, exchange = native.diffusion, self.caches.exchange
+        assert diffusion is not None and exchange is not None and exchange.turns is not None
+        config, turns = diffusion.config, exchange.turns
+        own = (config.layers, rows, config.heads, size, config.width // config.heads)
+        return CPass(
+            rows, size, self._new(rows, size, window.width), None, self._new(rows, size, dtype=torch.long), 0,
+            address(turns[0]), address(turns[1]), CCache(self._new(*own), self._new(*own), size),
+            cache_of(exchange), self._new(rows, dtype=torch.long), native.context, CCache(), None, None,
+            threads_for(window.weights.bytes, rows * size),
+        )  # fmt: skip
 
     def _keep(self, held: Any) -> Any:
         """`held` lives as long as these rounds."""

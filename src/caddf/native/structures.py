@@ -82,9 +82,18 @@ class CFusing(ctypes.Structure):
     """A pass through it."""
 
     _fields_ = (
-        ("rows", _number), ("n", _number), ("x", _pointer), ("own", _pointer), ("positions", _pointer),
-        ("cos", _pointer), ("sin", _pointer), ("canvas", CCache), ("start", _pointer), ("seen", _pointer),
-        ("threads", _number),
+        ("rows", _number), ("n", _number), ("x", _pointer), ("positions", _pointer), ("slot", _pointer),
+        ("from", _pointer), ("to", _pointer), ("cos", _pointer), ("sin", _pointer), ("canvas", CCache),
+        ("own", _pointer), ("threads", _number),
+    )  # fmt: skip
+
+
+class CPreparing(ctypes.Structure):
+    """What the fusion reads of a canvas."""
+
+    _fields_ = (
+        ("fusion", _pointer), ("rows", _number), ("n", _number), ("states", _pointer), ("positions", _pointer),
+        ("into", _pointer), ("cos", _pointer), ("sin", _pointer), ("canvas", CCache), ("made", _pointer),
     )  # fmt: skip
 
 
@@ -102,6 +111,15 @@ class CDraft(ctypes.Structure):
     )  # fmt: skip
 
 
+class CCanvas(ctypes.Structure):
+    """The canvases of a fused target."""
+
+    _fields_ = (
+        ("fusion", _pointer), ("fusing", _pointer), ("block", _number), ("seen", _pointer), ("stack", _pointer),
+        ("pass", _pointer), ("mask", _pointer), ("start", _pointer), ("into", _pointer),
+    )  # fmt: skip
+
+
 class CRound(ctypes.Structure):
     """A round of speculation, or one token of each row."""
 
@@ -109,9 +127,11 @@ class CRound(ctypes.Structure):
         ("rows", _number), ("length", _number), ("size", _number), ("mask", _number), ("bos", _number),
         ("before", _pointer), ("lengths", _pointer), ("n", _pointer), ("held", _pointer), ("active", _pointer),
         ("causal", _pointer), ("window", _pointer), ("chain", _pointer), ("pass", _pointer), ("look", _pointer),
-        ("draft", _pointer), ("head", CMap), ("head_threads", _number), ("embedding", _pointer), ("shifted", _pointer),
-        ("table", _pointer), ("logits", _pointer), ("u", _pointer), ("x", _pointer), ("drafts", _pointer),
-        ("fresh", _pointer), ("corrected", _pointer), ("next", _pointer), ("read", _pointer), ("work", _pointer),
+        ("draft", _pointer), ("canvas", _pointer), ("head", CMap), ("banned", _pointer), ("bans", _number),
+        ("head_threads", _number), ("embedding", _pointer),
+        ("shifted", _pointer), ("table", _pointer), ("logits", _pointer), ("u", _pointer), ("x", _pointer),
+        ("drafts", _pointer), ("fresh", _pointer), ("corrected", _pointer), ("next", _pointer), ("read", _pointer),
+        ("work", _pointer),
     )  # fmt: skip
 
 
