@@ -412,7 +412,7 @@ static int drafts_of(const Round *r, int64_t count) {
       ((int64_t *)draft->given)[row * count + i] = given ? r->x[row * r->length + at] : -1;
     }
     ((int64_t *)look->until)[row] = start;
-    ((int64_t *)draft->first)[row] = n - start;
+    ((int64_t *)draft->first)[row] = least_of(n - start, r->size - 1);  // a window of one has no draft behind what stands
     memcpy((double *)draft->u + row * count, r->u + row * (2 * r->size + 1), count * sizeof(double));
   }
   draft->count = count;
