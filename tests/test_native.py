@@ -19,7 +19,7 @@ from caddf.compile import compiled
 from caddf.decoding import Autoregressive, Speculative, Task
 from caddf.decoding.cached_reader import CachedReader
 from caddf.decoding.plan import Plan
-from caddf.decoding.task import Counts
+from caddf.decoding.task import Counts, DecodingError
 from caddf.errors import InputError
 from caddf.interface import Block, Infill
 from caddf.models.backbone import DualBranch
@@ -602,6 +602,35 @@ def test_drafts_of_a_broken_model_are_tokens_still(temperature):
     assert ((drawn >= 0) & (drawn < V)).all()
 
 
+@pytest.mark.parametrize("decoder", [Autoregressive(), Speculative("fused")], ids=["causal", "fused"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@torch.inference_mode()
+def test_rounds_of_a_broken_model_end_with_an_error(temperature, decoder):
+    model, x = native.attach(dual()), tokens(2)
+    model.causal.norm.weight.fill_(torch.nan)
+    x[:, 9:] = V
+    with pytest.raises(DecodingError):
+        for _ in decoder(model, Task(x, torch.tensor([T, T]), V, RowGenerators(0, 2), Warp(temperature))):
+            pass
+
+
+@torch.inference_mode()
+def test_what_is_banned_must_be_a_token():
+    model, x = native.attach(dual()), tokens(1)
+    x[:, 9:] = V
+    with pytest.raises(IndexError):
+        next(Speculative()(model, Task(x, torch.tensor([T]), V, RowGenerators(0, 1), Warp(banned=(V,)))))
+
+
+@torch.inference_mode()
+def test_a_template_of_single_holes_costs_a_pass_for_each():
+    model, x = native.attach(dual()), tokens(1)
+    x[:, 9::2] = V
+    *_, last = Autoregressive()(model, Task(x, torch.tensor([T]), V, RowGenerators(0, 1), template=True))
+    holes = int((x == V).sum())
+    assert (last.tokens < V).all() and int(last.counts.causal) <= holes + 1
+
+
 @pytest.mark.parametrize("draft_vocab", [None, 40])
 @pytest.mark.parametrize("warp", [Warp(0.0), Warp(0.8, top_p=0.9)], ids=["greedy", "drawn"])
 @torch.inference_mode()
@@ -609,6 +638,7 @@ def test_templates_are_drafted_at_one_go_around_what_is_given_and_banned(warp, d
     x, filled, counts = tokens(3), [], []
     holes = torch.ones(3, T, dtype=torch.bool)
     holes[:, :9] = holes[:, -4:] = holes[:, 14] = holes[0, 20:23] = holes[1, 17::2] = False
+    x[1, T - 6 :], holes[1, T - 6 :] = V, False  # beyond its length
     free = x.masked_fill(holes, V)
     for banned in ((), tuple(range(0, V, 2))):
         for at_once in (True, False):

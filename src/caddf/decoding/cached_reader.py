@@ -1,4 +1,4 @@
-"""Reading left to right over caches: each slot once, and each block's canvas once."""
+"""Reading left to right over caches: what stands is read once, and so is the canvas of its block."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Window:
 
 @dataclass(frozen=True)
 class CachedReader:
-    """Reads each slot once (again only after its token changed), and each block's canvas once."""
+    """Reads each slot once, again only after its token changed, and so each block's canvas."""
 
     model: Incremental
     plan: Plan
@@ -70,14 +70,13 @@ class CachedReader:
         end: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
     ) -> tuple[Float[Tensor, "B m V"], Progress]:
-        """Reads the slots from the first that does not hold; of those before n the fused target is not asked."""
+        """Reads the slots from the first that does not hold; those of a prompt by themselves, in blocks."""
         fused, upto = self.plan.head == "fused", end
-        if fused:
+        if fused and isinstance(self.plan.pattern, Block):
             state = self._catch_up(state, x, n - 1, rows)
-        if fused and not self.plan.sliding and isinstance(self.plan.pattern, Block):  # the next block starts from there
-            upto = end + (
-                rows & (end < self.plan.task.lengths) & (_at(x, end[:, None] - 1)[:, 0] != self.plan.task.mask_id)
-            )
+            if not self.plan.sliding:  # the next block starts from the slot behind
+                drafted = _at(x, end[:, None] - 1)[:, 0] != self.plan.task.mask_id
+                upto = end + (rows & (end < self.plan.task.lengths) & drafted)
         states, positions, state = self._read(state, x, torch.minimum(state.read, n), upto, rows)
         if fused:
             seen, state = self._see(state, x, positions, end, rows)
@@ -160,22 +159,20 @@ class CachedReader:
         size: int = 0,
         least: float = 0.0,
     ) -> tuple[Round | None, Progress]:
-        """By the model itself, where drafts chain."""
+        """By the model itself, where all slots before n have been read, and drafts chain if there are any."""
         task, fused = self.plan.task, self.plan.head == "fused"
-        if size and not self.plan.chained:
-            return None, state
+        if state.rounds == (None,) or (size and not self.plan.chained) or (task.template and state.seen[0] is None):
+            return None, state  # a template's first round is steps, which read its canvas
         if not state.settled or task.template:
             start, end = self.plan.window(n, size)
             if bool((end > n)[rows].any()):  # drafts see what stands before them
                 state = self._catch_up(state, x, start, rows)
-            elif fused:
+            elif fused and not task.template:
                 state = self._catch_up(state, x, n - 1, rows)
             if bool((state.read < n)[rows].any()):
                 return None, state
         if state.rounds is None:
-            over: Any = self.plan.pattern if fused else None
-            if isinstance(over, Infill):
-                over, state = self._see(state, x, n[:, None], n + 1, rows)
+            over = (state.seen[0] if task.template else self.plan.pattern) if fused else None
             made = self.model.rounds(task.lengths, size, state.caches, warp=task.warp, least=least, over=over)
             state = replace(state, rounds=(made,))
         assert state.rounds is not None
@@ -199,20 +196,37 @@ class CachedReader:
         end: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
     ) -> tuple[Any, Progress]:
-        """The canvases that the targets at `positions` below `end` are fused with, encoded once per block or template.
+        """What the targets at `positions` below `end` are fused with."""
+        if isinstance(self.plan.pattern, Infill):
+            return self._see_template(state, x, rows)
+        return self._see_blocks(state, x, positions, end, rows, self.plan.pattern)
+
+    def _see_template(self, state: Progress, x: Int[Tensor, "B T"], rows: Bool[Tensor, " B"]) -> tuple[Any, Progress]:
+        """The template's canvas, encoded once."""
+        task, (seen, _) = self.plan.task, state.seen
+        if seen is not None:
+            return seen, state
+        state = self._catch_up(state, x, first_open(task, task.tokens), rows)
+        start = torch.zeros_like(task.lengths)
+        seen = self.model.encode(task.tokens, start, task.lengths, Infill(), state.caches)
+        self.counts.add(rows, diffusion=1, computed=task.lengths)
+        seen = self.model.prepare(seen, state.caches)
+        return seen, replace(state, seen=(seen, None))
+
+    def _see_blocks(
+        self,
+        state: Progress,
+        x: Int[Tensor, "B T"],
+        positions: Int[Tensor, "B n"] | Int[Tensor, " n"],
+        end: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+        pattern: Block,
+    ) -> tuple[Any, Progress]:
+        """The canvases of the one or two blocks that a row's positions lie in, encoded once while their starts hold.
 
         A row whose block goes on gets the same states again when another row enters a block.
         """
-        task, pattern, n = self.plan.task, self.plan.pattern, positions[..., 0].expand(len(x))
-        if isinstance(pattern, Infill):
-            start, (one, two), starts = torch.zeros_like(n), state.seen, state.seen_start
-            new = rows & (starts[0] < 0)
-            if new.any():
-                state = self._catch_up(state, x, first_open(task, task.tokens), new)
-                one = self.model.encode(task.tokens, start, task.lengths, pattern, state.caches)
-                one = self.model.prepare(one, state.caches)
-                self.counts.add(new, diffusion=1, computed=task.lengths)
-            return one, replace(state, seen=(one, two), seen_start=torch.stack([start, starts[1]]))
+        n = positions[..., 0].expand(len(x))
         first, last = pattern.start(n), pattern.start(end - 1)
         odd, other = pattern.index(n) % 2 == 1, torch.where(last > first, last, -1)
         wanted = torch.stack([torch.where(odd, other, first), torch.where(odd, first, other)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from caddf.caches import Caches, KVCache, Slots
 from caddf.categorical import Warp
+from caddf.errors import InputError
 from caddf.interface import Block, Infill, Pattern, Rounds
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.chain import DraftChain
@@ -109,7 +110,7 @@ class OverCaches(nn.Module):
     def beside(self, one: Canvas, two: Canvas, positions: Int[Tensor, "B n"] | Int[Tensor, " n"]) -> Canvas:
         """Two blocks' canvases, prepared, as one; outputs at `positions` see their own block's.
 
-        A row's first is of either, and what it has of the other is the block behind, or not seen.
+        These are consecutive, of one block or of two that follow each other; what a row has of another is not seen.
         """
         assert one.keys_values is not None and two.keys_values is not None
         rows, size, _ = one.states.shape
@@ -137,6 +138,8 @@ class OverCaches(nn.Module):
     ) -> Canvas:
         """h_cad of one window per row over the cached causal states: up to the block's start, or the first mask."""
         window = torch.arange(canvas.shape[1], device=canvas.device)
+        if isinstance(pattern, Block) and pattern.size > self.config.context:
+            raise InputError(f"block_size is {pattern.size}; it must be at most the context, {self.config.context}")
         positions = window + start[:, None] if len(start) > 1 else window + start
         slots = Slots.of(positions)
         visible, until, whole = None, start, True

@@ -268,7 +268,7 @@ class Native:
 
     def banned(self, warp: Warp) -> Int[Tensor, " N"]:
         """The draft head's logits of banned tokens."""
-        banned, small = torch.tensor(warp.banned, dtype=torch.long), self.model.draft_tokens
+        banned, small = torch.arange(self.model.vocab_size)[list(warp.banned)], self.model.draft_tokens
         return banned if small is None else torch.isin(small, banned).nonzero()[:, 0]
 
     def draft_settings(self, head: CMap, rows: int, width: int, cache: KVCache, warp: Warp, least: float) -> CDraft:

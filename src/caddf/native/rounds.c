@@ -60,13 +60,14 @@ static float largest(const float *x, int64_t n, int64_t *at) {
   return top;
 }
 
-// exp((x - top) / temperature) in the place of logits.
-static void weigh(float *x, int64_t n, double temperature) {
+// exp((x - top) / temperature) in the place of logits. Returns whether they are numbers.
+static int weigh(float *x, int64_t n, double temperature) {
   float top = largest(x, n, NULL);
   int64_t whole = n / 8 * 8;
   v8 scale = all((float)(1 / temperature));
   for (int64_t i = 0; i < whole; i += 8) store(x + i, exponential((load(x + i) - all(top)) * scale));
   for (int64_t i = whole; i < n; i++) x[i] = expf((x[i] - top) * scale[0]);
+  return isfinite(top);
 }
 
 static double weight_of(const float *p, int64_t n) {
@@ -445,10 +446,10 @@ static void weigh_part(const void *of, int64_t thread, int64_t threads) {
     if (r->n[each / w->wide] + each % w->wide >= w->shown[each / w->wide]) continue;
     for (int64_t i = 0; i < r->bans; i++) logits[r->banned[i]] = -INFINITY;
     if (r->draft->temperature == 0) continue;
-    weigh(logits, V, r->draft->temperature);
+    int sound = weigh(logits, V, r->draft->temperature);
     for (int64_t i = 0; i < r->bans; i++) logits[r->banned[i]] = 0;
     filter(r->draft, logits, V);
-    w->totals[each] = weight_of(logits, V);
+    w->totals[each] = sound ? weight_of(logits, V) : NAN;
   }
 }
 
@@ -462,7 +463,7 @@ static void spare_part(const void *of, int64_t thread, int64_t threads) {
 static int64_t at_of(const Round *r, int64_t row, int64_t i) { return least_of(r->n[row] + i, r->length - 1); }
 
 // Which slots of its canvas each place of a round sees, and where it stands there.
-static void see(const Round *r, int64_t wide) {
+static void place_on_canvas(const Round *r, int64_t wide) {
   const Canvas *c = r->canvas;
   Fusing *p = c->fusing;
   for (int64_t row = 0; row < r->rows; row++)
@@ -474,9 +475,9 @@ static void see(const Round *r, int64_t wide) {
     }
 }
 
-// Readies the pass over the first blocks that rows read (`next` 0), or those behind, where they are not held; `encoded`
-// counts them. Whether there are any.
-static int64_t canvases(const Round *r, const int64_t *shown, int64_t next, int64_t *encoded) {
+// Readies the pass over the first blocks that rows read (`next` 0), or those behind, where they are not held, and counts
+// it in `encoded`. Whether there are any. They are held from then on, as long as their first slots are (`ready_canvas`).
+static int64_t missing_blocks(const Round *r, const int64_t *shown, int64_t next, int64_t *encoded) {
   const Canvas *c = r->canvas;
   int64_t any = 0, k = c->block;
   for (int64_t row = 0; row < r->rows; row++) {
@@ -506,13 +507,13 @@ typedef struct {
   int64_t any;
 } Reading;
 
-static void canvas_part(Reading *w, int64_t thread, int64_t threads) {
+static void fused_part(Reading *w, int64_t thread, int64_t threads) {
   const Round *r = w->weighing.round;
   const Canvas *c = r->canvas;
   int64_t k = c->block, width = k ? c->stack->width : 0, slots = c->fusing->canvas.slots;
   for (int64_t next = 0; next < 2 && k; next++) {
     TOGETHER
-    if (thread == 0) w->any = canvases(r, w->weighing.shown, next, w->encoded);
+    if (thread == 0) w->any = missing_blocks(r, w->weighing.shown, next, w->encoded);
     TOGETHER
     if (!w->any) continue;
     for (int64_t m = thread; m < r->rows * k; m += threads) memcpy(c->pass->x + m * width, c->mask, width * sizeof(float));
@@ -522,7 +523,8 @@ static void canvas_part(Reading *w, int64_t thread, int64_t threads) {
     prepare_part(&w->preparing, thread, threads);
     for (int64_t row = thread; row < r->rows && c->fusion->own.panels; row += threads)
       if (c->into[row] >= 0)
-        memcpy((float *)c->fusing->own + (row * slots + c->into[row]) * width, c->pass->x + row * k * width, k * width * sizeof(float));
+        memcpy((float *)c->fusing->own + (row * slots + c->into[row]) * width, c->pass->x + row * k * width,
+               k * width * sizeof(float));
   }
   TOGETHER
   fuse_part(&w->fused, thread, threads);
@@ -532,7 +534,7 @@ static void read_part(const void *of, int64_t thread, int64_t threads) {
   Reading *w = (Reading *)of;
   const Weighing *v = &w->weighing;
   run_part(&w->causal, thread, threads);
-  if (v->round->canvas) canvas_part(w, thread, threads);
+  if (v->round->canvas) fused_part(w, thread, threads);
   TOGETHER
   map_share(&w->head, thread, threads);
   TOGETHER
@@ -545,13 +547,13 @@ static void read_part(const void *of, int64_t thread, int64_t threads) {
 }
 
 // Readies the fused target's part of a reading; `made` is to be freed. 0, or -1 where memory is short.
-static int seeing(const Round *r, int64_t wide, int64_t threads, Reading *w) {
+static int ready_canvas(const Round *r, int64_t wide, int64_t threads, Reading *w) {
   const Canvas *c = r->canvas;
   if (c->block)
     for (int64_t i = 0; i < 2 * r->rows; i++)  // what was read over drafts that did not stand
       if (c->start[i] >= r->held[i % r->rows]) c->start[i] = -1;
   c->fusing->n = wide;
-  see(r, wide);
+  place_on_canvas(r, wide);
   w->fused = fusing(c->fusion, c->fusing, threads);
   if (!w->fused.both) return -1;
   if (!c->block) return 0;
@@ -605,7 +607,7 @@ int caddf_round(const Round *r) {
   int64_t threads = most(pass->threads, r->head_threads);
   Reading w = {.causal = running(r->causal, pass, threads), .head = {&r->head, r->rows * wide, pass->x, r->logits},
                .weighing = {r, shown, drafted, totals, wide}, .encoded = encoded};
-  int bad = !w.causal.room || (r->canvas && seeing(r, wide, threads, &w));
+  int bad = !w.causal.room || (r->canvas && ready_canvas(r, wide, threads, &w));
   if (!bad) share_out(read_part, &w, threads);
   free(w.causal.room), free(w.canvas.room), free(w.preparing.made), free(w.fused.both);
   if (bad) return -1;
@@ -619,12 +621,12 @@ int caddf_round(const Round *r) {
     if (temperature > 0) stop = verify(&drafted[row], u, &share);
     for (; temperature == 0 && stop < end; stop++) {
       if (!open(r, row, n + stop)) continue;
-      largest(weights + stop * V, V, &token);
-      if (token != r->draft->tokens[row * count + stop]) break;
+      if (!isfinite(largest(weights + stop * V, V, &token)) || token != r->draft->tokens[row * count + stop]) break;
     }
     int more = n + stop < shown[row] && open(r, row, n + stop);
+    if (more && temperature == 0) more = isfinite(largest(weights + stop * V, V, &token));
+    if (more && temperature > 0) more = isfinite(totals[row * wide + stop]);  // a broken model has nothing to be drawn
     if (more && temperature > 0) token = following(&drafted[row], weights, stop, share, u[r->size]);
-    if (more && temperature == 0) largest(weights + stop * V, V, &token);
     for (int64_t i = n; i < n + end; i++) {
       r->fresh[row * r->length + i] = i < n + stop && open(r, row, i);
       if (i >= n + stop && open(r, row, i)) x[i] = r->mask;

@@ -63,7 +63,7 @@ class Rounds:
         self.look, self.draft = CPass(), CDraft(**filters(warp))
         if size:
             self._draft(native, rows, caches, warp, least)
-        banned = self._keep(torch.tensor(warp.banned, dtype=torch.long))
+        banned = self._keep(torch.arange(len(head))[list(warp.banned)])
         if isinstance(over, Block):
             self._see_blocks(native, rows, over)
         elif over is not None:
@@ -87,7 +87,9 @@ class Rounds:
         """Whether the kernels can do such rounds."""
         if over is not None and (native.fusion is None or caches.causal.turns is None):
             return False
-        if isinstance(over, Block) and (caches.exchange is None or over.size > native.context):
+        if isinstance(over, Block) and (
+            caches.exchange is None or over.size > native.context or rows * over.size > MOST
+        ):
             return False
         table = native.branch.table
         drafts = not size or (caches.exchange is not None and {"look", "chain"} <= native.stacks.keys())
