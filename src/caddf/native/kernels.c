@@ -43,12 +43,12 @@ typedef struct {
   int64_t rows, n;            // the pass: `n` positions in each row
   float *x;                   // [rows, n, width], read and overwritten with the normed states
   const float *before;        // the same shape, for join
-  const int64_t *positions;   // [rows, n], or [n] where `alike`
+  int64_t *positions;         // [rows, n], or [n] where `alike`
   int64_t alike;
   const float *cos, *sin;     // rotary angles [positions, size], NULL: none
   Cache own;                  // of the layers; slot = position, or with context 0 the place in the pass
   Cache source;               // what cross-attention reads
-  const int64_t *until;       // [rows]: the last slot of `source` that a row sees
+  int64_t *until;             // [rows]: the last slot of `source` that a row sees
   int64_t source_context;     // and how many before it
   Cache exchange;             // where keys and values for another branch go
   const float *exchange_cos, *exchange_sin;
@@ -233,12 +233,12 @@ typedef struct {
 
 typedef struct {
   int64_t rows, n;
-  float *x;                         // [rows, n, width], overwritten
-  const int64_t *positions;         // [rows, n]
-  const int64_t *slot, *from, *to;  // [rows, n]: the slot of the canvas that each stands at, and those that it sees
-  const float *cos, *sin;           // rotary angles [positions, size]
-  Cache canvas;                     // keys and values of one layer
-  const float *own;                 // [rows, slots, own_width]: the canvas's states
+  float *x;                   // [rows, n, width], overwritten
+  const int64_t *positions;   // [rows, n]
+  int64_t *slot, *from, *to;  // [rows, n]: the slot of the canvas that each stands at, and those that it sees
+  const float *cos, *sin;     // rotary angles [positions, size]
+  Cache canvas;               // keys and values of one layer
+  float *own;                 // [rows, slots, own_width]: the canvas's states
   int64_t threads;
 } Fusing;
 

@@ -7,14 +7,14 @@
 typedef struct {
   int64_t rows, width, count;  // places of a window, and most drafts of a row
   const float *states;         // [rows, width, D]: what the chain reads besides tokens
-  const int64_t *before;       // [rows, width]: the token before each place, known up to a row's first draft
-  const int64_t *earlier;      // and the one before that, read where there is `shifted`
-  const int64_t *first;        // [rows]: the place of that draft
-  const double *u;             // [rows, count]: uniforms
+  int64_t *before;             // [rows, width]: the token before each place, known up to a row's first draft
+  int64_t *earlier;            // and the one before that, read where there is `shifted`
+  int64_t *first;              // [rows]: the place of that draft
+  double *u;                   // [rows, count]: uniforms
   const float *embedding, *shifted;  // [tokens, D]: of the token before; of the one before that, or NULL
   Map head;                    // its logits are those of `ids`, or of all tokens where that is NULL
   const int64_t *ids;
-  const int64_t *given;        // [rows, count]: what stands at a place already, or -1; NULL: nothing does
+  int64_t *given;              // [rows, count]: what stands at a place already, or -1; NULL: nothing does
   const int64_t *banned;       // of the head's logits, those that are never drawn
   int64_t bans;
   int64_t vocabulary;
@@ -404,17 +404,17 @@ static int drafts_of(const Round *r, int64_t count) {
     for (int64_t i = 0, at = row * r->size; i < r->size; i++, at++) {
       int64_t token = r->active[row] && start + i < r->lengths[row] ? r->x[row * r->length + start + i] : r->mask;
       memcpy(look->x + at * width, draft->embedding + token * width, width * sizeof(float));
-      ((int64_t *)look->positions)[at] = start + i;
-      ((int64_t *)draft->before)[at] = start + i <= stands ? before(r, row, start + i) : r->bos;
-      ((int64_t *)draft->earlier)[at] = start + i <= stands ? before(r, row, start + i - 1) : r->bos;
+      look->positions[at] = start + i;
+      draft->before[at] = start + i <= stands ? before(r, row, start + i) : r->bos;
+      draft->earlier[at] = start + i <= stands ? before(r, row, start + i - 1) : r->bos;
     }
     for (int64_t i = 0; i < count; i++) {
       int64_t at = r->n[row] + i, given = i < count_of(r, row) && !open(r, row, at);
-      ((int64_t *)draft->given)[row * count + i] = given ? r->x[row * r->length + at] : -1;
+      draft->given[row * count + i] = given ? r->x[row * r->length + at] : -1;
     }
-    ((int64_t *)look->until)[row] = start;
-    ((int64_t *)draft->first)[row] = least_of(n - start, r->size - 1);  // a window of one has no draft behind what stands
-    memcpy((double *)draft->u + row * count, r->u + row * (2 * r->size + 1), count * sizeof(double));
+    look->until[row] = start;
+    draft->first[row] = least_of(n - start, r->size - 1);  // a window of one has no draft behind what stands
+    memcpy(draft->u + row * count, r->u + row * (2 * r->size + 1), count * sizeof(double));
   }
   draft->count = count;
   Looking w = {.window = running(r->window, look, threads)};
@@ -469,9 +469,9 @@ static void place_on_canvas(const Round *r, int64_t wide) {
   for (int64_t row = 0; row < r->rows; row++)
     for (int64_t i = 0, index = row * wide; i < wide; i++, index++) {
       int64_t at = at_of(r, row, i), from = c->block ? at / c->block % 2 * c->block : 0;
-      ((int64_t *)p->slot)[index] = c->block ? from + at % c->block : at;
-      ((int64_t *)p->from)[index] = from;
-      ((int64_t *)p->to)[index] = c->block ? from + c->block : c->seen[row];
+      p->slot[index] = c->block ? from + at % c->block : at;
+      p->from[index] = from;
+      p->to[index] = c->block ? from + c->block : c->seen[row];
     }
 }
 
@@ -491,8 +491,8 @@ static int64_t missing_blocks(const Round *r, const int64_t *shown, int64_t next
     if (missing) *held = start;
     c->into[row] = missing ? odd * k : -1;
     encoded[row] += missing, any += missing;
-    ((int64_t *)c->pass->until)[row] = start;
-    for (int64_t i = 0; i < k; i++) ((int64_t *)c->pass->positions)[row * k + i] = start + i;
+    c->pass->until[row] = start;
+    for (int64_t i = 0; i < k; i++) c->pass->positions[row * k + i] = start + i;
   }
   return any;
 }
@@ -523,7 +523,7 @@ static void fused_part(Reading *w, int64_t thread, int64_t threads) {
     prepare_part(&w->preparing, thread, threads);
     for (int64_t row = thread; row < r->rows && c->fusion->own.panels; row += threads)
       if (c->into[row] >= 0)
-        memcpy((float *)c->fusing->own + (row * slots + c->into[row]) * width, c->pass->x + row * k * width,
+        memcpy(c->fusing->own + (row * slots + c->into[row]) * width, c->pass->x + row * k * width,
                k * width * sizeof(float));
   }
   TOGETHER
@@ -590,7 +590,7 @@ int caddf_round(const Round *r) {
       int64_t at = at_of(r, row, i);
       int real = r->active[row] && at < shown[row];
       float *to = pass->x + index * width;
-      ((int64_t *)pass->positions)[index] = at;
+      pass->positions[index] = at;
       memcpy(to, r->embedding + (real ? before(r, row, at) : r->bos) * width, width * sizeof(float));
       if (r->shifted) add(to, r->shifted + (real ? before(r, row, at - 1) : r->bos) * width, width);
       if (r->table) add(to, r->table + at * width, width);
