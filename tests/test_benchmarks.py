@@ -26,6 +26,7 @@ from caddf.benchmarks import (
     steps,
     train,
 )
+from caddf.benchmarks.contest import Conditions, _about
 from caddf.benchmarks.decode import ratios
 from caddf.benchmarks.hub_gpt2 import TransformersGenerate, to_transformers
 from caddf.benchmarks.measure import Spread, bandwidth, fresh, in_turns, resident
@@ -225,11 +226,23 @@ def test_the_judge_scores_what_comes_after_the_prompt(trained):
     data = TokenSet.open(trained / "set")
     judge = Judge("gpt2", TextModel.from_pretrained(trained / "gpt2", dtype="float64"))
     rows = some_windows(data, "test", 16, 2)
-    contestant = Contestant("radd-lambda-dce", judge.model.model, data.tokenizer)
     whole, prompt = (causal_nll(judge.model.model, x) for x in (rows, rows[:, :10]))
-    assert judge.nll(contestant, rows, 10) == pytest.approx((whole - prompt).sum().item() / 12)
+    assert judge.nll(data.tokenizer, rows, 10) == pytest.approx((whole - prompt).sum().item() / 12)
     ppl = exact_ppl(judge.model.model, rows, "causal", CPU)
     assert ppl == pytest.approx(math.exp(whole.mean().item() / 16))
+
+
+def test_a_judge_reads_text_of_another_tokenizer_in_its_own_tokens(trained, tmp_path):
+    data = TokenSet.open(trained / "set")
+    judge = Judge("gpt2", TextModel.from_pretrained(trained / "gpt2", dtype="float64"))
+    text = tmp_path / "text.txt"
+    text.write_text("The old man opened the door, and she said nothing. " * 20, encoding="utf-8")
+    other = prepare(tmp_path / "bytes", train=text, tokenizer="bytes")
+    windows = some_windows(other, "train", judge.model.context, 2)
+    anew = [torch.tensor([data.tokenizer.encode(other.tokenizer.decode(row))]) for row in windows.tolist()]
+    expected = sum(causal_nll(judge.model.model, x).sum().item() for x in anew) / sum(x.numel() for x in anew)
+    given = Conditions(split="train", windows=2)
+    assert _about(judge, other, given)["ppl"] == pytest.approx(math.exp(expected))
 
 
 def test_prompts_are_held_out_text_and_others_each_round(trained):

@@ -234,7 +234,7 @@ def _quality(prompts: Prompts, contestant: Contestant, judge: Judge | None, ran:
         return {}
     begun = prompts.context - prompts.new_tokens
     quality = {"entropy": unigram_entropy(ran.tokens[:, begun:])}
-    return quality if judge is None else {**quality, "judged": judge.nll(contestant, ran.tokens, begun)}
+    return quality if judge is None else {**quality, "judged": judge.nll(contestant.tokenizer, ran.tokens, begun)}
 
 
 def _judge(given: Conditions) -> Judge | None:
@@ -250,7 +250,7 @@ def _about(judge: Judge, data: TokenSet, given: Conditions) -> dict[str, Any]:
     """Who judges, and how well it knows such text itself."""
     model = judge.model
     windows = some_windows(data, given.split, model.context, given.windows)
-    ppl = exact_ppl(model.model, windows, "causal", model.device)
+    ppl = math.exp(judge.nll(data.tokenizer, windows, 0))
     return {"run": judge.name, "parameters": model.model.parameter_counts()["total"], "ppl": ppl}
 
 

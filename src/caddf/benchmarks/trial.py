@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from caddf.benchmarks.measure import now
-from caddf.benchmarks.roster import Contestant
 from caddf.categorical import RowGenerators, Warp
 from caddf.data import TokenSet
 from caddf.decoding import Counts, Decoder, Task
@@ -179,18 +178,17 @@ class Judge:
     model: TextModel
 
     @torch.inference_mode()
-    def nll(self, contestant: Contestant, tokens: Int[Tensor, "B T"], prompt: int) -> float:
-        """Nats per token of the judge, over what comes after the first `prompt` tokens.
+    def nll(self, tokenizer: Tokenizer, tokens: Int[Tensor, "B T"], prompt: int) -> float:
+        """Nats per token of the judge, over what comes after the first `prompt` tokens of `tokenizer`.
 
-        Text of another tokenizer is decoded, and prompt and continuation tokenised anew, each by itself.
+        Text of another tokenizer than its own is decoded, and prompt and continuation tokenised anew, each by itself.
         """
-        assert contestant.tokenizer is not None
         own, nats, count = self.model.tokenizer, 0.0, 0
-        same = own.fingerprint == contestant.tokenizer.fingerprint
+        same = own.fingerprint == tokenizer.fingerprint
         for row in tokens.tolist():
             given, new = row[:prompt], row[prompt:]
             if not same:
-                given, new = (own.encode(contestant.tokenizer.decode(part)) for part in (given, new))
+                given, new = (own.encode(tokenizer.decode(part)) for part in (given, new))
             x0 = torch.tensor([given + new], device=self.model.device)
             nats -= score(cast(LanguageModel, self.model.model), x0, "causal")[0, len(given) :].sum().item()
             count += len(new)
