@@ -114,7 +114,7 @@ def _never(tokens: Int[Tensor, "B L"]) -> Bool[Tensor, " B"]:
 class Task:
     """What is to be filled in: `[M]` in `tokens`, row r up to `lengths[r]`.
 
-    tokens: prompts and templates, `[M]` where a token is wanted; what is given beyond a row's length becomes `[M]`.
+    tokens: prompts and templates, `[M]` where a token is wanted; beyond a row's length its content is ignored.
     generators: one per row, so that a row gets what it would get alone.
     warp: temperature and filters, the same for proposals and target.
     finished: says of each row whether what stands before its first `[M]` ends it (EOS, a stop string).
@@ -128,10 +128,6 @@ class Task:
     warp: Warp = field(default_factory=Warp)
     finished: Callable[[Int[Tensor, "B L"]], Bool[Tensor, " B"]] = _never
     template: bool = False
-
-    def __post_init__(self) -> None:
-        inside = torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
-        object.__setattr__(self, "tokens", self.tokens.where(inside, self.mask_id))
 
     @cached_property
     def wanted(self) -> Bool[Tensor, "B L"]:
