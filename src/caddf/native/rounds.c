@@ -375,7 +375,7 @@ typedef struct {  // a round: a window of drafts that starts at the last token t
 
 static int64_t before(const Round *r, int64_t row, int64_t at) { return at > 0 ? r->x[row * r->length + at - 1] : r->bos; }
 
-static int open(const Round *r, int64_t row, int64_t at) { return r->before[row * r->length + at] == r->mask; }
+static int is_open(const Round *r, int64_t row, int64_t at) { return r->before[row * r->length + at] == r->mask; }
 
 // Where a row's window starts and ends.
 static int64_t start_of(const Round *r, int64_t row) { return r->n[row] ? least_of(r->n[row], r->length) - 1 : 0; }
@@ -409,7 +409,7 @@ static int drafts_of(const Round *r, int64_t count) {
       draft->earlier[at] = start + i <= stands ? before(r, row, start + i - 1) : r->bos;
     }
     for (int64_t i = 0; i < count; i++) {
-      int64_t at = r->n[row] + i, given = i < count_of(r, row) && !open(r, row, at);
+      int64_t at = r->n[row] + i, given = i < count_of(r, row) && !is_open(r, row, at);
       draft->given[row * count + i] = given ? r->x[row * r->length + at] : -1;
     }
     look->until[row] = start;
@@ -579,7 +579,7 @@ int caddf_round(const Round *r) {
     int64_t n = r->n[row], end = n, *x = r->x + row * r->length;
     if (count && r->active[row]) end = n + least_of(r->draft->drafts[row], count_of(r, row));
     for (int64_t i = n; i < end; i++)
-      if (open(r, row, i)) r->drafts[row * r->length + i] = x[i] = r->draft->tokens[row * count + i - n];
+      if (is_open(r, row, i)) r->drafts[row * r->length + i] = x[i] = r->draft->tokens[row * count + i - n];
     ends[row] = end;
     shown[row] = r->active[row] ? least_of(end + 1, r->lengths[row]) : n;
     wide = most(wide, shown[row] - n);
@@ -620,16 +620,16 @@ int caddf_round(const Round *r) {
     double share = 1;
     if (temperature > 0) stop = verify(&drafted[row], u, &share);
     for (; temperature == 0 && stop < end; stop++) {
-      if (!open(r, row, n + stop)) continue;
+      if (!is_open(r, row, n + stop)) continue;
       if (!isfinite(largest(weights + stop * V, V, &token)) || token != r->draft->tokens[row * count + stop]) break;
     }
-    int more = n + stop < shown[row] && open(r, row, n + stop);
+    int more = n + stop < shown[row] && is_open(r, row, n + stop);
     if (more && temperature == 0) more = isfinite(largest(weights + stop * V, V, &token));
     if (more && temperature > 0) more = isfinite(totals[row * wide + stop]);  // a broken model has nothing to be drawn
     if (more && temperature > 0) token = following(&drafted[row], weights, stop, share, u[r->size]);
     for (int64_t i = n; i < n + end; i++) {
-      r->fresh[row * r->length + i] = i < n + stop && open(r, row, i);
-      if (i >= n + stop && open(r, row, i)) x[i] = r->mask;
+      r->fresh[row * r->length + i] = i < n + stop && is_open(r, row, i);
+      if (i >= n + stop && is_open(r, row, i)) x[i] = r->mask;
     }
     if (more) {
       x[n + stop] = token;
@@ -637,7 +637,7 @@ int caddf_round(const Round *r) {
       r->corrected[row * r->length + n + stop] = stop < end;
     }
     int64_t next = n + stop + more;
-    while (next < r->lengths[row] && !open(r, row, next)) next++;
+    while (next < r->lengths[row] && !is_open(r, row, next)) next++;
     r->next[row] = next < r->lengths[row] ? next : r->length;
     r->read[row] = least_of(most(r->held[row], shown[row]), n + stop + 1);
     // Without caches each branch would read all up to the window's end, and up to the target's; a template whole.
