@@ -97,7 +97,8 @@ def test_rounds_are_worth_what_the_decoder_gets(draft: str, warp: Warp, target: 
         tokens[:, block * SIZE + (target == "causal" or model.chained) :] = model.mask_id
         open_places = int((tokens[0] == model.mask_id).sum())
         task = Task(tokens, torch.full((rows,), len(x0)), model.mask_id, RowGenerators(block, rows), warp)
-        frame = next(Speculative(target=target)(model, task, Counts.zeros(rows)))  # type: ignore[arg-type]
+        drafts = Speculative(target=target, lookup=0)  # type: ignore[arg-type]
+        frame = next(drafts(model, task, Counts.zeros(rows)))
         rounds.append(open_places - (frame.tokens == model.mask_id).sum(-1).double())
     counted = torch.cat(rounds)
     drawn = acceptance(model, x0.repeat(rows, 1), target, generator(5), warp=warp).tokens  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def test_likelihoods_are_the_cpus():
 
 
 @pytest.mark.parametrize("warp", [Warp(0.0), Warp(0.8), Warp(0.9, 30, 0.8, 0.02)], ids=["greedy", "warm", "filters"])
-@pytest.mark.parametrize("decoder", [Autoregressive(), Speculative(), Speculative(least=0.2)])
+@pytest.mark.parametrize("decoder", [Autoregressive(), Speculative(), Speculative(least=0.2), Speculative(lookup=1)])
 @torch.inference_mode()
 def test_rounds_as_graphs_are_their_steps(decoder, warp):
     """Every frame's tokens, recorded and step by step; the second text is written by the first's graphs."""

@@ -201,8 +201,11 @@ def test_a_model_that_reads_left_to_right_alone_says_so():
         InputError, match="a template is given to a model that reads left to right alone; give a prompt"
     ):
         generate(gpt2, template="a[MASK:4]")
-    with pytest.raises(InputError, match="nothing to draft with: this model's own decoder is autoregressive"):
-        generate(gpt2, "a", decoder="speculative")
+    with pytest.raises(InputError, match="nothing to draft with but its text: this model's own decoder is auto"):
+        generate(gpt2, "a", decoder="speculative", lookup=0)
+    *_, last = generate(gpt2, "abcabcabc", decoder="speculative", max_new_tokens=6, temperature=0.0)
+    *_, plain = generate(gpt2, "abcabcabc", max_new_tokens=6, temperature=0.0)
+    assert last.text == plain.text and last.results()[0]["copied_rounds"] > 0
 
 
 def of_method(method, **settings):

@@ -5,6 +5,7 @@ Graphs are recorded on a GPU alone. Here the same rounds run step by step, and a
 
 import copy
 import gc
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -99,6 +100,9 @@ KINDS = {
     "drafts": (dual, Speculative()),
     **{f"{k} drafts": (dual, Speculative(block_size=k)) for k in (1, 2, 3, 8)},
     "unsure drafts": (dual, Speculative(least=0.2)),
+    "copies": (dual, Speculative(lookup=1)),
+    "few copies, unsure": (small, Speculative(block_size=2, lookup=1, least=0.2)),
+    "copies of a model of one branch": (gpt2, Speculative(lookup=1)),
     "surer drafts": (dual, Speculative(least=0.6)),
     "drafts that are never sure": (dual, Speculative(least=1.0)),
     "a context that slides": (lambda: dual(context=24), Speculative(block_size=4)),
@@ -160,10 +164,10 @@ def test_nothing_is_waited_for(kind, temperature, monkeypatch):
     make, decoder = KINDS[kind]
     model, round, seen = attached(make()), Engine.round, []
 
-    def strict(self, upto, opening=False):
-        round(self, upto, opening)
+    def strict(self, upto, looking, opening=False):
+        round(self, upto, looking, opening)
         with Forbidden():
-            round(self, upto, opening)
+            round(self, upto, looking, opening)
         seen.append(upto)
 
     monkeypatch.setattr(Engine, "round", strict)
@@ -178,17 +182,17 @@ def recorded(monkeypatch):
     taken = []
 
     class Graph:
-        def __init__(self, engine, upto):
-            self.engine, self.upto = engine, upto
+        def __init__(self, engine, *of):
+            self.engine, self.of = engine, of
 
         def replay(self):
-            self.engine.round(self.upto)
+            self.engine.round(*self.of)
 
-    def record(self, upto):
-        taken.append(upto)
+    def record(self, upto, looking):
+        taken.append((upto, looking))
         for _ in range(graphs.WARM):
-            self.round(upto)
-        return Graph(self, upto)
+            self.round(upto, looking)
+        return Graph(self, upto, looking)
 
     class Anywhere:
         def __init__(self, device):
@@ -207,7 +211,7 @@ def recorded(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["autoregressive", "drafts", "unsure drafts", "of a model of one branch"])
+@pytest.mark.parametrize("kind", ["autoregressive", "drafts", "unsure drafts", "copies", "of a model of one branch"])
 @torch.inference_mode()
 def test_rounds_that_are_recorded_can_run_again(kind, temperature, recorded):
     make, decoder = KINDS[kind]
@@ -216,23 +220,23 @@ def test_rounds_that_are_recorded_can_run_again(kind, temperature, recorded):
         x = texts(3, 0)
         one, two = (written(m, decoder, x, warp=Warp(temperature)) for m in (model, plain))
         assert_alike(one, two)
-        assert len(recorded) == len({*recorded}) > 1  # each width once, for both texts
+        assert len(recorded) == len({*recorded}) > 1  # each width once, with drafts and without, for both texts
 
 
 @torch.inference_mode()
 def test_where_recording_fails_decoding_goes_on_and_says_so_once(recorded, monkeypatch):
     plain, model, record = dual(), attached(dual()), Engine._record
 
-    def fails(self, upto):
+    def fails(self, upto, looking):
         if upto > 16:
             raise RuntimeError("\nno graph\nand much more")
-        return record(self, upto)
+        return record(self, upto, looking)
 
     monkeypatch.setattr(Engine, "_record", fails)
     with pytest.warns(UserWarning, match="a CUDA graph could not be recorded; going on without: no graph$") as said:
         one = written(model, Speculative(), texts(3, 2))
         two = written(model, Speculative(), texts(3, 2))
-    assert len(said) == 1 and recorded == [16]
+    assert len(said) == 1 and recorded == [(16, True)]
     for frames in (one, two):
         assert_alike(frames, written(plain, Speculative(), texts(3, 2)))
 
@@ -315,7 +319,7 @@ def test_engines_serve_with_gradients_on_and_off():
         (dual, 0, 256, True),
         (dual, T + 1, 1, False),
         (gpt2, 0, 2, True),
-        (gpt2, 2, 2, False),
+        (gpt2, 2, 2, True),
         (lambda: dual(draft="factorised"), 6, 1, False),
         (lambda: dual(draft="factorised"), 0, 1, True),
         (lambda: dual(exchange="one_way"), 6, 1, False),
@@ -342,9 +346,10 @@ def test_all_of_a_round_is_on_the_models_device(kind):
     make, decoder = KINDS[kind]
     model, size = make().to("meta"), 0 if isinstance(decoder, Autoregressive) else decoder.block_size or 6
     for temperature in (0.0, 0.7):
-        least = getattr(decoder, "least", 0.0)
-        engine = Engine(model, Shape(3, T, size, Warp(temperature), least, torch.float64, torch.device("meta")), [])
+        least, lookup = (getattr(decoder, name, 0) for name in ("least", "lookup"))
+        shape = Shape(3, T, size, Warp(temperature), least, lookup, torch.float64, torch.device("meta"))
+        engine = Engine(model, shape, [])
         engine.begin(torch.zeros(3, dtype=torch.long), T, engine.caches, 1)
-        for opening in (False, True):
-            engine.round(32, opening)
+        for looking, opening in itertools.product({False, engine.drafts}, (False, True)):
+            engine.round(32, looking, opening)
         assert engine.made(T).work.device.type == "meta"

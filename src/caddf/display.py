@@ -179,12 +179,13 @@ def generation(console: Console, last: Snapshot) -> None:
     """Prompt, text and statistics of each row."""
     for each in last.results():
         _line(console, each["text"] if last.task.template else each["prompt"] + each["text"])
-        passes = each["evaluations"]
+        passes, copied = each["evaluations"], f" ({n} copied)" if (n := each["copied_rounds"]) else ""
         _line(
             console,
-            f"{each['tokens']} tokens, {each['tokens_per_second']:.1f}/s, {each['rounds']} rounds, evaluations: "
-            f"{passes['causal']} causal and {passes['diffusion']} diffusion, {each['tokens_per_evaluation']:.2f} "
-            f"tokens per evaluation, cache hit rate {each['cache_hit_rate']:.1%}, seed {each['seed']}",
+            f"{each['tokens']} tokens, {each['tokens_per_second']:.1f}/s, {each['rounds']} rounds{copied}, "
+            f"evaluations: {passes['causal']} causal and {passes['diffusion']} diffusion, "
+            f"{each['tokens_per_evaluation']:.2f} tokens per evaluation, cache hit rate {each['cache_hit_rate']:.1%}, "
+            f"seed {each['seed']}",
             style="dim",
         )
 

@@ -100,7 +100,8 @@ class Snapshot:
 
         `tokens` counts the new ones; `tokens_per_second` is of this row, over the time of the whole batch;
         `tokens_per_evaluation` counts a diffusion pass at its floating-point operations per position over the causal
-        branch's; `cache_hit_rate` is the share of the token-positions of a decoder without caches that came from one.
+        branch's; `copied_rounds` are those whose drafts came from the text itself; `cache_hit_rate` is the share of the
+        token-positions of a decoder without caches that came from one.
         """
         return [self._result(r) for r in range(len(self.rows))]
 
@@ -119,6 +120,7 @@ class Snapshot:
             "evaluations": {"causal": causal, "diffusion": diffusion},
             "tokens_per_evaluation": tokens / passes if passes else 0.0,
             "rounds": int(counts.rounds[r]),
+            "copied_rounds": int(counts.copied[r]),
             "cache_hit_rate": hit_rate(computed, needed),
             "seed": self.seed + r,
         }
@@ -271,8 +273,8 @@ def _check_heads(model: TextModel, name: str, chosen: Decoder, filling: bool) ->
         raise InputError(f"decoder is {name}; this model does not fill in left to right over a canvas: {own}")
     if isinstance(chosen, Autoregressive | Speculative) and "causal" not in has:
         raise InputError(f"decoder is {name}; this model does not read left to right: {own}")
-    if isinstance(chosen, Speculative) and "draft" not in has:
-        raise InputError(f"decoder is {name}; this model has nothing to draft with: {own}")
+    if isinstance(chosen, Speculative) and "draft" not in has and not chosen.lookup:
+        raise InputError(f"decoder is {name}, lookup 0; this model has nothing to draft with but its text: {own}")
     if filling and has == {"causal"}:
         raise InputError("a template is given to a model that reads left to right alone; give a prompt")
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from caddf.caches import Caches, KVCache, Slots
 from caddf.categorical import Warp, inverse_cdf
+from caddf.decoding.lookup import lookup
 from caddf.decoding.verification import at_place, residual, verify
 from caddf.interface import Round
 from caddf.models.causal import CausalBranch
@@ -46,6 +47,7 @@ class Shape:
     size: int
     warp: Warp
     least: float
+    lookup: int
     dtype: torch.dtype
     device: torch.device
 
@@ -73,12 +75,20 @@ class Graphs:
         """Whether there are such rounds: drafts need a chain, and what the diffusion branch reads of causal states."""
         model, branch = self.model, self.model.causal
         chained = isinstance(getattr(model, "chain", None), DraftChain)
-        drafts = not size or (caches.exchange is not None and chained)
+        drafts = not size or "draft" not in model.heads or (caches.exchange is not None and chained)
         reach = size <= branch.context and (branch.table is None or caches.causal.length <= branch.context)
         return self.suits(model) and drafts and reach and rows * (size + 1) <= MOST
 
     def rounds(
-        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, warp: Warp, least: float, over: object = None
+        self,
+        lengths: Int[Tensor, " B"],
+        size: int,
+        caches: Caches,
+        *,
+        warp: Warp,
+        least: float = 0.0,
+        lookup: int = 0,
+        over: object = None,
     ) -> GraphRounds | None:
         """Whole rounds over what `caches` hold at the first of them; None where they do not fit, or recording failed.
 
@@ -91,7 +101,7 @@ class Graphs:
         branch, weight = self.model.causal, self.model.causal.embedding.weight
         length = -(-caches.causal.length // STEP) * STEP
         length = length if branch.table is None else min(length, branch.context)
-        shape = Shape(len(lengths), length, size, warp, least, weight.dtype, weight.device)
+        shape = Shape(len(lengths), length, size, warp, least, lookup, weight.dtype, weight.device)
         read = _read_by(self.model)
         self.idle = [each for each in self.idle if each.reads(read)]
         engine = next((each for each in self.idle if each.shape == shape), None)
@@ -135,7 +145,7 @@ class GraphRounds:
             engine.begin(self.lengths, x.shape[1], self.caches, max(self.most, 1))  # drafts from 0 on see slot 0
             self.caches, opening = None, bool(((n == 0) & rows).any())
         engine.give(x, n, rows, read, u)
-        engine.run(self.upto, opening)
+        engine.run(self.upto, opening, engine.copy(x, n, rows) if engine.shape.lookup else engine.drafts)
         self.most += places
         return engine.made(x.shape[1])
 
@@ -149,19 +159,21 @@ class Engine:
     def __init__(self, model: Any, shape: Shape, read: list[Tensor]) -> None:
         self.model, self.shape, self.read_by, self.warp = model, shape, read, shape.warp
         self.capture, self.failed = shape.device.type == "cuda", False
-        self.graphs: dict[int, Any] = {}
+        self.graphs: dict[tuple[int, bool], Any] = {}
+        self.drafts = shape.size > 0 and "draft" in model.heads
         self.pool: Any = None
         rows, length, size = shape.rows, shape.length, shape.size
         with torch.inference_mode(False), torch.no_grad():  # buffers that may be written in either mode
             self.caches: Caches = model.allocate(rows, length)
-            self.chain: KVCache | None = model.allocate_drafts(rows, size) if size else None
+            self.chain: KVCache | None = model.allocate_drafts(rows, size) if self.drafts else None
             self.x, self.lengths, self.beyond = self._new(rows, length + 1), self._new(rows), self._new()
             self.x.fill_(model.mask_id)  # the last place is for what has none
             self.mask, self.at = self.x[0, -1].clone(), torch.arange(length + 1, device=shape.device)
             self.n, self.held, self.rows = self._new(rows), self._new(rows), self._new(rows, dtype=torch.bool)
             self.u = self._new(rows, 2 * size + 1, dtype=torch.float64)
             self.tokens, self.marks = self._new(2, rows, length + 1), self._new(2, rows, length + 1, dtype=torch.bool)
-            self.numbers = self._new(7, rows)
+            self.numbers = self._new(8, rows)
+            self.copies, self.copying = self._new(rows, size), self._new(rows, dtype=torch.bool)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.shape.device)
@@ -201,37 +213,48 @@ class Engine:
         for own, given in ((self.n, n), (self.rows, rows), (self.held, read), (self.u, u)):
             own.copy_(given, non_blocking=True)
 
-    def run(self, upto: int, opening: bool) -> None:
-        """One round: its graph where there is one; the first round of a text without a prompt has none."""
+    def copy(self, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], rows: Bool[Tensor, " B"]) -> bool:
+        """Looks up what the next round's rows may copy; whether some have drafts to make besides."""
+        copies, found = lookup(x, n, self.shape.lookup, self.shape.size)
+        self.copies.copy_(copies)
+        self.copying.copy_(found)
+        return self.drafts and bool((rows & ~found).any())
+
+    def run(self, upto: int, opening: bool, looking: bool) -> None:
+        """One round: its graph where there is one; the first round of a text without a prompt has none.
+
+        With `looking` the diffusion branch is read.
+        """
         if opening or not self.capture:
-            self.round(upto, opening)
+            self.round(upto, looking, opening)
             return
+        key = upto, looking
         with torch.cuda.device(self.shape.device):
-            if upto not in self.graphs:
+            if key not in self.graphs:
                 try:
-                    self.graphs[upto] = self._record(upto)
+                    self.graphs[key] = self._record(upto, looking)
                 except RuntimeError as error:
                     self.capture, self.failed = False, True
                     self.graphs.clear()
                     said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
                     warnings.warn(f"a CUDA graph could not be recorded; going on without: {said}", stacklevel=2)
-                    self.round(upto, opening)
+                    self.round(upto, looking, opening)
                     return
-            self.graphs[upto].replay()
+            self.graphs[key].replay()
 
-    def _record(self, upto: int) -> Any:
+    def _record(self, upto: int, looking: bool) -> Any:
         """A graph of one round."""
         current, stream = torch.cuda.current_stream(), _side(self.shape.device)
         try:
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(WARM):
-                    self.round(upto)
+                    self.round(upto, looking)
             current.wait_stream(stream)
             self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                self.round(upto)
+                self.round(upto, looking)
             return graph
         finally:
             torch.cuda.set_stream(current)  # where recording fails, it may leave its own
@@ -242,10 +265,11 @@ class Engine:
         numbers = numbers.clone()
         return Round(tokens[0], marks[0], tokens[1], marks[1], numbers[0], numbers[1], numbers[2:])
 
-    def round(self, upto: int, opening: bool = False) -> None:
+    def round(self, upto: int, looking: bool, opening: bool = False) -> None:
         """A round of rows that attend to the slots below `upto`, from what was given to what is made of it.
 
-        With `opening` rows may have no token yet, and so a draft more. Rows that do not go on are read like the others.
+        With `looking` what is not copied is drafted. With `opening` rows may have no token yet, and so a draft more.
+        Rows that do not go on are read like the others.
         """
         rows, lengths, size = self.rows, self.lengths, self.shape.size
         count = size if opening else max(size - 1, 0)
@@ -254,9 +278,15 @@ class Engine:
         x = torch.where(at < column, self.x, self.mask)  # what stands, and `[M]` whatever a row holds behind it
         start = (n - 1).clamp(min=0)
         whole = torch.where(rows, torch.minimum(start + size, lengths), n) if size else n
+        copying = self.copying & (whole > n)
+        looked = (whole > n) & ~copying & looking
+        whole = torch.where(looked | copying, whole, n)
         place, end, q = column + at[: count + 1], whole, None
-        if count:
+        if count and looking:
             x, q, end = self._draft(x, n, place[:, :count], start, whole, upto)
+            end = torch.where(copying, whole, end)
+        if count and self.shape.lookup:
+            x, q = self._put(x, q, place[:, :count], copying[:, None] & (place[:, :count] < end[:, None]))
 
         # Verify in one pass, and read behind the drafts for one token more.
         slots = Slots(place.clamp(max=upto - 1), None, upto)
@@ -274,7 +304,7 @@ class Engine:
         torch.where(behind & (at < end[:, None]), x, self.mask, out=self.tokens[1])
         torch.logical_and(behind & (at < after[:, None]), rows[:, None], out=self.marks[0])
         torch.logical_and(here, (stop < end)[:, None], out=self.marks[1])
-        one, looked = rows.long(), ((whole > n).any() & rows).long()
+        one, looked = rows.long(), looked.long()
         first_open = torch.where(after < lengths, after, self.beyond)
         read = torch.minimum(torch.maximum(self.held, shown), stop + 1)
         made = (
@@ -285,6 +315,7 @@ class Engine:
             shown - n + looked * size,
             one * shown + looked * 2 * whole,
             one,
+            copying.long(),
         )
         torch.stack(made, out=self.numbers)
 
@@ -334,6 +365,22 @@ class Engine:
             drafting = place < end[:, None]
         x = x.scatter(1, torch.where(drafting, place, x.shape[1] - 1), torch.stack(tokens, 1))
         return x, None if self._greedy else torch.stack(drawn_from, 1) * drafting[..., None], end
+
+    def _put(
+        self,
+        x: Int[Tensor, "B T+1"],
+        q: Float[Tensor, "B m V"] | None,
+        place: Int[Tensor, "B m"],
+        copying: Bool[Tensor, "B m"],
+    ) -> tuple[Int[Tensor, "B T+1"], Float[Tensor, "B m V"] | None]:
+        """`x`, and what its drafts are drawn from, with copies at the places that are `copying`."""
+        copies, vocabulary = self.copies[:, : place.shape[1]], self.model.vocab_size
+        x = x.scatter(1, torch.where(copying, place, x.shape[1] - 1), copies)
+        if self._greedy:
+            return x, None
+        sure = torch.zeros(*copies.shape, vocabulary, dtype=torch.float64, device=x.device)
+        sure.scatter_(-1, copies.clamp(max=vocabulary - 1)[..., None], copying[..., None].double())
+        return x, sure if q is None else torch.where(copying[..., None], sure, q)
 
     def _verify(
         self,

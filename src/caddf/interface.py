@@ -124,7 +124,7 @@ class Round:
     n: the first open positions, T where there is none.
     read: how many slots of the caches hold.
     work: passes of the causal and the diffusion branch, token-positions that they read and would have without caches,
-        and rounds, of each row (`decoding.task.Counts`).
+        rounds, and rounds whose drafts were copied, of each row (`decoding.task.Counts`).
     """
 
     tokens: Int[Tensor, "B T"]
@@ -133,7 +133,7 @@ class Round:
     corrected: Bool[Tensor, "B T"]
     n: Int[Tensor, " B"]
     read: Int[Tensor, " B"]
-    work: Int[Tensor, "5 B"]
+    work: Int[Tensor, "6 B"]
 
 
 Rounds = Callable[
@@ -223,13 +223,21 @@ class Incremental(LanguageModel, Protocol):
         """
 
     def rounds(
-        self, lengths: Int[Tensor, " B"], size: int, caches: Any, *, warp: Warp, least: float, over: Any = None
+        self,
+        lengths: Int[Tensor, " B"],
+        size: int,
+        caches: Any,
+        *,
+        warp: Warp,
+        least: float = 0.0,
+        lookup: int = 0,
+        over: Any = None,
     ) -> Rounds | None:
         """Whole rounds over `caches`, for rows of these lengths; None where the model has none.
 
         The target is causal, or fused `over` each block's all-masked start (a `Block`) or over what is seen of one
         canvas. Windows of `size` slide (`decoding.speculative`); with size 0 a round is one token, and nothing is
-        drafted.
+        drafted. Drafts are copied where the last `lookup` tokens have stood before (`decoding.lookup`; 0: never).
         """
 
 

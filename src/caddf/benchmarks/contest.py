@@ -44,6 +44,7 @@ MEANS = (
     "diffusion_evaluations",
     "tokens_per_evaluation",
     "tokens_per_round",
+    "copied_share",
     "cache_hit_rate",
     "entropy",
 )

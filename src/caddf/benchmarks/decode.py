@@ -28,6 +28,7 @@ COLUMNS = {
     "tokens/s": "new tokens of the whole batch a second, prompts read included: median (quartiles)",
     "per evaluation": "new tokens of a row per causal pass; a diffusion pass counts at its floating-point operations",
     "per round": "new tokens of a row per round",
+    "copied": "share of the rounds whose drafts were copied from the text itself (lookup)",
     "causal, diffusion": "passes of each branch",
     "cache hits": "share of the token-positions that a decoder without caches computes",
     "memory": "MiB at the peak: weights, caches, activations",
@@ -88,7 +89,7 @@ def decode(settings: DecodeSettings, console: Console) -> Results:
     steps = whole_numbers("steps", settings.steps) if settings.steps is not None else [given.new_tokens]
     if any(roster[name].method == "gpt2" for name in roster.names):
         needs("transformers")
-    rows = entrants(roster, settings.decoders, steps, transformers=True)
+    rows = entrants(roster, settings.decoders, steps, transformers=True, copies=True)
     folder = Path(settings.out or f"results/decode-{'trained' if settings.models else settings.size}")
     results = Results.open("decode", folder, plain(given), free=("repeats", "domain", "memory"))
     contest(results, rows, roster, given, console)
@@ -137,6 +138,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{number(row['tokens_per_second'])} ({number(low)} to {number(high)})",
         number(row["tokens_per_evaluation"]),
         number(row["tokens_per_round"]),
+        "" if not row.get("copied_share") else f"{row['copied_share']:.0%}",
         f"{number(row['causal_evaluations'])}, {number(row['diffusion_evaluations'])}",
         f"{row['cache_hit_rate']:.1%}",
         "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}",

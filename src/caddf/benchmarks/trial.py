@@ -93,9 +93,7 @@ def account(network: Network, ran: Run, new_tokens: int) -> dict[str, float]:
     branch's; `tokens_per_second` is of the whole batch.
     """
     counts, rows, flops = ran.counts, len(ran.tokens), network.flops_per_position()
-    causal, diffusion, computed, needed, rounds = (
-        getattr(counts, name).double().mean().item() for name in ("causal", "diffusion", "computed", "needed", "rounds")
-    )
+    causal, diffusion, computed, needed, rounds, copied = counts.all.double().mean(1).tolist()
     cost = flops.get("diffusion", 0.0) / flops["causal"] if causal and "causal" in flops else 1.0
     return {
         "seconds": ran.seconds,
@@ -104,6 +102,7 @@ def account(network: Network, ran: Run, new_tokens: int) -> dict[str, float]:
         "diffusion_evaluations": diffusion,
         "tokens_per_evaluation": new_tokens / (causal + diffusion * cost),
         "tokens_per_round": new_tokens / rounds if rounds else None,
+        "copied_share": copied / rounds if rounds else None,
         "cache_hit_rate": hit_rate(computed, needed),
         "passes_causal": counts.causal.max().item(),
         "passes_diffusion": counts.diffusion.max().item(),

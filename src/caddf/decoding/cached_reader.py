@@ -158,10 +158,12 @@ class CachedReader:
         rows: Bool[Tensor, " B"],
         size: int = 0,
         least: float = 0.0,
+        lookup: int = 0,
     ) -> tuple[Round | None, Progress]:
         """By the model itself, where all slots before n have been read, and drafts chain if there are any."""
         task, fused = self.plan.task, self.plan.head == "fused"
-        if state.rounds == (None,) or (size and not self.plan.chained) or (task.template and state.seen[0] is None):
+        at_once = size and not self.plan.chained and "draft" in self.model.heads
+        if state.rounds == (None,) or at_once or (task.template and state.seen[0] is None):
             return None, state  # a template's first round is steps, which read its canvas
         if not state.settled or task.template:
             start, end = self.plan.window(n, size)
@@ -173,7 +175,9 @@ class CachedReader:
                 return None, state
         if state.rounds is None:
             over = (state.seen[0] if task.template else self.plan.pattern) if fused else None
-            made = self.model.rounds(task.lengths, size, state.caches, warp=task.warp, least=least, over=over)
+            made = self.model.rounds(
+                task.lengths, size, state.caches, warp=task.warp, least=least, lookup=lookup, over=over
+            )
             state = replace(state, rounds=(made,))
         assert state.rounds is not None
         (rounds,) = state.rounds

@@ -71,7 +71,7 @@ class FullReader:
         """The reference drafts step by step."""
 
     def round(
-        self, state: None, x: Tensor, n: Tensor, rows: Tensor, size: int = 0, least: float = 0.0
+        self, state: None, x: Tensor, n: Tensor, rows: Tensor, size: int = 0, least: float = 0.0, lookup: int = 0
     ) -> tuple[None, None]:
         """The reference works step by step."""
         return None, None

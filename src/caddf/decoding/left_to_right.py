@@ -62,6 +62,7 @@ class Reader(Protocol):
         rows: Bool[Tensor, " B"],
         size: int = 0,
         least: float = 0.0,
+        lookup: int = 0,
     ) -> tuple[Round | None, Any]:
         """A whole round, where the model can: what the other readings lead to, from the same uniforms.
 

@@ -1,4 +1,4 @@
-"""Lossless block speculation: the diffusion branch drafts, the target verifies (`verification`)."""
+"""Lossless block speculation: the diffusion branch drafts, or the text itself; the target verifies (`verification`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
 from caddf.categorical import inverse_cdf
 from caddf.decoding.left_to_right import Reader, reader_for
-from caddf.decoding.plan import Plan, Target, first_open, most_rounds
+from caddf.decoding.lookup import lookup
+from caddf.decoding.plan import Plan, Target, first_open, most_rounds, width_of
 from caddf.decoding.task import Counts, Frame, Task
 from caddf.decoding.verification import at_place, residual, verify
 from caddf.errors import InputError
@@ -23,47 +25,68 @@ from caddf.interface import LanguageModel
 class Speculative:
     """Each round one diffusion pass drafts a window and one causal pass verifies it: the target's distribution exactly.
 
+    Where the last tokens have stood before, what followed them is drafted instead: the diffusion branch is not read.
+
     target: `causal` (the causal branch's own head) or `fused` (in blocks of `block_size`, each fused with its
         all-masked start; templates always). Where windows slide (`plan`) a round that is accepted whole adds a token.
     block_size: k; not set, the model's own.
+    lookup: how many last tokens must have stood before for that; 0: never. A model with nothing to draft with has this
+        alone, and otherwise writes one token a round.
     least: drafts are verified while the product of their largest draft probabilities is at least this; 0 verifies all.
     cache: false reads whole rows each time, for comparison.
     """
 
     target: Target = "causal"
     block_size: int | None = None
+    lookup: int = 4
     least: float = 0.0
     cache: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.least <= 1:
             raise InputError(f"least is {self.least}; it must lie in [0, 1]")
+        if self.lookup < 0:
+            raise InputError(f"lookup is {self.lookup}; it must be a number of tokens, or 0 for never")
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame per round."""
         x, counts = task.tokens.clone(), counts or Counts.zeros(len(task.tokens))
         size, at, wanted = self.block_size or model.block_size, torch.arange(x.shape[1], device=x.device), task.wanted
-        plan = Plan.of(model, task, self.target, size)
-        reader = reader_for(model, plan, counts, drafting=True, cache=self.cache)
+        plan, proposes = Plan.of(model, task, self.target, size), "draft" in model.heads
+        if not (proposes or self.lookup):
+            raise InputError("this model has nothing to draft with but lookup, which is 0")
+        reader = reader_for(model, plan, counts, drafting=proposes, cache=self.cache)
         state = reader.start()
         n = first_open(task, x)
         for _ in most_rounds(task):
             if not (rows := (n < x.shape[1]) & ~task.finished(x)).any():
                 return
-            done, state = reader.round(state, x, n, rows, size, self.least)
+            done, state = reader.round(state, x, n, rows, size, self.least, self.lookup)
             if done is not None:
                 x, n = done.tokens, done.n
                 yield Frame(x, done.fresh, counts, done.drafts, done.corrected)
                 continue
             before, whole = x, torch.where(rows, plan.window(n, size)[1], n)
+            copies, copying = lookup(x, n, self.lookup, size) if self.lookup else (x, torch.zeros_like(rows))
+            copying &= whole > n
+            looking = (whole > n) & ~copying & proposes
+            whole = torch.where(looking | copying, whole, n)
             place = n[:, None] + torch.arange(m := int((whole - n).max()), device=x.device)
             drafting = (place < whole[:, None]) & _at(wanted, place)
             u = task.generators.several(rows, 2 * size + 1).to(x.device)
 
-            # Draft: q at the masked positions of the window, all at once, or one after the other where drafts chain.
-            look, state = reader.look(state, x, n, size, rows) if m else (None, state)
-            x, q, drafting, end = self._draft(model, plan, reader, look, x, place, drafting, whole, rows, u[:, :m])
-            place, count = place[:, : q.shape[1]], q.shape[1]
+            # Draft: q at the masked positions of the window, all at once, or one after the other where drafts chain; a
+            # copied draft is sure of itself.
+            look, state = reader.look(state, x, n, size, looking) if looking.any() else (None, state)
+            own, end = drafting & looking[:, None], torch.where(looking, whole, n)
+            x, q, end = self._draft(model, plan, reader, look, x, place, own, end, looking, u[:, :m])
+            end = torch.where(copying, whole, end)
+            place, q = place[:, : (count := width_of(n, end))], pad(q, (0, 0, 0, count - q.shape[1]))
+            drafting = drafting[:, :count] & (place < end[:, None])
+            if copying.any():
+                copies, copied = copies[:, :count].clamp(max=model.vocab_size - 1), drafting & copying[:, None]
+                x = _put(x, place, copied, copies)
+                q = torch.where(copied[..., None], one_hot(copies, model.vocab_size).to(q), q)
 
             # Verify in one pass of the target; what is given counts as accepted. Where the target is known behind the
             # drafts it is read there too, for one token more.
@@ -82,7 +105,7 @@ class Speculative:
             here = (at == stop[:, None]) & more[:, None]
             x = torch.where(here, token[:, None], x)
             state, n = reader.keep(state, stop + 1), first_open(task, x)
-            counts.add(rows, rounds=1)
+            counts.add(rows, rounds=1, copied=copying)
             yield Frame(x, (x != before) & rows[:, None], counts, drafts, here & (stop < end)[:, None])
 
     def _draft(
@@ -97,21 +120,23 @@ class Speculative:
         end: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
         u: Float[Tensor, "B m"],
-    ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B j V"], Bool[Tensor, "B j"], Int[Tensor, " B"]]:
-        """`x` with drafts at the places that are `drafting`, q (0 elsewhere), which are drafts, and their end.
+    ) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B j V"], Int[Tensor, " B"]]:
+        """`x` with drafts at the places that are `drafting`, q (0 elsewhere), and the end of each row's.
 
         The end comes sooner, and j <= m, where drafts are less sure than `least`.
         """
-        task, (_, count), j = plan.task, place.shape, 0
-        n = place[:, 0] if count else end
+        task, n, j = plan.task, place[:, 0] if place.shape[1] else end, 0
+        count = width_of(n, end)
+        q = torch.zeros(len(x), count, model.vocab_size, dtype=torch.float64, device=x.device)
+        if look is None:
+            return x, q, end
         given = torch.where(drafting, -1, _at(x, place)) if task.template else None
         if plan.chained and count and (drawn := reader.chain(look, x, n, u, task.warp, self.least, given)) is not None:
             tokens, q, sure = drawn
             end = torch.minimum(end, n + sure)
-            drafting, count = drafting & (place < end[:, None]), int((end - n).max())
+            drafting = drafting & (place < end[:, None])
             x = _put(x, place, drafting, tokens)
-            return x, (q * drafting[..., None])[:, :count], drafting[:, :count], end
-        q = torch.zeros(len(x), count, model.vocab_size, dtype=torch.float64, device=x.device)
+            return x, (q * drafting[..., None])[:, : width_of(n, end)], end
         chance = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
         step = 1 if plan.chained else max(count, 1)
         while j < count:
@@ -121,12 +146,12 @@ class Speculative:
                 chance = torch.cat([chance, sure], 1)
                 good = (chance[:, 1:].exp() >= self.least).cumprod(1).sum(1)
                 end = torch.where(good < j + step, torch.minimum(end, n + good.clamp(min=1)), end)
-                drafting, count = drafting & (place < end[:, None]), int((end - n).max())
+                drafting, count = drafting & (place < end[:, None]), width_of(n, end)
             now = drafting[:, j : j + step]
             q[:, j : j + step] = task.warp(log_q) * now[..., None]
             x = _put(x, place[:, j : j + step], now, inverse_cdf(q[:, j : j + step], u[:, j : j + step]))
             j += step
-        return x, q[:, :count], drafting[:, :count], end
+        return x, q[:, :count], end
 
 
 def _at(values: Tensor, place: Int[Tensor, "B n"]) -> Tensor:

@@ -30,15 +30,15 @@ class Counts:
     """The work of a decoder, per row: passes of each branch, and token-positions.
 
     `computed` token-positions went through a branch; `needed` would have without caches. Both sum the two branches.
-    `all` holds the five numbers of each row in the order of the properties.
+    `all` holds the six numbers of each row in the order of the properties.
     """
 
-    all: Int[Tensor, "5 B"]
+    all: Int[Tensor, "6 B"]
 
     @classmethod
     def zeros(cls, rows: int) -> Counts:
         """No work yet."""
-        return cls(torch.zeros(5, rows, dtype=torch.long))
+        return cls(torch.zeros(6, rows, dtype=torch.long))
 
     def copy(self) -> Counts:
         """As they are now."""
@@ -69,6 +69,11 @@ class Counts:
         """Rounds."""
         return self.all[4]
 
+    @property
+    def copied(self) -> Int[Tensor, " B"]:
+        """Rounds whose drafts were copied from the text itself (`decoding.lookup`)."""
+        return self.all[5]
+
     def add(
         self,
         rows: Bool[Tensor, " B"],
@@ -78,10 +83,11 @@ class Counts:
         computed: int | Tensor = 0,
         needed: int | Tensor = 0,
         rounds: int | Tensor = 0,
+        copied: int | Tensor = 0,
     ) -> None:
         """Adds to the marked rows; a row that has nothing left to do works no more."""
         rows = rows.cpu()
-        for total, amount in zip(self.all, (causal, diffusion, computed, needed, rounds), strict=True):
+        for total, amount in zip(self.all, (causal, diffusion, computed, needed, rounds, copied), strict=True):
             if isinstance(amount, Tensor) or amount:
                 total.add_(rows * (amount.cpu() if isinstance(amount, Tensor) else amount))
 

@@ -107,11 +107,21 @@ class CausalModel(nn.Module):
         return States(None, None, self.causal(inputs, slots, caches.causal, earlier=earlier))
 
     def rounds(
-        self, lengths: Int[Tensor, " B"], size: int, caches: Caches, *, warp: Warp, least: float, over: None = None
+        self,
+        lengths: Int[Tensor, " B"],
+        size: int,
+        caches: Caches,
+        *,
+        warp: Warp,
+        least: float = 0.0,
+        lookup: int = 0,
+        over: None = None,
     ) -> Rounds | None:
         """Whole rounds of the causal target at one go, where there are kernels or graphs for it."""
         whole = self.native or self.graphs
-        return None if whole is None else whole.rounds(lengths, size, caches, warp=warp, least=least, over=over)
+        if whole is None:
+            return None
+        return whole.rounds(lengths, size, caches, warp=warp, least=least, lookup=lookup, over=over)
 
     def log_probs(self, states: States, where: Bool[Tensor, "B L"], head: Head = "causal") -> Float[Tensor, "N V"]:
         """Log-probabilities (nats) at the positions in `where`, normalised over V in float32 or better."""

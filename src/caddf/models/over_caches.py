@@ -232,12 +232,15 @@ class OverCaches(nn.Module):
         caches: Caches,
         *,
         warp: Warp,
-        least: float,
+        least: float = 0.0,
+        lookup: int = 0,
         over: Block | Canvas | None = None,
     ) -> Rounds | None:
         """Whole rounds at one go, where there are kernels or graphs for it."""
         whole = self.native or self.graphs
-        return None if whole is None else whole.rounds(lengths, size, caches, warp=warp, least=least, over=over)
+        if whole is None:
+            return None
+        return whole.rounds(lengths, size, caches, warp=warp, least=least, lookup=lookup, over=over)
 
     def before(
         self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"], by: int = 1

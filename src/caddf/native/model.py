@@ -219,12 +219,13 @@ class Native:
         *,
         warp: Warp,
         least: float,
+        lookup: int,
         over: Block | Canvas | None,
     ) -> Rounds | None:
         """Whole rounds over `caches` (`caddf.interface.Incremental.rounds`)."""
         if not Rounds.fit(self, len(lengths), size, caches, over):
             return None
-        return Rounds(self, lengths, size, caches, warp, least, over)
+        return Rounds(self, lengths, size, caches, warp, least, lookup, over)
 
     def drafts(
         self,

@@ -351,10 +351,11 @@ typedef struct {
 // what comes of it is seen by nothing, and what a row holds beyond its end is not looked at.
 typedef struct {  // a round: a window of drafts that starts at the last token that stands, and the target's reading of them
   int64_t rows, length, size, mask, bos;  // size 0: one token of each row, and no drafts
+  int64_t lookup;                         // drafts are copied where so many last tokens have stood before; 0: never
   const int64_t *before;                  // [rows, length]: what stands, and is given; the mask elsewhere
   const int64_t *lengths, *n, *held;      // [rows]: where rows end, their first open positions, how many slots hold
   const uint8_t *active;                  // [rows]: whether a row goes on
-  const Stack *causal, *window, *chain;
+  const Stack *causal, *window, *chain;   // window NULL: drafts are copied, or there are none
   Pass *pass, *look;                      // with room for the widest round
   Draft *draft;
   const Canvas *canvas;                   // NULL: the target is causal
@@ -370,7 +371,8 @@ typedef struct {  // a round: a window of drafts that starts at the last token t
   int64_t *x, *drafts;                    // [rows, length]: what stands then, and what was drafted (the mask elsewhere)
   uint8_t *fresh, *corrected;             // [rows, length]: what was filled in, and what replaced a draft
   int64_t *next, *read;                   // [rows]: `n` and `held` then; `length` where nothing is open
-  int64_t *work;                          // [5, rows]: passes of both branches, positions read, and without caches; rounds
+  int64_t *work;                          // [6, rows]: passes of both branches, positions read, and without caches; rounds,
+                                          // and those whose drafts were copied
 } Round;
 
 static int64_t before(const Round *r, int64_t row, int64_t at) { return at > 0 ? r->x[row * r->length + at - 1] : r->bos; }
@@ -381,7 +383,42 @@ static int is_open(const Round *r, int64_t row, int64_t at) { return r->before[r
 static int64_t start_of(const Round *r, int64_t row) { return r->n[row] ? least_of(r->n[row], r->length) - 1 : 0; }
 static int64_t whole_of(const Round *r, int64_t row) { return least_of(start_of(r, row) + r->size, r->lengths[row]); }
 
-static int64_t count_of(const Round *r, int64_t row) { return r->active[row] ? most(whole_of(r, row) - r->n[row], 0) : 0; }
+// Behind the last place where a row's last tokens stood before (`decoding/lookup.py`), or -1.
+static int64_t source_of(const Round *r, int64_t row) {
+  int64_t n = r->n[row], width = r->lookup, bytes = width * sizeof(int64_t);
+  const int64_t *x = r->before + row * r->length;
+  if (!width || !r->active[row]) return -1;
+  for (int64_t at = n - 1; at >= width; at--)
+    if (x[at - 1] == x[n - 1] && !memcmp(x + at - width, x + n - width, bytes)) return at;
+  return -1;
+}
+
+// How many places of a row are for drafts.
+static int64_t count_of(const Round *r, int64_t row, int64_t source) {
+  return r->active[row] && (r->window || source >= 0) ? most(whole_of(r, row) - r->n[row], 0) : 0;
+}
+
+// Drafts that are copied from `source` on; a copy that comes to n copies itself.
+static void copy_drafts(const Round *r, int64_t row, int64_t source, int64_t count, int64_t places) {
+  Draft *d = r->draft;
+  int64_t n = r->n[row], *x = r->x + row * r->length;
+  d->drafts[row] = count;
+  for (int64_t i = 0; i < count; i++) {
+    int64_t at = row * places + i, open = is_open(r, row, n + i);
+    d->given[at] = open ? -1 : x[n + i];
+    d->tokens[at] = x[source + i % (n - source)];
+    if (r->draft->temperature == 0) continue;
+    memset(d->q + at * d->vocabulary, 0, d->vocabulary * sizeof(double));
+    if (open) d->q[at * d->vocabulary + d->tokens[at]] = 1;
+  }
+}
+
+// q is zero again where nothing will be drawn.
+static void forget_copies(const Round *r, int64_t row, int64_t places) {
+  const Draft *d = r->draft;
+  for (int64_t at = row * places; r->draft->temperature > 0 && at < row * places + d->drafts[row]; at++)
+    d->q[at * d->vocabulary + d->tokens[at]] = 0;
+}
 
 typedef struct {
   Running window;
@@ -395,7 +432,7 @@ static void look_part(const void *of, int64_t thread, int64_t threads) {
   draft(&w->drafting, thread, threads);
 }
 
-static int drafts_of(const Round *r, int64_t count) {
+static int drafts_of(const Round *r, int64_t count, const int64_t *counts) {
   Pass *look = r->look;
   Draft *draft = r->draft;
   int64_t width = r->window->width, threads = most(look->threads, draft->threads);
@@ -409,7 +446,7 @@ static int drafts_of(const Round *r, int64_t count) {
       draft->earlier[at] = start + i <= stands ? before(r, row, start + i - 1) : r->bos;
     }
     for (int64_t i = 0; i < count; i++) {
-      int64_t at = r->n[row] + i, given = i < count_of(r, row) && !is_open(r, row, at);
+      int64_t at = r->n[row] + i, given = i < counts[row] && !is_open(r, row, at);
       draft->given[row * count + i] = given ? r->x[row * r->length + at] : -1;
     }
     look->until[row] = start;
@@ -568,16 +605,22 @@ static int ready_canvas(const Round *r, int64_t wide, int64_t threads, Reading *
 int caddf_round(const Round *r) {
   Pass *pass = r->pass;
   int64_t width = r->causal->width, V = r->head.out, count = 0, wide = 0, shown[r->rows], ends[r->rows], encoded[r->rows];
+  int64_t sources[r->rows], counts[r->rows], looks = 0;
   int64_t all = r->rows * r->length;
   memcpy(r->x, r->before, all * sizeof(int64_t));
   for (int64_t i = 0; i < all; i++) r->drafts[i] = r->mask;
   memset(r->fresh, 0, all), memset(r->corrected, 0, all);
-  memset(r->work, 0, 5 * r->rows * sizeof(int64_t)), memset(encoded, 0, sizeof encoded);
-  for (int64_t row = 0; row < r->rows; row++) count = most(count, count_of(r, row));
-  if (count && drafts_of(r, count)) return -1;
+  memset(r->work, 0, 6 * r->rows * sizeof(int64_t)), memset(encoded, 0, sizeof encoded);
+  for (int64_t row = 0; row < r->rows; row++) {
+    counts[row] = count_of(r, row, sources[row] = r->size ? source_of(r, row) : -1);
+    count = most(count, counts[row]);
+    looks += counts[row] && sources[row] < 0;
+  }
+  if (looks && drafts_of(r, count, counts)) return -1;
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t n = r->n[row], end = n, *x = r->x + row * r->length;
-    if (count && r->active[row]) end = n + least_of(r->draft->drafts[row], count_of(r, row));
+    if (counts[row] && sources[row] >= 0) copy_drafts(r, row, sources[row], counts[row], count);
+    if (counts[row]) end = n + least_of(r->draft->drafts[row], counts[row]);
     for (int64_t i = n; i < end; i++)
       if (is_open(r, row, i)) r->drafts[row * r->length + i] = x[i] = r->draft->tokens[row * count + i - n];
     ends[row] = end;
@@ -643,10 +686,12 @@ int caddf_round(const Round *r) {
     // Without caches each branch would read all up to the window's end, and up to the target's; a template whole.
     const Canvas *c = r->canvas;
     int64_t until = c && !c->block ? r->lengths[row] : 0, whole = whole_of(r, row), block = c ? c->block : 0;
-    int64_t needed = shown[row] + (c ? most(shown[row], until) : 0) + (count ? whole + most(whole, until) : 0);
-    int64_t computed = shown[row] - n + (count ? r->size : 0) + encoded[row] * block;
-    int64_t work[] = {1, (count > 0) + encoded[row], computed, needed, 1};
-    for (int i = 0; i < 5; i++) r->work[i * r->rows + row] = work[i];
+    int64_t copied = counts[row] && sources[row] >= 0, looked = counts[row] && !copied;
+    int64_t needed = shown[row] + (c ? most(shown[row], until) : 0) + (looked ? whole + most(whole, until) : 0);
+    int64_t computed = shown[row] - n + (looked ? r->size : 0) + encoded[row] * block;
+    int64_t work[] = {1, looked + encoded[row], computed, needed, 1, copied};
+    if (copied) forget_copies(r, row, count);
+    for (int i = 0; i < 6; i++) r->work[i * r->rows + row] = work[i];
   }
   return 0;
 }

@@ -44,6 +44,7 @@ class Rounds:
         caches: Caches,
         warp: Warp,
         least: float,
+        lookup: int = 0,
         over: Block | Canvas | None = None,
     ) -> None:
         rows, places, self.size, self.caches = len(lengths), size + 1, size, caches
@@ -60,17 +61,23 @@ class Rounds:
             cache_of(caches.exchange), address(exchange_turns[0]), address(exchange_turns[1]),
             threads_for(causal.weights.bytes, rows * places),
         )  # fmt: skip
-        self.look, self.draft = CPass(), CDraft(**filters(warp))
-        if size:
+        self.look, self.draft = CPass(), CDraft(vocabulary=model.vocab_size, **filters(warp))
+        self.drafts = size > 0 and "draft" in model.heads
+        if self.drafts:
             self._draft(native, rows, caches, warp, least)
+        if size:
+            self.draft.q = self._new(rows, size, model.vocab_size, dtype=torch.double)
+            for name, shape in (("tokens", 2), ("given", 2), ("drafts", 1)):
+                setattr(self.draft, name, self._new(*(rows, size)[:shape], dtype=torch.long))
         banned = self._keep(torch.arange(len(head))[list(warp.banned)])
         if isinstance(over, Block):
             self._see_blocks(native, rows, over)
         elif over is not None:
             self._see(native, rows, over)
         self.given = CRound(
-            rows=rows, size=size, mask=model.mask_id, bos=model.config.bos_id, lengths=self.lengths.data_ptr(),
-            causal=ctypes.addressof(causal.stack), head=read, banned=banned.data_ptr(), bans=len(banned),
+            rows=rows, size=size, mask=model.mask_id, bos=model.config.bos_id, lookup=lookup,
+            lengths=self.lengths.data_ptr(), causal=ctypes.addressof(causal.stack), head=read,
+            banned=banned.data_ptr(), bans=len(banned),
             head_threads=threads_for((4 >> read.type) * read.out * causal.width, rows * places),
             embedding=address(branch.embedding.weight), shifted=address(shifted),
             table=None if table is None else address(table.weight),
@@ -78,7 +85,7 @@ class Rounds:
             draft=ctypes.addressof(self.draft), canvas=None if over is None else ctypes.addressof(self.canvas),
         )  # fmt: skip
         setattr(self.given, "pass", ctypes.addressof(self.passes))
-        for part, name in (("window", "look"), ("chain", "chain")) if size else ():
+        for part, name in (("window", "look"), ("chain", "chain")) if self.drafts else ():
             setattr(self.given, part, ctypes.addressof(self.stacks[name].stack))
         self.run = library().caddf_round
 
@@ -92,9 +99,11 @@ class Rounds:
         ):
             return False
         table = native.branch.table
-        drafts = not size or (caches.exchange is not None and {"look", "chain"} <= native.stacks.keys())
+        drafts = size > 0 and "draft" in native.model.heads
+        if drafts and (caches.exchange is None or not {"look", "chain"} <= native.stacks.keys()):
+            return False
         reach = size <= native.context and (table is None or caches.causal.length <= native.context)
-        return "causal" in native.stacks and drafts and reach and rows * (size + 1) <= MOST
+        return "causal" in native.stacks and reach and rows * (size + 1) <= MOST
 
     def _draft(self, native: Native, rows: int, caches: Caches, warp: Warp, least: float) -> None:
         """The window's pass and the chain's drafts."""
@@ -108,8 +117,7 @@ class Rounds:
         self.draft.banned, self.draft.bans = banned.data_ptr(), len(banned)
         self._keep((native.diffusion.embedding.weight, model.chain.shifted and model.chain.shifted.weight))
         self.draft.states, self.draft.u = self.look.x, self._new(rows, size, dtype=torch.double)
-        self.draft.q = self._new(rows, size, model.vocab_size, dtype=torch.double)
-        for name, shape in (("before", 2), ("earlier", 2), ("given", 2), ("tokens", 2), ("first", 1), ("drafts", 1)):
+        for name, shape in (("before", 2), ("earlier", 2), ("first", 1)):
             setattr(self.draft, name, self._new(*(rows, size)[:shape], dtype=torch.long))
 
     def _fuse(self, native: Native, rows: int) -> FusionPass:
@@ -184,7 +192,7 @@ class Rounds:
         (count, length), given = x.shape, self.given
         x, n, rows, read, u = (each.contiguous() for each in (x, n, rows, read, u))
         tokens, marks = x.new_empty(2, count, length), rows.new_empty(2, count, length)
-        numbers = n.new_empty(7, count)
+        numbers = n.new_empty(8, count)
         given.length, given.before, given.n, given.active = length, x.data_ptr(), n.data_ptr(), rows.data_ptr()
         given.held, given.u = read.data_ptr(), u.data_ptr()
         for names, made in ((("x", "drafts"), tokens), (("fresh", "corrected"), marks)):

@@ -125,13 +125,12 @@ class CRound(ctypes.Structure):
 
     _fields_ = (
         ("rows", _number), ("length", _number), ("size", _number), ("mask", _number), ("bos", _number),
-        ("before", _pointer), ("lengths", _pointer), ("n", _pointer), ("held", _pointer), ("active", _pointer),
-        ("causal", _pointer), ("window", _pointer), ("chain", _pointer), ("pass", _pointer), ("look", _pointer),
-        ("draft", _pointer), ("canvas", _pointer), ("head", CMap), ("banned", _pointer), ("bans", _number),
-        ("head_threads", _number), ("embedding", _pointer),
-        ("shifted", _pointer), ("table", _pointer), ("logits", _pointer), ("u", _pointer), ("x", _pointer),
-        ("drafts", _pointer), ("fresh", _pointer), ("corrected", _pointer), ("next", _pointer), ("read", _pointer),
-        ("work", _pointer),
+        ("lookup", _number), ("before", _pointer), ("lengths", _pointer), ("n", _pointer), ("held", _pointer),
+        ("active", _pointer), ("causal", _pointer), ("window", _pointer), ("chain", _pointer), ("pass", _pointer),
+        ("look", _pointer), ("draft", _pointer), ("canvas", _pointer), ("head", CMap), ("banned", _pointer),
+        ("bans", _number), ("head_threads", _number), ("embedding", _pointer), ("shifted", _pointer),
+        ("table", _pointer), ("logits", _pointer), ("u", _pointer), ("x", _pointer), ("drafts", _pointer),
+        ("fresh", _pointer), ("corrected", _pointer), ("next", _pointer), ("read", _pointer), ("work", _pointer),
     )  # fmt: skip
 
 

@@ -260,8 +260,8 @@ class Ablations:
         decoded = decodings(shop, contest(self, chosen))
         path = shop.evaluation(self.variants["full"], shop.settings.prompts)
         full = read_json(path) if path.exists() else {}
-        rows = [self._row(shop, chosen[row["model"]], row, decoded["rows"], full) for row in decoded["rows"]
-                if row["model"] in chosen]  # fmt: skip
+        drafted = [row for row in decoded["rows"] if not row["settings"].get("lookup")]  # by the model, never copied
+        rows = [self._row(shop, chosen[row["model"]], row, drafted, full) for row in drafted if row["model"] in chosen]
         shown = perplexities(shop, chosen, only=("causal", "block", "diffusion"))
         quality = {"sets": SETS, "sources": shop.sources(), "rows": shown}
         return {"about": self._about(decoded), "rows": rows, "perplexities": quality}
@@ -292,7 +292,8 @@ class Ablations:
                                                          for each in (row, same)))  # fmt: skip
         rounds = [each["tokens_per_round"] for each in row["rounds"]]
         return {
-            **{name: row[name] for name in ("model", "decoder", "settings", "target", "batch", "parameters")},
+            **{name: row[name] for name in ("model", "decoder", "target", "batch", "parameters")},
+            "settings": {name: value for name, value in row["settings"].items() if name != "lookup"},
             "tokens_seen": shop.trained(variant)["tokens"],
             "target_ppl": _ppl(exact),
             "target_ratio": None if exact is None else self._to_full(evaluated, full_model, name),

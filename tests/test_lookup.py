@@ -1,0 +1,159 @@
+"""Prompt lookup: what is copied, and that copies change no distribution."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from catalogue import hear
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from caddf.categorical import RowGenerators, Warp
+from caddf.decoding import Autoregressive, Speculative, Task
+from caddf.decoding.lookup import lookup
+from caddf.errors import InputError
+from caddf.interface import Block
+from caddf.models.backbone import DualBranch
+from caddf.models.causal_model import CausalConfig, CausalModel
+from caddf.models.config import BranchConfig, ModelConfig
+
+ROWS, ODDS = 3000, 1e-6
+
+
+def slowly(text: list[int], width: int, count: int) -> list[int] | None:
+    for start in range(len(text) - 1, width - 1, -1):
+        if text[start - width : start] == text[len(text) - width :]:
+            copy = list(text)
+            for i in range(count):
+                copy.append(copy[start + i])
+            return copy[len(text) :]
+    return None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=3),
+    width=st.integers(1, 4),
+    count=st.integers(1, 6),
+    beyond=st.integers(0, 3),
+)
+def test_what_is_copied(rows, width, count, beyond):
+    """By the definition, row by row: the last place counts, a copy may copy itself, and what lies behind n does not."""
+    length = max(max(map(len, rows)) + beyond, 1)
+    x = torch.tensor([row + [3] * (length - len(row)) for row in rows])
+    copies, found = lookup(x, torch.tensor([len(row) for row in rows]), width, count)
+    for row, copy, there in zip(rows, copies.tolist(), found.tolist(), strict=True):
+        expected = slowly(row, width, count)
+        assert there == (expected is not None) and (not there or copy == expected)
+
+
+def dual(vocab: int, context: int, block_size: int, **config) -> DualBranch:
+    torch.manual_seed(1)
+    branches = {"causal": BranchConfig(1, 16, 2, token_shift=True), "diffusion": BranchConfig(2, 16, 2, alibi=True)}
+    model = DualBranch(ModelConfig(vocab, context, block_size=block_size, own_state=True, **branches, **config))
+    return heard(model)
+
+
+def gpt2(vocab: int, context: int, block_size: int) -> CausalModel:
+    torch.manual_seed(1)
+    return heard(CausalModel(CausalConfig(vocab, context, BranchConfig(1, 16, 2), block_size=block_size)))
+
+
+def heard(model):
+    for parameter in model.double().eval().parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(8)
+    return hear(model).requires_grad_(False)
+
+
+def written(model, decoder, tokens, warp=None, *, template=False, first=0):
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    rows = RowGenerators(0, list(range(first, first + len(tokens))))
+    task = Task(tokens, lengths, model.mask_id, rows, warp or Warp(), template=template)
+    return [replace(frame, counts=frame.counts.copy()) for frame in decoder(model, task)]
+
+
+KINDS = {"mutual": {}, "chained": {"draft": "chained"}, "one-way": {"exchange": "one_way"}}
+
+
+def texts(vocab: int, prompts: list[int], length: int, given: int = 0) -> torch.Tensor:
+    """Prompts of these lengths, with `given` single tokens behind them."""
+    x = torch.randint(vocab, (len(prompts), length), generator=torch.Generator().manual_seed(0))
+    open_places = torch.arange(length) >= torch.tensor(prompts)[:, None]
+    open_places[:, [length - 3 * each - 2 for each in range(given)]] = False
+    return torch.where(open_places, vocab, x)
+
+
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("target", ["causal", "fused"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_is_the_same_and_caches_and_batches_change_nothing(kind, target, template):
+    model, x = dual(5, 30, 4, **KINDS[kind]), texts(5, [7, 2, 0, 9], 26, 3 * template)
+    for width in (1, 2):
+        plain = written(model, Autoregressive(target), x, Warp(0.0), template=template)[-1]
+        greedy = written(model, Speculative(target, lookup=width), x, Warp(0.0), template=template)[-1]
+        assert torch.equal(plain.tokens, greedy.tokens) and greedy.counts.copied.sum() > 3
+        for least in (0.0, 0.3):
+            decoder = Speculative(target, lookup=width, least=least)
+            together = written(model, decoder, x, template=template)[-1]
+            uncached = written(model, replace(decoder, cache=False), x, template=template)[-1]
+            assert torch.equal(together.tokens, uncached.tokens) and together.counts.copied.sum() > 3
+            for row in range(len(x)):
+                alone = written(model, decoder, x[row : row + 1], template=template, first=row)[-1]
+                assert torch.equal(alone.tokens[0], together.tokens[row])
+                for name in ("rounds", "copied", "causal"):
+                    assert getattr(alone.counts, name)[0] <= getattr(together.counts, name)[row], name
+                assert alone.counts.copied[0] == together.counts.copied[row]
+
+
+def likely(log_p: torch.Tensor, tokens: torch.Tensor, vocab: int) -> float:
+    """The chance of counts at least as far from what is expected of all sequences."""
+    index = (tokens * vocab ** torch.arange(tokens.shape[1] - 1, -1, -1)).sum(1)
+    seen, expected = torch.bincount(index, minlength=len(log_p)).double(), log_p.exp() * len(tokens)
+    rare = expected < 5
+    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None].clamp(min=1e-9)])
+    statistic = ((seen - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2).double(), statistic / 2).item()
+
+
+@pytest.mark.parametrize("target", ["causal", "fused"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_draw_the_target(kind, target):
+    """Chi-squared over all continuations of a text that repeats; it fails by chance once in a million."""
+    vocab, prompt, length = 3, [0, 1, 2, 0, 1], 4
+    model = dual(vocab, 9, 4, **KINDS[kind])
+    x = torch.tensor([[*prompt, *rest] for rest in itertools.product(range(vocab), repeat=length)])
+    states, _ = model(x, torch.full_like(x, vocab), Block(4))
+    new = (torch.arange(x.shape[1]) >= len(prompt)).expand(x.shape)
+    log_p = -model.nll(states, new, x, target).view(len(x), -1).sum(1)
+    start = torch.tensor([[*prompt, *[vocab] * length]]).expand(ROWS, -1)
+    for width in (1, 2):
+        frames = written(model, Speculative(target, lookup=width), start)
+        counts = frames[-1].counts
+        assert (frames[0].counts.copied == 1).all()
+        assert width == 1 or (counts.copied < counts.rounds).any()  # every single token has stood before
+        assert likely(log_p, frames[-1].tokens[:, len(prompt) :], vocab) > ODDS
+
+
+def test_a_model_of_one_branch_copies_or_writes_one_by_one():
+    model, x = gpt2(5, 30, 4), texts(5, [7, 2, 0], 26)
+    plain = written(model, Autoregressive(), x, Warp(0.0))[-1]
+    greedy = written(model, Speculative(lookup=1), x, Warp(0.0))[-1]
+    assert torch.equal(plain.tokens, greedy.tokens)
+    assert (greedy.counts.rounds < plain.counts.rounds).all() and (greedy.counts.copied > 0).all()
+    assert (greedy.counts.diffusion == 0).all()
+    uncached = written(model, Speculative(lookup=1, cache=False), x, Warp(0.0))[-1]
+    assert torch.equal(uncached.tokens, greedy.tokens)
+    states, _ = model(tokens := torch.tensor(list(itertools.product(range(5), repeat=3))), tokens, Block(4))
+    log_p = -model.nll(states, torch.ones_like(tokens, dtype=torch.bool), tokens).view(-1, 3).sum(1)
+    drawn = written(model, Speculative(lookup=1), torch.full((ROWS, 3), 5))[-1]
+    assert drawn.counts.copied.sum() > ROWS / 20 and likely(log_p, drawn.tokens, 5) > ODDS
+
+
+def test_what_cannot_be():
+    with pytest.raises(InputError, match="lookup is -1"):
+        Speculative(lookup=-1)
+    with pytest.raises(InputError, match="nothing to draft with but lookup, which is 0"):
+        written(gpt2(5, 30, 4), Speculative(lookup=0), torch.full((1, 4), 5))
