@@ -49,7 +49,7 @@ def last(frames):
 @pytest.mark.parametrize("template", [False, True])
 @pytest.mark.parametrize("target", ["causal", "fused"])
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("least", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("least", [0.1, 1.0])
 def test_adaptive_windows_are_exact(kind, target, template, least):
     model, tokens = dual(kind), TEMPLATES if template else PROMPTS
     cached, uncached = (

@@ -18,7 +18,7 @@ from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
 
-ROWS, ODDS = 3000, 1e-6
+ROWS, ODDS = 1500, 1e-6
 
 
 def slowly(text: list[int], width: int, count: int) -> list[int] | None:
@@ -89,22 +89,20 @@ def texts(vocab: int, prompts: list[int], length: int, given: int = 0) -> torch.
 @pytest.mark.parametrize("target", ["causal", "fused"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_text_is_the_same_and_caches_and_batches_change_nothing(kind, target, template):
-    model, x = dual(5, 30, 4, **KINDS[kind]), texts(5, [7, 2, 0, 9], 26, 3 * template)
+    model, x = dual(5, 24, 4, **KINDS[kind]), texts(5, [7, 2, 0], 21, 2 * template)
     for width in (1, 2):
         plain = written(model, Autoregressive(target), x, Warp(0.0), template=template)[-1]
         greedy = written(model, Speculative(target, lookup=width), x, Warp(0.0), template=template)[-1]
-        assert torch.equal(plain.tokens, greedy.tokens) and greedy.counts.copied.sum() > 3
-        for least in (0.0, 0.3):
-            decoder = Speculative(target, lookup=width, least=least)
-            together = written(model, decoder, x, template=template)[-1]
-            uncached = written(model, replace(decoder, cache=False), x, template=template)[-1]
-            assert torch.equal(together.tokens, uncached.tokens) and together.counts.copied.sum() > 3
-            for row in range(len(x)):
-                alone = written(model, decoder, x[row : row + 1], template=template, first=row)[-1]
-                assert torch.equal(alone.tokens[0], together.tokens[row])
-                for name in ("rounds", "copied", "causal"):
-                    assert getattr(alone.counts, name)[0] <= getattr(together.counts, name)[row], name
-                assert alone.counts.copied[0] == together.counts.copied[row]
+        assert torch.equal(plain.tokens, greedy.tokens) and greedy.counts.copied.sum() > 0
+        decoder = Speculative(target, lookup=width, least=0.3 * (width == 1))
+        together = written(model, decoder, x, template=template)[-1]
+        uncached = written(model, replace(decoder, cache=False), x, template=template)[-1]
+        assert torch.equal(together.tokens, uncached.tokens) and together.counts.copied.sum() > 0
+        for row in range(len(x)):
+            alone = written(model, decoder, x[row : row + 1], template=template, first=row)[-1]
+            assert torch.equal(alone.tokens[0], together.tokens[row])
+            for name in ("rounds", "copied"):
+                assert getattr(alone.counts, name)[0] == getattr(together.counts, name)[row], name
 
 
 def likely(log_p: torch.Tensor, tokens: torch.Tensor, vocab: int) -> float:
