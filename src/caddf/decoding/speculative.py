@@ -38,7 +38,7 @@ class Speculative:
 
     target: Target = "causal"
     block_size: int | None = None
-    lookup: int = 4
+    lookup: int = 3
     least: float = 0.0
     cache: bool = True
 
