@@ -25,13 +25,11 @@ from caddf.interface import LanguageModel
 class Speculative:
     """Each round one diffusion pass drafts a window and one causal pass verifies it: the target's distribution exactly.
 
-    Where the last tokens have stood before, what followed them is drafted instead: the diffusion branch is not read.
-
     target: `causal` (the causal branch's own head) or `fused` (in blocks of `block_size`, each fused with its
         all-masked start; templates always). Where windows slide (`plan`) a round that is accepted whole adds a token.
     block_size: k; not set, the model's own.
-    lookup: how many last tokens must have stood before for that; 0: never. A model with nothing to draft with has this
-        alone, and otherwise writes one token a round.
+    lookup: where so many last tokens have stood before, drafts are copied from behind them, and the diffusion branch is
+        not read; 0: never. A model that has nothing to draft with copies, or writes one token a round.
     least: drafts are verified while the product of their largest draft probabilities is at least this; 0 verifies all.
     cache: false reads whole rows each time, for comparison.
     """
