@@ -360,9 +360,10 @@ ANY_ORDER = [
 ]
 
 
-@pytest.mark.parametrize("template", [False, True])
 @pytest.mark.parametrize("name, settings", ANY_ORDER)
-@pytest.mark.parametrize("warp", [Warp(), Warp(0.7, top_k=5, top_p=0.9, banned=(3,))], ids=["plain", "warped"])
+@pytest.mark.parametrize(
+    "warp, template", [(Warp(), False), (Warp(0.7, top_k=5, top_p=0.9, banned=(3,)), True)], ids=["plain", "template"]
+)
 def test_an_unchanged_canvas_costs_nothing_and_changes_nothing(warp, name, settings, template):
     model, tokens, lengths = dual("mutual", 11, 4), TEMPLATES if template else PROMPTS, [16, 12, 15]
     cached, uncached = (

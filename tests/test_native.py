@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import gc
+import itertools
 import multiprocessing
 import shutil
 import weakref
@@ -697,22 +698,17 @@ ROUNDS = {
 }
 
 
-FEW = ("greedy", "temperature", "all filters")
-"""Warps of most rounds: every filter is that of a few kinds by itself."""
+MANY = ("autoregressive", "drafts", "copies")
+"""Kinds under every warp, with a prompt and without; others as `FEW` says."""
+FEW = ((0, "temperature"), (9, "greedy"), (9, "all filters"))
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        (kind, name)
-        for kind in ROUNDS
-        for name in WARPS
-        if name in FEW or kind in ("autoregressive", "drafts", "copies")
-    ],
+    ("kind", "prompt", "name"),
+    [each for each in itertools.product(ROUNDS, (0, 9), WARPS) if each[0] in MANY or each[1:] in FEW],
 )
-@pytest.mark.parametrize("prompt", [0, 9])
 @torch.inference_mode()
-def test_a_round_is_what_its_steps_are(kind, name, prompt, monkeypatch):
+def test_a_round_is_what_its_steps_are(kind, prompt, name, monkeypatch):
     """Rows of unequal length, one of which meets its end early: the same tokens, marks and counts, frame by frame."""
     (make, decoder), warp = ROUNDS[kind], WARPS[name]
     model, x, lengths, template = native.attach(make()), tokens(3), torch.tensor([T, T - 5, T - 1]), "template" in kind
