@@ -66,7 +66,7 @@ class Reader(Protocol):
     ) -> tuple[Round | None, Any]:
         """A whole round, where the model can: what the other readings lead to, from the same uniforms.
 
-        Windows are of `size`; 0: one token of each row, and no drafts.
+        Windows are of `size`; 0: one token of each row, and no drafts. `least` and `lookup` are the decoder's.
         """
 
     def keep(self, state: Any, below: Int[Tensor, " B"]) -> Any:
