@@ -26,7 +26,7 @@ from caddf.benchmarks import (
     steps,
     train,
 )
-from caddf.benchmarks.contest import Conditions, _about
+from caddf.benchmarks.contest import Conditions, _about, whole_numbers
 from caddf.benchmarks.decode import ratios
 from caddf.benchmarks.hub_gpt2 import TransformersGenerate, to_transformers
 from caddf.benchmarks.measure import Spread, bandwidth, fresh, in_turns, resident
@@ -59,6 +59,7 @@ from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings
 from caddf.interface import AnyOrder, Infill
 from caddf.models.causal_model import CausalModel
 from caddf.text_model import TextModel
+from caddf.tokenizer import Tokenizer
 
 SHORT = 24
 """The context of all models of random weights: matching their sizes takes a while, and is done once for each."""
@@ -184,6 +185,25 @@ def test_every_decoder_of_the_dual_branch_is_entered_and_runs():
         ran = run(row.build(network), network, task_of(network, torch.zeros(1, 8, dtype=torch.long), 4, 1.0, 0, CPU))
         assert (ran.tokens < network.vocab_size).all()
         assert account(network, ran, 4)["tokens_per_evaluation"] > 0
+
+
+def test_copies_are_entered_for_trained_models_alone():
+    roster = Roster.of(methods="caddf-lambda-dce,gpt2", size="debug", context=SHORT, device="cpu")
+    for name, lookups, expected in (
+        ("caddf-lambda-dce", (0, 4), {("causal", 0), ("causal", 4), ("fused", 0), ("fused", 4)}),
+        ("caddf-lambda-dce", (0,), {("causal", 0), ("fused", 0)}),
+        ("gpt2", (0, 4, 5), {(None, 4), (None, 5)}),
+        ("gpt2", (0,), set()),
+    ):
+        for trained in (False, True):
+            roster[name].tokenizer = Tokenizer.plain_bytes() if trained else None
+            rows = entrants(roster, "speculative", [1], False, lookups)
+            entered = [row for row in rows if row.model == name and row.decoder == "speculative"]
+            found = {(row.settings.get("target"), row.settings.get("lookup")) for row in entered}
+            untrained = {(target, None) for target, _ in expected if target}
+            assert found == (expected if trained else untrained)
+    with pytest.raises(InputError, match=r"lookups is -1; it must be whole numbers of 0 or more"):
+        whole_numbers("lookups", "-1", least=0)
 
 
 def test_runs_are_named_by_pairs_or_by_folder(tmp_path):

@@ -397,6 +397,21 @@ def test_int8_maps_are_sums_of_integers(out, width, rows):
     assert torch.equal(alone[0], y[-1])
 
 
+@pytest.mark.parametrize("kind", [None, "bf16", "int8"])
+def test_threads_share_a_map_out_among_them(kind):
+    """What each of them does depends on who is sooner; what comes out does not, wherever the shares end."""
+    generator = torch.Generator().manual_seed(0)
+    for out, width, rows in ((7, 5, 1), (83, 41, 3), (300, 64, 1), (1000, 96, 9), (130, 1300, 31)):
+        weight, x = (torch.randn(shape, generator=generator) for shape in ((out, width), (rows, width)))
+        weights, made = Weights(kind, far=rows > 6), []
+        held = weights.map(weight)
+        for threads in (1, 2, 3, 7):
+            for _ in range(3):
+                made.append(torch.full((rows, out), torch.nan))
+                build.library().caddf_map(ctypes.addressof(held), rows, x.data_ptr(), made[-1].data_ptr(), threads)
+        assert all(torch.equal(each, made[0]) for each in made[1:])
+
+
 def test_weights_that_change_are_laid_out_anew():
     model, x = native.attach(dual()), tokens(1)
 

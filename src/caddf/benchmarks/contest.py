@@ -118,11 +118,11 @@ class Conditions:
         return Prompts(data, self.split, self.context, self.new_tokens)
 
 
-def whole_numbers(name: str, given: str) -> list[int]:
-    """The numbers of `1,8`; raises `InputError` where they are none, or below 1."""
+def whole_numbers(name: str, given: str, least: int = 1) -> list[int]:
+    """The numbers of `1,8`; raises `InputError` where they are none, or below `least`."""
     words = given.strip("[]").split(",")
-    if not all(word.strip().isdecimal() and int(word) for word in words):
-        raise InputError(f"{name} is {given}; it must be whole numbers of 1 or more, as in 1,8")
+    if not all(word.strip().isdecimal() and int(word) >= least for word in words):
+        raise InputError(f"{name} is {given}; it must be whole numbers of {least} or more, as in {least},8")
     return [int(word) for word in words]
 
 

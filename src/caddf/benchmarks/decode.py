@@ -15,6 +15,7 @@ from caddf.benchmarks.contest import Conditions, contest, whole_numbers
 from caddf.benchmarks.measure import Spread
 from caddf.benchmarks.results import Results, Told, dots, number, put
 from caddf.benchmarks.roster import TRANSFORMERS, decoders_of, entrants, needs
+from caddf.decoding import Speculative
 
 PARITY = 1.03
 """How far a target's perplexity may be above that of the autoregressive baseline, for its speed to count."""
@@ -53,6 +54,8 @@ class DecodeSettings(Conditions):
     context: tokens of a finished row; not set, the models' context.
     new_tokens: how many of them are drawn, the rest being the prompt; not set, half.
     steps: of the chains (ancestral, tau-leaping), as in 512,1024, a row each; not set, as many as new tokens.
+    lookups: how many last tokens must have stood before for speculation of trained models to copy its drafts, a row
+        each; 0 is without copies.
     batch: rows decoded together, as in 1,8; each size is measured.
     repeats: rounds in which every row decodes once.
     temperature: of all draws; 0 is greedy.
@@ -72,6 +75,7 @@ class DecodeSettings(Conditions):
 
     decoders: str | None = None
     steps: str | None = None
+    lookups: str = f"0,{Speculative.lookup}"
     domain: Literal["prose", "code"] = "prose"
     out: str | None = None
 
@@ -89,7 +93,7 @@ def decode(settings: DecodeSettings, console: Console) -> Results:
     steps = whole_numbers("steps", settings.steps) if settings.steps is not None else [given.new_tokens]
     if any(roster[name].method == "gpt2" for name in roster.names):
         needs("transformers")
-    rows = entrants(roster, settings.decoders, steps, transformers=True, copies=True)
+    rows = entrants(roster, settings.decoders, steps, True, whole_numbers("lookups", settings.lookups, least=0))
     folder = Path(settings.out or f"results/decode-{'trained' if settings.models else settings.size}")
     results = Results.open("decode", folder, plain(given), free=("repeats", "domain", "memory"))
     contest(results, rows, roster, given, console)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import product
@@ -15,7 +16,7 @@ import torch
 
 from caddf.benchmarks.hub_gpt2 import TransformersGenerate, copyable
 from caddf.compile import Compile, compiled
-from caddf.decoding import DECODERS, Decoder, Speculative
+from caddf.decoding import DECODERS, Decoder
 from caddf.errors import InputError
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
 from caddf.models.config import ModelConfig
@@ -198,34 +199,36 @@ def decoders_of(given: str | None) -> list[str]:
 
 
 def entrants(
-    roster: Roster, decoders: str | None, steps: list[int], transformers: bool, copies: bool = False
+    roster: Roster, decoders: str | None, steps: list[int], transformers: bool, lookups: Sequence[int] = ()
 ) -> list[Entrant]:
     """Every model with its decoders: the dual branch with all that are its own, or the chosen ones, others with theirs.
 
-    A chain of steps is entered once for each of `steps`, and with `copies` speculation of trained models once without
-    copies from the text and once with them. Raises `InputError` for a decoder that is not there.
+    A chain of steps is entered once for each of `steps`, speculation of trained models once for each of `lookups`; a
+    model of one branch can but copy. Raises `InputError` for a decoder that is not there.
     """
     chosen = decoders_of(decoders)
     rows: list[Entrant] = []
     for name in roster.names:
         contestant = roster[name]
         if "fused" in contestant.network.heads:
-            rows += [each for decoder in chosen for each in _of_dual(name, contestant, decoder, steps, copies)]
+            rows += [each for decoder in chosen for each in _of_dual(name, contestant, decoder, steps, lookups)]
             continue
         decoder = METHODS[contestant.method].decoder
         decoder = "ancestral" if decoder == "speculative" else decoder  # a dual branch without its causal branch
         rows += _with_steps(Entrant(name, contestant.method, decoder, _own(contestant, decoder)), steps)
-        if copies and contestant.tokenizer and contestant.network.heads == {"causal"} and "speculative" in chosen:
-            rows.append(Entrant(name, contestant.method, "speculative", {"lookup": Speculative.lookup}))
+        if contestant.tokenizer and contestant.network.heads == {"causal"} and "speculative" in chosen:
+            rows += [Entrant(name, contestant.method, "speculative", {"lookup": each}) for each in lookups if each]
         if transformers and copyable(contestant.network):
             rows.append(Entrant(name, contestant.method, TRANSFORMERS))
     return rows
 
 
-def _of_dual(name: str, contestant: Contestant, decoder: str, steps: list[int], copies: bool) -> list[Entrant]:
+def _of_dual(
+    name: str, contestant: Contestant, decoder: str, steps: list[int], lookups: Sequence[int]
+) -> list[Entrant]:
     method = contestant.method
-    if decoder == "speculative" and copies and contestant.tokenizer:
-        both = product(("causal", "fused"), (0, Speculative.lookup))
+    if decoder == "speculative" and lookups and contestant.tokenizer:
+        both = product(("causal", "fused"), lookups)
         return [Entrant(name, method, decoder, {"target": target, "lookup": lookup}) for target, lookup in both]
     if decoder in TARGETED:
         return [Entrant(name, method, decoder, {"target": target}) for target in ("causal", "fused")]

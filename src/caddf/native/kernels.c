@@ -8,7 +8,6 @@
 
 #include "attention.c"
 #include "maps.c"
-#include "threads.c"
 
 typedef struct {  // keys and values of all layers, [layers, B, heads, slots, size]
   float *keys, *values;
@@ -86,11 +85,11 @@ static Query query_of(const Stack *s, const Pass *p, const float *queries, float
 static void self_attention(const Stack *s, const Pass *p, int64_t layer, const float *queries, const float *made,
                            float *out, float *scores, int64_t seen, int64_t thread, int64_t threads) {
   const Attention *f = &s->layers[layer].self;
-  int64_t heads = f->heads, size = s->width / heads, from, to;
+  int64_t heads = f->heads, size = s->width / heads;
   float turned[p->n * size];
   Query q[p->n];
-  share(p->rows * heads, thread, threads, 1, &from, &to);
-  for (int64_t each = from; each < to; each++) {
+  Pieces left = pieces(p->rows * heads, thread, threads);
+  for (int64_t each; (each = take(&left)) >= 0;) {
     int64_t row = each / heads, head = each % heads;
     keep(p, &p->own, made, layer, heads, size, p->cos, p->sin, s->context == 0, row, head);
     int64_t base = ((layer * p->rows + row) * heads + head) * p->own.slots * size;
@@ -108,11 +107,11 @@ static void self_attention(const Stack *s, const Pass *p, int64_t layer, const f
 static void cross_attention(const Stack *s, const Pass *p, int64_t layer, const float *queries, float *out, float *scores,
                             int64_t seen, int64_t thread, int64_t threads) {
   const Attention *f = &s->layers[layer].cross;
-  int64_t heads = f->heads, size = s->width / heads, from, to;
+  int64_t heads = f->heads, size = s->width / heads;
   float turned[p->n * size];
   Query q[p->n];
-  share(p->rows * heads, thread, threads, 1, &from, &to);
-  for (int64_t each = from; each < to; each++) {
+  Pieces left = pieces(p->rows * heads, thread, threads);
+  for (int64_t each; (each = take(&left)) >= 0;) {
     int64_t row = each / heads, head = each % heads;
     int64_t base = ((layer * p->rows + row) * heads + head) * p->source.slots * size;
     for (int64_t i = 0; i < p->n; i++) {
@@ -173,12 +172,12 @@ static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, 
   norms(&s->norm, p->x, rows, d, p->x, d, thread, threads);
   for (int64_t i = 0; i < s->exchanges; i++) {
     const Attention *f = &s->exchange[i];
-    int64_t heads = f->heads, size = s->exchange_width / heads, from, to;
+    int64_t heads = f->heads, size = s->exchange_width / heads;
     TOGETHER
     map(&f->key_value, p->x, rows, made, PLAIN, thread, threads, i + 1 < s->exchanges ? &f[1].key_value : NULL);
     TOGETHER
-    share(p->rows * heads, thread, threads, 1, &from, &to);
-    for (int64_t each = from; each < to; each++)
+    Pieces left = pieces(p->rows * heads, thread, threads);
+    for (int64_t each; (each = take(&left)) >= 0;)
       keep(p, &p->exchange, made, i, heads, size, p->exchange_cos, p->exchange_sin, 0, each / heads, each % heads);
   }
 }
@@ -253,7 +252,7 @@ static void fuse_part(const void *of, int64_t thread, int64_t threads) {
   const Fused *w = of;
   const Fusion *f = w->fusion;
   const Fusing *p = w->pass;
-  int64_t rows = p->rows * p->n, d = f->width, heads = f->cross.heads, size = d / heads, from, to;
+  int64_t rows = p->rows * p->n, d = f->width, heads = f->cross.heads, size = d / heads;
   if (f->own.panels) {
     for (int64_t m = thread; m < rows; m += threads) {
       int64_t slot = m / p->n * p->canvas.slots + most(0, least_of(p->slot[m], p->canvas.slots - 1));
@@ -264,10 +263,10 @@ static void fuse_part(const void *of, int64_t thread, int64_t threads) {
   }
   map(&f->cross.query, p->x, rows, w->queries, PLAIN, thread, threads, &f->cross.out);
   TOGETHER
-  share(p->rows * heads, thread, threads, 1, &from, &to);
   float turned[p->n * size];
   Query q[p->n];
-  for (int64_t each = from; each < to; each++) {
+  Pieces left = pieces(p->rows * heads, thread, threads);
+  for (int64_t each; (each = take(&left)) >= 0;) {
     int64_t row = each / heads, head = each % heads, base = each * p->canvas.slots * size;
     for (int64_t i = 0; i < p->n; i++) {
       int64_t index = row * p->n + i, at = p->positions[index], place = index * d + head * size;
@@ -325,11 +324,11 @@ typedef struct {
 
 static void prepare_part(const void *of, int64_t thread, int64_t threads) {
   const Preparing *p = of;
-  int64_t heads = p->fusion->cross.heads, width = p->fusion->width, size = width / heads, from, to;
+  int64_t heads = p->fusion->cross.heads, width = p->fusion->width, size = width / heads;
   map(&p->fusion->cross.key_value, p->states, p->rows * p->n, p->made, PLAIN, thread, threads, NULL);
   TOGETHER
-  share(p->rows * heads, thread, threads, 1, &from, &to);
-  for (int64_t each = from; each < to; each++) {
+  Pieces left = pieces(p->rows * heads, thread, threads);
+  for (int64_t each; (each = take(&left)) >= 0;) {
     int64_t row = each / heads, slot = each * p->canvas.slots + p->into[row];
     if (p->into[row] < 0) continue;
     for (int64_t i = 0; i < p->n; i++, slot++) {

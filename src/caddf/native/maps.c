@@ -5,6 +5,7 @@
 // rounded, to 16 bits and a scale for each position: their products are summed as integers, of two inputs at a time,
 // `[out / 16, in / 2, 16, 2]`.
 
+#include "threads.c"
 #include "vectors.c"
 
 enum { FLOAT32, BFLOAT16, INT8 };
@@ -198,9 +199,10 @@ static int64_t deep_of(const Map *f) { return f->type == INT8 ? (f->in + 1) / 2 
 static int64_t tiles_for(int64_t rows) { return (rows + TALLEST - 1) / TALLEST; }
 static int64_t height(int64_t rows) { return (rows + tiles_for(rows) - 1) / tiles_for(rows); }  // of the next
 
-// Outputs `from` to `to`, of which `from` begins a panel, of `rows` positions; ADD and ADD_GELU add to what is there.
-static void map_part(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t from, int64_t to,
-                     const char *soon) {
+// All outputs of `rows` positions, by several threads; ADD and ADD_GELU add to what is there. `soon` is the map that will
+// be read next, NULL where it is not known.
+static void map_some(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t thread, int64_t threads,
+                     const Map *soon) {
   // A few panels stay in a near cache while all positions pass over them, and those behind are fetched meanwhile.
   int64_t wide = deep_of(f) * bytes_of[f->type], last = rows / tiles_for(rows) - 1, steps = 0;
   int narrow = rows > TALLEST && panels_of[f->type][0][last] * 16 * wide > 2 * NEAR;
@@ -212,9 +214,13 @@ static void map_part(const Map *f, const float *x, int64_t rows, float *y, int t
   while (block > 16 * panels[last] && block * wide > NEAR) block /= 2;
   for (int64_t m = 0; m < rows; m += height(rows - m)) steps += block / 16 / panels[height(rows - m) - 1];
   int64_t lines = rows < 4 || !f->far ? 0 : (block * wide / 64 * STRIDE + steps * f->in - 1) / (steps * f->in);
-  for (int64_t low = from; low < to; low += block) {
-    int64_t high = low + block < to ? low + block : to;
-    Ahead ahead = {high < to ? (const char *)f->panels + high * wide : soon, high < to || soon ? lines : 0};
+  int64_t blocks = (f->out + block - 1) / block, mine = first_of(blocks, thread + 1, threads);
+  const char *then_read = NULL;
+  if (soon) then_read = (const char *)soon->panels + first_of(soon->out / 16, thread, threads) * 16 * deep_of(soon) * bytes_of[soon->type];
+  Pieces left = pieces(blocks, thread, threads);
+  for (int64_t piece; (piece = take(&left)) >= 0;) {
+    int64_t low = piece * block, high = least_of(low + block, f->out);
+    Ahead ahead = {piece + 1 < mine ? (const char *)f->panels + high * wide : then_read, piece + 1 < mine || soon ? lines : 0};
     for (int64_t m = 0, mr; m < rows; m += mr) {
       mr = height(rows - m);
       for (int64_t o = low, each = 16 * panels[mr - 1]; o < high; o += each) {
@@ -238,24 +244,11 @@ static void map_part(const Map *f, const float *x, int64_t rows, float *y, int t
   }
 }
 
-static void share(int64_t count, int64_t thread, int64_t threads, int64_t grain, int64_t *from, int64_t *to) {
-  int64_t blocks = (count + grain - 1) / grain;
-  *from = thread * blocks / threads * grain;
-  *to = (thread + 1) * blocks / threads * grain;
-  if (*to > count) *to = count;
-}
-
-// `soon` is the map that will be read next, NULL where it is not known.
 static void map(const Map *f, const float *x, int64_t rows, float *y, int then, int64_t thread, int64_t threads,
                 const Map *soon) {
-  if (!rows) return;
-  int64_t from, to, next = 0, end, grain = 16 * (rows > 1 ? 2 : 4);  // whole tiles
-  if (soon) share(soon->out, thread, threads, grain, &next, &end);
-  share(f->out, thread, threads, grain, &from, &to);
-  const char *then_read = soon ? (const char *)soon->panels + next * deep_of(soon) * bytes_of[soon->type] : NULL;
   int64_t some = f->type == INT8 ? most(ROUNDED / (SCALE + deep_of(f)) / TALLEST, 1) * TALLEST : rows;
   for (int64_t m = 0; m < rows; m += some)
-    map_part(f, x + m * f->in, rows - m < some ? rows - m : some, y + m * f->out, then, from, to, then_read);
+    map_some(f, x + m * f->in, least_of(rows - m, some), y + m * f->out, then, thread, threads, soon);
 }
 
 static void norm_row(const Norm *f, const float *x, int64_t width, float *y) {

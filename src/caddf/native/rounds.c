@@ -478,7 +478,8 @@ static void weigh_part(const void *of, int64_t thread, int64_t threads) {
   const Weighing *w = of;
   const Round *r = w->round;
   int64_t V = r->head.out;
-  for (int64_t each = thread; each < r->rows * w->wide; each += threads) {
+  Pieces left = pieces(r->rows * w->wide, thread, threads);
+  for (int64_t each; (each = take(&left)) >= 0;) {
     float *logits = r->logits + each * V;
     if (r->n[each / w->wide] + each % w->wide >= w->shown[each / w->wide]) continue;
     for (int64_t i = 0; i < r->bans; i++) logits[r->banned[i]] = -INFINITY;
@@ -492,7 +493,8 @@ static void weigh_part(const void *of, int64_t thread, int64_t threads) {
 
 static void spare_part(const void *of, int64_t thread, int64_t threads) {
   const Weighing *w = of;
-  for (int64_t each = thread; each < w->round->rows * w->wide; each += threads)
+  Pieces left = pieces(w->round->rows * w->wide, thread, threads);
+  for (int64_t each; (each = take(&left)) >= 0;)
     if (each % w->wide && each % w->wide < w->drafted[each / w->wide].end) spare(&w->drafted[each / w->wide], each % w->wide);
 }
 

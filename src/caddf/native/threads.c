@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -21,13 +22,18 @@
 #endif
 
 typedef _Atomic uint32_t Word;
+typedef struct {
+  _Alignas(64) _Atomic uint64_t left;  // of whose pieces, the first, and the end of those that are left
+} Share;
 typedef struct {  // of the threads at work
   _Alignas(64) Word phase;  // how often they have waited for each other
   Word sleepers;
   _Alignas(64) Word arrived;
+  Share *shares;
 } Meeting;
 
 static _Thread_local Meeting *meeting;
+static _Thread_local uint64_t turn;  // how often a thread has come to pieces
 static _Thread_local struct {  // how often a thread looks before it sleeps: less where that was in vain, all of it now and then
   int64_t looks, waits;
 } patience;
@@ -77,6 +83,40 @@ static void together(int64_t threads) {
 #endif
 }
 
+// Work in pieces, to which all threads come in one order. Each has a share of them, and what it has left when others are
+// done they do, from the end: a core may be slower than another, or taken by another program for a while.
+typedef struct {
+  int64_t count, thread, threads, next;
+  uint64_t turn;
+} Pieces;
+enum { PIECE_BITS = 20, TURN_BITS = 24, PIECE = (1 << PIECE_BITS) - 1, TURN = (1 << TURN_BITS) - 1 };
+
+static int64_t first_of(int64_t count, int64_t thread, int64_t threads) { return thread * count / threads; }
+
+static Pieces pieces(int64_t count, int64_t thread, int64_t threads) {
+  turn = (turn + 1) & TURN;
+  return (Pieces){count, thread, threads, 0, turn};
+}
+
+// The next piece for a thread, or -1.
+static int64_t take(Pieces *p) {
+  if (p->threads == 1) return p->next < p->count ? p->next++ : -1;
+  for (int64_t i = 0; i < p->threads; i++) {
+    int64_t whose = (p->thread + i) % p->threads, from = first_of(p->count, whose, p->threads);
+    _Atomic uint64_t *left = &meeting->shares[whose].left;
+    for (uint64_t seen = atomic_load(left);;) {
+      uint64_t ahead = ((seen >> 2 * PIECE_BITS) - p->turn) & TURN;  // of this thread: others have gone on, and nothing is left
+      if (ahead && ahead < TURN / 2) break;
+      uint64_t first = ahead ? 0 : seen >> PIECE_BITS & PIECE;
+      uint64_t end = ahead ? (uint64_t)(first_of(p->count, whose + 1, p->threads) - from) : seen & PIECE;
+      if (first >= end) break;
+      int64_t taken = from + (int64_t)(i ? --end : first++);
+      if (atomic_compare_exchange_weak(left, &seen, p->turn << 2 * PIECE_BITS | first << PIECE_BITS | end)) return taken;
+    }
+  }
+  return -1;
+}
+
 typedef void Work(const void *of, int64_t thread, int64_t threads);
 #ifdef _OPENMP
 static int forked;  // a forked process has none of its parent's threads, for which OpenMP would wait
@@ -90,10 +130,12 @@ static void share_out(Work *work, const void *of, int64_t threads) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   pthread_once(&once, watch_forks);
   if (threads > 1 && !forked) {
-    Meeting m = {0};
+    Share shares[threads];
+    memset(shares, 0, sizeof shares);
+    Meeting m = {.shares = shares};
 #pragma omp parallel num_threads((int)threads)
     {
-      meeting = &m;
+      meeting = &m, turn = 0;
       work(of, omp_get_thread_num(), omp_get_num_threads());
       together(omp_get_num_threads());  // sooner than OpenMP's own waiting, which looks on for long
     }

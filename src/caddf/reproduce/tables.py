@@ -17,6 +17,8 @@ from caddf.experiment import DEFAULT_METHOD, METHODS
 from caddf.reproduce.plan import SETS, Job, Variant, Workshop, same
 
 Values = dict[str, Any]
+DRAFTS = {"decoders": "speculative", "lookups": "0"}
+"""Of Table 4: the model's own, none copied from the text."""
 
 
 class Table(Protocol):
@@ -253,15 +255,15 @@ class Ablations:
     def plan(self, shop: Workshop, chosen: dict[str, Variant]) -> Iterator[Job]:
         """Data, runs, evaluations, and one contest of speculation (of the chain, without a causal branch)."""
         yield from Perplexities(self.name, chosen).plan(shop, chosen)
-        yield shop.decode(contest(self, chosen), chosen, decoders="speculative", memory=False)
+        yield shop.decode(contest(self, chosen), chosen, memory=False, **DRAFTS)
 
     def values(self, shop: Workshop, chosen: dict[str, Variant]) -> Values:
         """A row for each variant, target and batch; `perplexities` has all data sets."""
-        decoded = decodings(shop, contest(self, chosen))
+        decoded = decodings(shop, contest(self, chosen), **DRAFTS)
         path = shop.evaluation(self.variants["full"], shop.settings.prompts)
         full = read_json(path) if path.exists() else {}
-        drafted = [row for row in decoded["rows"] if not row["settings"].get("lookup")]  # by the model, never copied
-        rows = [self._row(shop, chosen[row["model"]], row, drafted, full) for row in drafted if row["model"] in chosen]
+        drafted = [row for row in decoded["rows"] if row["model"] in chosen]
+        rows = [self._row(shop, chosen[row["model"]], row, decoded["rows"], full) for row in drafted]
         shown = perplexities(shop, chosen, only=("causal", "block", "diffusion"))
         quality = {"sets": SETS, "sources": shop.sources(), "rows": shown}
         return {"about": self._about(decoded), "rows": rows, "perplexities": quality}
@@ -358,13 +360,13 @@ def contest(table: Table, chosen: dict[str, Variant]) -> str:
     return table.name if tuple(chosen) == table.standard else f"{table.name}-{'+'.join(chosen)}"
 
 
-def decodings(shop: Workshop, contest: str) -> Values:
+def decodings(shop: Workshop, contest: str, **settings: Any) -> Values:
     """What `benchmark decode` left, once all of it was measured; raises `InputError` if with other settings."""
     folder, given = shop.decoding(contest), shop.settings
     if not (folder / "decode.md").exists():
         return {"rows": []}
     decoded = read_json(folder / "decode.json")
-    wanted = {name: getattr(given, name) for name in ("prompts", "batch", "repeats", "windows")}
+    wanted = {name: getattr(given, name) for name in ("prompts", "batch", "repeats", "windows")} | settings
     same(folder, wanted, decoded["settings"])
     return decoded
 
