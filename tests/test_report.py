@@ -347,6 +347,8 @@ def test_a_recording_holds_every_frame(runs, tmp_path, capsys):
     for frame, each in zip(frames, row["frames"], strict=True):
         kinds = Counter(kind for _, kind in each["pieces"])
         assert kinds["accepted"] + kinds["rejected"] == int((frame.frame.drafts != frame.task.mask_id).sum())
+        assert each["copied_rounds"] == int(frame.frame.counts.copied[0])
+    assert row["frames"][-1]["copied_rounds"] == row["result"]["copied_rounds"]
     assert recorded["recording"]["command"].startswith("caddf generate ") and recorded["machine"]["torch"]
     assert main(["generate", *given, "--record", str(tmp_path)]) == 2
     assert "which is a folder" in capsys.readouterr().err

@@ -146,7 +146,7 @@ class Recording:
                 row["result"] = result
                 row["frames"].append({
                     "pieces": _pieces(frame, r), "evaluations": result["evaluations"], "rounds": result["rounds"],
-                    "seconds": frame.seconds,
+                    "copied_rounds": result["copied_rounds"], "seconds": frame.seconds,
                 })  # fmt: skip
             yield frame
 

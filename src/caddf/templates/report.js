@@ -16,7 +16,9 @@ function stagesOf(frames) {
     const [accepted, rejected, corrected, fresh] = ["accepted", "rejected", "corrected", "fresh"].map(count);
     const round = `round ${i + 1} of ${frames.length}`;
     if (accepted + rejected) {
-      stages.push({ pieces: drafted(frame.pieces), said: `${round}: ${accepted + rejected} drafted` });
+      const copied = frame.copied_rounds > (i ? frames[i - 1].copied_rounds : 0);
+      const from = copied ? ", copied from the text" : "";
+      stages.push({ pieces: drafted(frame.pieces), said: `${round}: ${accepted + rejected} drafted${from}` });
     }
     const parts = accepted + rejected
       ? [`${accepted} accepted`, `${rejected} rejected or dropped`, `${corrected} corrected`, `${fresh} drawn besides`]
