@@ -438,7 +438,9 @@ def test_committing_decoders_stop_at_the_end_of_text(name, settings):
         return (reached & (x == eos)).any(1)
 
     stops = 0
-    for seed in range(5):
+    for seed in range(8):
+        if seed > 2 and stops:
+            break
         free = last(DECODERS[name](**settings)(model, task(model, PROMPTS, seed=seed, lengths=lengths)))
         given = dataclasses.replace(task(model, PROMPTS, seed=seed, lengths=lengths), finished=ended)
         frame = last(DECODERS[name](**settings)(model, given))
