@@ -215,12 +215,15 @@ static void map_some(const Map *f, const float *x, int64_t rows, float *y, int t
   for (int64_t m = 0; m < rows; m += height(rows - m)) steps += block / 16 / panels[height(rows - m) - 1];
   int64_t lines = rows < 4 || !f->far ? 0 : (block * wide / 64 * STRIDE + steps * f->in - 1) / (steps * f->in);
   int64_t blocks = (f->out + block - 1) / block, mine = first_of(blocks, thread + 1, threads);
-  const char *then_read = NULL;
-  if (soon) then_read = (const char *)soon->panels + first_of(soon->out / 16, thread, threads) * 16 * deep_of(soon) * bytes_of[soon->type];
+  const char *then_read = NULL;  // this thread's share of `soon`
+  if (soon)
+    then_read = (const char *)soon->panels +
+                first_of(soon->out / 16, thread, threads) * 16 * deep_of(soon) * bytes_of[soon->type];
   Pieces left = pieces(blocks, thread, threads);
   for (int64_t piece; (piece = take(&left)) >= 0;) {
     int64_t low = piece * block, high = least_of(low + block, f->out);
-    Ahead ahead = {piece + 1 < mine ? (const char *)f->panels + high * wide : then_read, piece + 1 < mine || soon ? lines : 0};
+    const char *next = piece + 1 < mine ? (const char *)f->panels + high * wide : then_read;
+    Ahead ahead = {next, next ? lines : 0};
     for (int64_t m = 0, mr; m < rows; m += mr) {
       mr = height(rows - m);
       for (int64_t o = low, each = 16 * panels[mr - 1]; o < high; o += each) {

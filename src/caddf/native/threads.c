@@ -89,7 +89,7 @@ typedef struct {
   int64_t count, thread, threads, next;
   uint64_t turn;
 } Pieces;
-enum { PIECE_BITS = 20, TURN_BITS = 24, PIECE = (1 << PIECE_BITS) - 1, TURN = (1 << TURN_BITS) - 1 };
+enum { PIECE_BITS = 20, PIECE = (1 << PIECE_BITS) - 1, TURN = (1 << 24) - 1 };  // 64 bits: a turn, and two of its pieces
 
 static int64_t first_of(int64_t count, int64_t thread, int64_t threads) { return thread * count / threads; }
 
