@@ -17,6 +17,7 @@ from caddf.categorical import RowGenerators, Warp
 from caddf.compile import compiled
 from caddf.decoding import Autoregressive, Speculative, Task
 from caddf.graphs import Engine, Graphs, Shape
+from caddf.interface import Drafting
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
@@ -98,6 +99,9 @@ KINDS = {
     "of a model of one branch": (gpt2, Autoregressive()),
     "of one that slides": (shifted, Autoregressive()),
     "drafts": (dual, Speculative()),
+    "drafts of all places": (dual, Speculative(drafts=6, renew=1)),
+    "a window each round": (dual, Speculative(drafts=6, renew=6)),
+    "windows used up": (dual, Speculative(block_size=8, drafts=2, renew=1, lookup=1, least=0.05)),
     **{f"{k} drafts": (dual, Speculative(block_size=k)) for k in (1, 2, 3, 8)},
     "unsure drafts": (dual, Speculative(least=0.2)),
     "copies": (dual, Speculative(lookup=1)),
@@ -174,10 +178,10 @@ def test_nothing_is_waited_for(kind, temperature, monkeypatch):
     make, decoder = KINDS[kind]
     model, round, seen = attached(make()), Engine.round, []
 
-    def strict(self, upto, looking, opening=False):
-        round(self, upto, looking, opening)
+    def strict(self, upto, *of):
+        round(self, upto, *of)
         with Forbidden():
-            round(self, upto, looking, opening)
+            round(self, upto, *of)
         seen.append(upto)
 
     monkeypatch.setattr(Engine, "round", strict)
@@ -198,11 +202,11 @@ def recorded(monkeypatch):
         def replay(self):
             self.engine.round(*self.of)
 
-    def record(self, upto, looking):
-        taken.append((upto, looking))
+    def record(self, *of):
+        taken.append(of)
         for _ in range(graphs.WARM):
-            self.round(upto, looking)
-        return Graph(self, upto, looking)
+            self.round(*of)
+        return Graph(self, *of)
 
     class Anywhere:
         def __init__(self, device):
@@ -221,7 +225,7 @@ def recorded(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["autoregressive", "drafts", "unsure drafts", "copies", "of a model of one branch"])
+@pytest.mark.parametrize("kind", ["autoregressive", "drafts", "windows used up", "copies", "of a model of one branch"])
 @torch.inference_mode()
 def test_rounds_that_are_recorded_can_run_again(kind, temperature, recorded):
     make, decoder = KINDS[kind]
@@ -237,16 +241,16 @@ def test_rounds_that_are_recorded_can_run_again(kind, temperature, recorded):
 def test_where_recording_fails_decoding_goes_on_and_says_so_once(recorded, monkeypatch):
     plain, model, record = dual(), attached(dual()), Engine._record
 
-    def fails(self, upto, looking):
+    def fails(self, upto, *more):
         if upto > 16:
             raise RuntimeError("\nno graph\nand much more")
-        return record(self, upto, looking)
+        return record(self, upto, *more)
 
     monkeypatch.setattr(Engine, "_record", fails)
     with pytest.warns(UserWarning, match="a CUDA graph could not be recorded; going on without: no graph$") as said:
         one = written(model, Speculative(), texts(3, 2))
         two = written(model, Speculative(), texts(3, 2))
-    assert len(said) == 1 and recorded == [(16, True)]
+    assert len(said) == 1 and recorded == [(16, True, True)]
     for frames in (one, two):
         assert_alike(frames, written(plain, Speculative(), texts(3, 2)))
 
@@ -275,9 +279,9 @@ def test_two_texts_at_once_never_share_an_engine():
 def test_few_engines_wait():
     model = attached(dual())
     for size in (2, 3, 4, 5, 6, 7):
-        model.graphs.rounds(torch.tensor([T]), size, model.allocate(1, T), warp=Warp(), least=0.0)
+        model.graphs.rounds(torch.tensor([T]), Drafting(size, size), model.allocate(1, T), warp=Warp())
     gc.collect()
-    assert [engine.shape.size for engine in model.graphs.idle] == [4, 5, 6, 7]
+    assert [engine.how.size for engine in model.graphs.idle] == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("make", [dual, small, learned, gpt2])
@@ -339,7 +343,7 @@ def test_engines_serve_with_gradients_on_and_off():
 )
 def test_other_rounds_are_read_step_by_step(make, size, rows, fits):
     model = attached(make())
-    made = model.rounds(torch.full((rows,), T), size, model.allocate(rows, T), warp=Warp(), least=0.0)
+    made = model.rounds(torch.full((rows,), T), Drafting(size, size), model.allocate(rows, T), warp=Warp())
     assert (made is not None) == fits
 
 
@@ -364,12 +368,12 @@ def test_on_a_cpu_there_are_none():
 def test_all_of_a_round_is_on_the_models_device(kind):
     """Tensors without content, which do not mix with others, and of which nothing can be known."""
     make, decoder = KINDS[kind]
-    model, size = make().to("meta"), 0 if isinstance(decoder, Autoregressive) else decoder.block_size or 6
+    model = make().to("meta")
+    drafting = Drafting() if isinstance(decoder, Autoregressive) else decoder.drafting(decoder.block_size or 6)
     for temperature in (0.0, 0.7):
-        least, lookup = (getattr(decoder, name, 0) for name in ("least", "lookup"))
-        shape = Shape(3, T, size, Warp(temperature), least, lookup, torch.float64, torch.device("meta"))
-        engine = Engine(model, shape, [])
+        engine = Engine(model, Shape(3, T, drafting, Warp(temperature), torch.float64, torch.device("meta")), [])
         engine.begin(torch.zeros(3, dtype=torch.long), T, engine.caches, 1)
-        for looking, opening in itertools.product({False, engine.drafts}, (False, True)):
-            engine.round(32, looking, opening)
+        for looks, opening in itertools.product({False, engine.drafts}, (False, True)):
+            for renews in {False, looks}:
+                engine.round(32, looks, renews, opening)
         assert engine.made(T).work.device.type == "meta"

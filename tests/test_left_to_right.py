@@ -1,6 +1,7 @@
 """Left to right: adaptive windows, chains step by step, passes, interruption, templates and ragged batches."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,18 +64,46 @@ def test_adaptive_windows_are_exact(kind, target, template, least):
     assert torch.equal(greedy.tokens, plain.tokens)
 
 
+@pytest.mark.parametrize("template", [False, True])
 @pytest.mark.parametrize("target", ["causal", "fused"])
-@pytest.mark.parametrize("kind", ["mutual", "chained"])
-def test_adaptive_windows_draw_the_target(kind, target):
+@pytest.mark.parametrize(("drafts", "renew"), [(2, 1), (4, 1), (3, 2), (1, 1), (2, 4)])
+def test_windows_that_serve_several_rounds_are_exact(drafts, renew, target, template):
+    model, tokens = dual("chained", block_size=6), TEMPLATES if template else PROMPTS
+    decoder = Speculative(target, drafts=drafts, renew=renew, lookup=0)
+    cached, uncached = (
+        last(replace(decoder, cache=cache)(model, task(model, tokens, template=template))) for cache in (True, False)
+    )
+    assert torch.equal(cached.tokens, uncached.tokens)
+    assert torch.equal(cached.counts.rounds, uncached.counts.rounds)
+    greedy, plain = (
+        last(each(model, task(model, tokens, Warp(0.0), template))) for each in (decoder, Autoregressive(target))
+    )
+    assert torch.equal(greedy.tokens, plain.tokens)
+    if not template and target == "causal":  # of the fused target there are its own passes
+        assert (cached.counts.diffusion < cached.counts.rounds).all() == (renew < 4)
+
+
+@pytest.mark.parametrize("target", ["causal", "fused"])
+@pytest.mark.parametrize(
+    ("kind", "length", "settings"),
+    [
+        ("mutual", 3, {"least": 0.4}),
+        ("chained", 3, {"least": 0.4}),
+        ("chained", 4, {"drafts": 1, "renew": 1}),
+        ("chained", 4, {"drafts": 2, "renew": 1, "least": 0.2}),
+    ],
+)
+def test_windows_draw_the_target(kind, length, settings, target):
     """Chi-squared over all sequences; it fails by chance once in a million."""
-    vocab, length = 3, 3
-    model, least = dual(kind, vocab, 3), 0.4
+    vocab, model = 3, dual(kind, 3, length)
     x = torch.tensor(list(itertools.product(range(vocab), repeat=length)))
-    states, _ = model(x, torch.full_like(x, vocab), Block(3))
+    states, _ = model(x, torch.full_like(x, vocab), Block(length))
     log_p = -model.nll(states, torch.ones_like(x, dtype=torch.bool), x, target).view(len(x), -1).sum(1)
-    frames = list(Speculative(target, least=least)(model, task(model, torch.full((ROWS, length), vocab))))
+    frames = list(Speculative(target, **settings)(model, task(model, torch.full((ROWS, length), vocab))))
     drafted = (frames[0].drafts != vocab).sum(1)
     assert drafted.min() < drafted.max() or drafted.max() < length  # some windows are cut
+    if "renew" in settings and target == "causal":  # and some serve more than one round
+        assert frames[-1].counts.diffusion.sum() < frames[-1].counts.rounds.sum()
     index = (frames[-1].tokens * vocab ** torch.arange(length - 1, -1, -1)).sum(1)
     seen, expected = torch.bincount(index, minlength=len(x)).double(), log_p.exp() * ROWS
     rare = expected < 5
@@ -87,12 +116,18 @@ def test_adaptive_windows_draw_the_target(kind, target):
 def test_fewer_drafts_are_made_where_they_are_unsure():
     model = dual("chained")
     drafts = [
-        sum(int((frame.drafts != V).sum()) for frame in Speculative(least=least)(model, task(model, PROMPTS)))
+        sum(
+            int((frame.drafts != V).sum())
+            for frame in Speculative(drafts=K, renew=K, least=least)(model, task(model, PROMPTS))
+        )
         for least in (0.0, 0.02, 1.0)
     ]
     assert drafts[0] > drafts[1] > drafts[2]
     with pytest.raises(InputError, match="least is 2"):
         Speculative(least=2.0)
+    for name in ("drafts", "renew"):
+        with pytest.raises(InputError, match=f"{name} is 0; it must be at least 1, or not set"):
+            Speculative(**{name: 0})
 
 
 @pytest.mark.parametrize("target, passes", [("causal", 16), ("fused", 16)])

@@ -22,7 +22,7 @@ from caddf.decoding.cached_reader import CachedReader
 from caddf.decoding.plan import Plan
 from caddf.decoding.task import Counts, DecodingError
 from caddf.errors import InputError
-from caddf.interface import Block, Infill
+from caddf.interface import Block, Drafting, Infill
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
@@ -257,7 +257,7 @@ def test_a_row_of_many_is_what_it_is_alone(template, monkeypatch):
 def test_rounds_hold_what_they_read():
     model = native.attach(dual()).requires_grad_(True)  # whose heads are laid out anew whenever they are read
     with torch.inference_mode():
-        rounds = model.rounds(torch.tensor([T]), 6, model.allocate(1, T), warp=Warp(), least=0.0)
+        rounds = model.rounds(torch.tensor([T]), Drafting(6, 6), model.allocate(1, T), warp=Warp())
         heads = [model.native.heads[name] for name in ("causal", "chain")]
         panels = [weakref.ref(head.held[1][1]) for head in heads]
         for head in heads:
@@ -536,7 +536,7 @@ def test_drafts_at_one_go_are_those_step_by_step(warp, draft_vocab, monkeypatch)
         rows, text = torch.ones(3, dtype=torch.bool), x.clone()
         for row in range(3):
             text[row, n[row] :] = V
-        look, _ = reader.look(reader.start(), text, n, 6, rows)
+        look, _ = reader.look(reader.start(), text, n, (n - 1).clamp(min=0), 6, rows)
         if at_once:
             drawn.append(reader.chain(look, text, n, u, warp, 0.0)[:2])
             continue
@@ -567,7 +567,7 @@ def test_filters_keep_what_the_warp_keeps(kind):
     model, x, n = native.attach(dual()), tokens(3), torch.tensor([20, 30, 40])
     task = Task(x, torch.full((3,), T), V, RowGenerators(0, 3))
     reader = CachedReader(model, Plan.of(model, task, "causal", 6), Counts.zeros(3))
-    look, _ = reader.look(reader.start(), x, n, 6, torch.ones(3, dtype=torch.bool))
+    look, _ = reader.look(reader.start(), x, n, n - 1, 6, torch.ones(3, dtype=torch.bool))
     u = torch.rand(3, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     whole = reader.chain(look, x, n, u, Warp(), 0.0)[1][:, 0]
     kept = set()
@@ -583,7 +583,7 @@ def test_drafting_ends_where_drafts_are_unsure():
     model, x, n = native.attach(dual()), tokens(2), torch.tensor([20, 30])
     task = Task(x, torch.full((2,), T), V, RowGenerators(0, 2))
     reader = CachedReader(model, Plan.of(model, task, "causal", 6), Counts.zeros(2))
-    look, _ = reader.look(reader.start(), x, n, 6, torch.ones(2, dtype=torch.bool))
+    look, _ = reader.look(reader.start(), x, n, n - 1, 6, torch.ones(2, dtype=torch.bool))
     u = torch.rand(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     *_, q, whole = reader.chain(look, x, n, u, Warp(), 0.0)
     assert whole.tolist() == [5, 5]
@@ -687,6 +687,9 @@ ROUNDS = {
     "autoregressive": (dual, Autoregressive()),
     "of a model of one branch": (gpt2, Autoregressive()),
     "drafts": (dual, Speculative()),
+    "drafts of all places": (dual, Speculative(drafts=6, renew=1)),
+    "a window each round": (dual, Speculative(drafts=6, renew=6)),
+    "windows used up": (dual, Speculative(block_size=8, drafts=2, renew=1, lookup=1, least=0.05)),
     "few drafts": (dual, Speculative(block_size=2)),
     "no drafts": (dual, Speculative(block_size=1)),
     "unsure drafts": (dual, Speculative(least=0.2)),
@@ -703,11 +706,13 @@ ROUNDS = {
     "fused drafts": (dual, Speculative("fused")),
     "few fused drafts": (dual, Speculative("fused", block_size=2)),
     "no fused drafts": (dual, Speculative("fused", block_size=1)),
+    "windows used up, fused": (dual, Speculative("fused", block_size=8, drafts=2, renew=1)),
     "unsure fused drafts": (dual, Speculative("fused", least=0.2)),
     "a context that slides, fused": (lambda: dual(context=24), Speculative("fused", block_size=4)),
     "odd widths, fused": (odd, Speculative("fused", block_size=5)),
     "a template": (dual, Autoregressive()),
     "drafts of a template": (dual, Speculative()),
+    "windows used up in a template": (dual, Speculative(block_size=8, drafts=2, renew=1, lookup=1)),
     "unsure drafts of a template": (dual, Speculative(least=0.2)),
     "odd widths of a template": (odd, Speculative()),
 }
@@ -753,9 +758,10 @@ def test_a_round_is_what_its_steps_are(kind, prompt, name, monkeypatch):
         for name in ("tokens", "fresh", "drafts", "corrected"):
             one, two = getattr(whole, name), getattr(steps, name)
             assert (one is None and two is None) or torch.equal(one, two), name
-        # Rounds read what is given before a copy by itself, steps together with the copy: a pass more.
-        passes = slice(int(kind == "copies of a template"), None)
+        # Rounds read what is given by itself, steps together with drafts for which no window is read: a pass more.
+        passes = slice(int(template), None)
         assert torch.equal(whole.counts.all[passes], steps.counts.all[passes])
+        assert (whole.counts.all >= steps.counts.all).all()
     assert ("copies" in kind) <= bool(written[0][-1].counts.copied.sum() > 2)
     assert written[0][-1].tokens[:2].unique().numel() > 1 + 4 * (warp.temperature > 0 and warp.top_k != 1)
 

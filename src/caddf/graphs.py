@@ -17,16 +17,17 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from caddf.caches import Caches, KVCache, Slots
 from caddf.categorical import Warp, inverse_cdf
 from caddf.decoding.lookup import lookup
 from caddf.decoding.verification import at_place, residual, verify
-from caddf.interface import Round
+from caddf.interface import Drafting, Round
 from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
 from caddf.models.layers import TiedEmbedding, head_log_probs, over_all
-from caddf.models.states import States
+from caddf.models.states import Canvas, States
 
 MOST = 256
 """Places of all rows of a round, each of which has probabilities of all tokens."""
@@ -44,10 +45,8 @@ class Shape:
 
     rows: int
     length: int
-    size: int
+    drafting: Drafting
     warp: Warp
-    least: float
-    lookup: int
     dtype: torch.dtype
     device: torch.device
 
@@ -82,12 +81,10 @@ class Graphs:
     def rounds(
         self,
         lengths: Int[Tensor, " B"],
-        size: int,
+        drafting: Drafting,
         caches: Caches,
         *,
         warp: Warp,
-        least: float = 0.0,
-        lookup: int = 0,
         over: object = None,
     ) -> GraphRounds | None:
         """Whole rounds over what `caches` hold at the first of them; None where they do not fit, or recording failed.
@@ -96,12 +93,12 @@ class Graphs:
 
         Engines whose weights stand elsewhere by now, or whose tables were made of others, are let go.
         """
-        if over is not None or warp.banned or self.failed or not self.fit(len(lengths), size, caches):
+        if over is not None or warp.banned or self.failed or not self.fit(len(lengths), drafting.size, caches):
             return None
         branch, weight = self.model.causal, self.model.causal.embedding.weight
         length = -(-caches.causal.length // STEP) * STEP
         length = length if branch.table is None else min(length, branch.context)
-        shape = Shape(len(lengths), length, size, warp, least, lookup, weight.dtype, weight.device)
+        shape = Shape(len(lengths), length, drafting, warp, weight.dtype, weight.device)
         read = _read_by(self.model)
         self.idle = [each for each in self.idle if each.reads(read)]
         engine = next((each for each in self.idle if each.shape == shape), None)
@@ -136,7 +133,7 @@ class GraphRounds:
         u: Float[Tensor, "B 2k+1"],
     ) -> Round:
         """One round of the rows that go on."""
-        engine, opening, places = self.engine, False, self.engine.shape.size + 1
+        engine, opening, places = self.engine, False, self.engine.how.size + 1
         # How far the rows have come is known from above, and looked at only where that asks for a wider graph.
         if self.caches is not None or engine.bucket(self.most + places) > self.upto:
             self.most = int(torch.where(rows, n, 0).max())
@@ -145,7 +142,7 @@ class GraphRounds:
             engine.begin(self.lengths, x.shape[1], self.caches, max(self.most, 1))  # drafts from 0 on see slot 0
             self.caches, opening = None, bool(((n == 0) & rows).any())
         engine.give(x, n, rows, read, u)
-        engine.run(self.upto, opening, engine.copy(x, n, rows) if engine.shape.lookup else engine.drafts)
+        engine.run(self.upto, opening, *engine.ready(x, n, rows))
         self.most += places
         return engine.made(x.shape[1])
 
@@ -157,12 +154,12 @@ class Engine:
     """
 
     def __init__(self, model: Any, shape: Shape, read: list[Tensor]) -> None:
-        self.model, self.shape, self.read_by, self.warp = model, shape, read, shape.warp
+        self.model, self.shape, self.read_by, self.warp, self.how = model, shape, read, shape.warp, shape.drafting
         self.capture, self.failed = shape.device.type == "cuda", False
-        self.graphs: dict[tuple[int, bool], Any] = {}
-        self.drafts = shape.size > 0 and "draft" in model.heads
+        self.graphs: dict[tuple[int, bool, bool], Any] = {}
+        self.drafts = self.how.size > 0 and "draft" in model.heads
         self.pool: Any = None
-        rows, length, size = shape.rows, shape.length, shape.size
+        rows, length, size = shape.rows, shape.length, self.how.size
         with torch.inference_mode(False), torch.no_grad():  # buffers that may be written in either mode
             self.caches: Caches = model.allocate(rows, length)
             self.chain: KVCache | None = model.allocate_drafts(rows, size) if self.drafts else None
@@ -174,6 +171,11 @@ class Engine:
             self.tokens, self.marks = self._new(2, rows, length + 1), self._new(2, rows, length + 1, dtype=torch.bool)
             self.numbers = self._new(8, rows)
             self.copies, self.copying = self._new(rows, size), self._new(rows, dtype=torch.bool)
+            # The windows that are held, from where on, which rows draft from theirs, and whose are new.
+            width = model.config.diffusion.width if self.drafts else 0
+            self.states = self._new(rows, size, width, dtype=shape.dtype)
+            self.start, self.since = self._new(rows), self._new(rows)
+            self.looking, self.renewed = self._new(2, rows, dtype=torch.bool)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.shape.device)
@@ -195,6 +197,7 @@ class Engine:
         """A generation of rows that end at `lengths`, of which `caches` hold the slots below `upto`."""
         self.lengths.copy_(lengths)
         self.beyond.fill_(beyond)
+        self.since.fill_(-1)
         for own, other in ((self.caches.causal, caches.causal), (self.caches.exchange, caches.exchange)):
             if own is not None and other is not None:
                 own.keys[:, :, :, :upto].copy_(other.keys[:, :, :, :upto])
@@ -213,48 +216,59 @@ class Engine:
         for own, given in ((self.n, n), (self.rows, rows), (self.held, read), (self.u, u)):
             own.copy_(given, non_blocking=True)
 
-    def copy(self, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], rows: Bool[Tensor, " B"]) -> bool:
-        """Looks up what the next round's rows may copy; whether some have drafts to make besides."""
-        copies, found = lookup(x, n, self.shape.lookup, self.shape.size)
-        self.copies.copy_(copies)
-        self.copying.copy_(found)
-        return self.drafts and bool((rows & ~found).any())
+    def ready(self, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], rows: Bool[Tensor, " B"]) -> tuple[bool, bool]:
+        """Looks up what the next round's rows may copy, and where the others' windows start.
 
-    def run(self, upto: int, opening: bool, looking: bool) -> None:
-        """One round: its graph where there is one; the first round of a text without a prompt has none.
-
-        With `looking` the diffusion branch is read.
+        Whether some have drafts to make, and whether windows are to be read for that.
         """
+        how, looking = self.how, rows
+        if how.lookup:
+            copies, found = lookup(x, n, how.lookup, how.size)
+            self.copies.copy_(copies)
+            self.copying.copy_(found)
+            looking = rows & ~found
+        if not self.drafts:
+            return False, False
+        held = (self.since >= 0) & (self.since + how.size - n >= how.renew)
+        torch.where(held, self.since, (n - 1).clamp(min=0), out=self.start)
+        torch.logical_and(looking, torch.minimum(self.start + how.size, self.lengths) > n, out=self.looking)
+        torch.logical_and(self.looking, self.start != self.since, out=self.renewed)
+        self.since.copy_(torch.where(self.looking, self.start, self.since))
+        looks, renews = torch.stack([self.looking.any(), self.renewed.any()]).tolist()
+        return looks, renews
+
+    def run(self, upto: int, opening: bool, looks: bool, renews: bool) -> None:
+        """One round: its graph where there is one; the first round of a text without a prompt has none."""
         if opening or not self.capture:
-            self.round(upto, looking, opening)
+            self.round(upto, looks, renews, opening)
             return
-        key = upto, looking
+        key = upto, looks, renews
         with torch.cuda.device(self.shape.device):
             if key not in self.graphs:
                 try:
-                    self.graphs[key] = self._record(upto, looking)
+                    self.graphs[key] = self._record(*key)
                 except RuntimeError as error:
                     self.capture, self.failed = False, True
                     self.graphs.clear()
                     said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
                     warnings.warn(f"a CUDA graph could not be recorded; going on without: {said}", stacklevel=2)
-                    self.round(upto, looking, opening)
+                    self.round(*key)
                     return
             self.graphs[key].replay()
 
-    def _record(self, upto: int, looking: bool) -> Any:
+    def _record(self, upto: int, looks: bool, renews: bool) -> Any:
         """A graph of one round."""
         current, stream = torch.cuda.current_stream(), _side(self.shape.device)
         try:
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(WARM):
-                    self.round(upto, looking)
+                    self.round(upto, looks, renews)
             current.wait_stream(stream)
             self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                self.round(upto, looking)
+                self.round(upto, looks, renews)
             return graph
         finally:
             torch.cuda.set_stream(current)  # where recording fails, it may leave its own
@@ -265,27 +279,28 @@ class Engine:
         numbers = numbers.clone()
         return Round(tokens[0], marks[0], tokens[1], marks[1], numbers[0], numbers[1], numbers[2:])
 
-    def round(self, upto: int, looking: bool, opening: bool = False) -> None:
+    def round(self, upto: int, looks: bool, renews: bool, opening: bool = False) -> None:
         """A round of rows that attend to the slots below `upto`, from what was given to what is made of it.
 
-        With `looking` what is not copied is drafted. With `opening` rows may have no token yet, and so a draft more.
-        Rows that do not go on are read like the others.
+        With `looks` what is not copied is drafted, and with `renews` new windows are read for that. With `opening` rows
+        may have no token yet, and so a draft more. Rows that do not go on are read like the others.
         """
-        rows, lengths, size = self.rows, self.lengths, self.shape.size
+        rows, lengths, how, size = self.rows, self.lengths, self.how, self.how.size
         count = size if opening else max(size - 1, 0)
+        if not how.lookup:
+            count = min(count, how.most)
         n = self.n.clamp(max=upto - 1)
         at, column = self.at, n[:, None]
         x = torch.where(at < column, self.x, self.mask)  # what stands, and `[M]` whatever a row holds behind it
-        start = (n - 1).clamp(min=0)
-        whole = torch.where(rows, torch.minimum(start + size, lengths), n) if size else n
-        copying = self.copying & (whole > n)
-        looked = (whole > n) & ~copying & looking
-        whole = torch.where(looked | copying, whole, n)
-        place, end, q = column + at[: count + 1], whole, None
-        if count and looking:
-            x, q, end = self._draft(x, n, place[:, :count], start, whole, upto)
-            end = torch.where(copying, whole, end)
-        if count and self.shape.lookup:
+        copyable = torch.minimum((n - 1).clamp(min=0) + size, lengths) if how.lookup else n
+        copying = self.copying & rows & (copyable > n)
+        place, end, q = column + at[: count + 1], n, None
+        if count and looks:
+            end = torch.minimum(torch.minimum(self.start + size, n + how.most), lengths)
+            end = torch.where(self.looking, end, n)
+            x, q, end = self._draft(x, n, place[:, :count], end, upto, renews, opening)
+        end = torch.where(copying, copyable, end)
+        if count and how.lookup:
             x, q = self._put(x, q, place[:, :count], copying[:, None] & (place[:, :count] < end[:, None]))
 
         # Verify in one pass, and read behind the drafts for one token more.
@@ -304,16 +319,16 @@ class Engine:
         torch.where(behind & (at < end[:, None]), x, self.mask, out=self.tokens[1])
         torch.logical_and(behind & (at < after[:, None]), rows[:, None], out=self.marks[0])
         torch.logical_and(here, (stop < end)[:, None], out=self.marks[1])
-        one, looked = rows.long(), looked.long()
+        one, renewed = rows.long(), self.renewed.long() if renews else torch.zeros_like(n)
         first_open = torch.where(after < lengths, after, self.beyond)
         read = torch.minimum(torch.maximum(self.held, shown), stop + 1)
         made = (
             torch.where(rows, first_open, self.n),
             torch.where(rows, read, self.held),
             one,
-            looked,
-            shown - n + looked * size,
-            one * shown + looked * 2 * whole,
+            renewed,
+            shown - n + renewed * size,
+            one * shown + renewed * 2 * torch.minimum(self.start + size, lengths),
             one,
             copying.long(),
         )
@@ -324,30 +339,37 @@ class Engine:
         x: Int[Tensor, "B T+1"],
         n: Int[Tensor, " B"],
         place: Int[Tensor, "B m"],
-        start: Int[Tensor, " B"],
         end: Int[Tensor, " B"],
         upto: int,
+        renews: bool,
+        opening: bool,
     ) -> tuple[Int[Tensor, "B T+1"], Float[Tensor, "B m V"] | None, Int[Tensor, " B"]]:
         """`x` with drafts at those of `place` before their end, what they were drawn from (None: greedy), their end."""
-        model, count, size = self.model, place.shape[1], self.shape.size
+        model, how, size = self.model, self.how, self.how.size
         assert self.caches.exchange is not None and self.chain is not None
-        window, first = start[:, None] + self.at[:size], n - start
-        until = Slots(start[:, None], None, upto)
-        canvas = x.gather(1, window.clamp(max=x.shape[1] - 1))
-        seen = model.encode_over(canvas, Slots(window, None, upto), until, self.caches.exchange)
+        start, count = torch.minimum(self.start, n), min(place.shape[1], how.most)  # n is not where a row has ended
+        window, first = start[:, None] + self.at[:size], (n - start).clamp(max=size - 1)
+        if renews:
+            until = Slots(start[:, None], None, upto)
+            canvas = x.gather(1, window.clamp(max=x.shape[1] - 1))
+            states = model.encode_over(canvas, Slots(window, None, upto), until, self.caches.exchange).states
+            self.states.copy_(torch.where(self.renewed[:, None, None], states, self.states))
+        seen = Canvas(self.states, window, None)
         token, before = model.before(x, n[:, None]), None
         tokens, drawn_from, largest = [], [], []
+        alike = not opening and (how.renew >= size or (renews and len(n) == 1))  # windows start at the last token
+        furthest = 1 if alike else max(1, size - how.renew)
         for j in range(count):
-            if count < size:  # every row has a token, at which its window starts
+            if alike:
                 slots = Slots(self.at[j + bool(j) : j + 2], j + bool(j), j + 2)
             else:
-                places = (first + j).clamp(max=size - 1)[:, None] if j else self.at[: min(size, 2)].expand(len(n), -1)
-                slots = Slots(places, None, size)
+                opened = self.at[: min(size, furthest + 1)].expand(len(n), -1)
+                slots = Slots((first + j).clamp(max=size - 1)[:, None] if j else opened, None, size)
             # The first step reads what stands before the first draft, too.
             states = model.draft_step(seen, x, slots, self.chain, before).draft
             states = states if j else at_place(states, first)[:, None]
             log_q = self._log_probs(States(None, states, None, chained=True), "draft")[:, 0]
-            if self.shape.least:
+            if how.least:
                 largest.append(log_q.amax(-1))
             if self._greedy:
                 drawn = log_q.argmax(-1)
@@ -357,14 +379,18 @@ class Engine:
             before = drawn[:, None], token
             token = before[0]
             tokens.append(drawn)
-        drafting = place < end[:, None]
-        if self.shape.least:
+        drafted = place[:, :count]
+        drafting = drafted < end[:, None]
+        if how.least:
             chance = (torch.stack(largest, 1).double() * drafting).cumsum(1).exp()
-            good = (chance >= self.shape.least).long().cumprod(1).sum(1)
+            good = (chance >= how.least).long().cumprod(1).sum(1)
             end = torch.where(good < count, torch.minimum(end, n + good.clamp(min=1)), end)
-            drafting = place < end[:, None]
-        x = x.scatter(1, torch.where(drafting, place, x.shape[1] - 1), torch.stack(tokens, 1))
-        return x, None if self._greedy else torch.stack(drawn_from, 1) * drafting[..., None], end
+            drafting = drafted < end[:, None]
+        x = x.scatter(1, torch.where(drafting, drafted, x.shape[1] - 1), torch.stack(tokens, 1))
+        if self._greedy:
+            return x, None, end
+        q = torch.stack(drawn_from, 1) * drafting[..., None]
+        return x, pad(q, (0, 0, 0, place.shape[1] - count)), end  # there may be room for more copies
 
     def _put(
         self,
@@ -395,7 +421,7 @@ class Engine:
             best = log_p.argmax(-1)
             stands = ((drafted == best[:, :-1]) & drafting).long().cumprod(1).sum(1)
             return stands, best.gather(1, stands[:, None])[:, 0]
-        p, size = self.warp(log_p), self.shape.size
+        p, size = self.warp(log_p), self.how.size
         if q is None:
             return torch.zeros_like(count), inverse_cdf(p[:, 0], self.u[:, -1])
         drafted = drafted.clamp(max=self.model.vocab_size - 1)

@@ -114,6 +114,28 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Drafting:
+    """How rounds of left-to-right decoding are drafted.
+
+    size: of a window; 0: nothing is drafted, and a round is one token.
+    most: drafts of a round of a chain.
+    renew: a chain goes on in its window as long as so many places of it are left, and has a new one read after that.
+    least: drafting ends when the product of the largest draft probabilities falls below this.
+    lookup: drafts are copied where so many last tokens have stood before (`decoding.lookup`); 0: never.
+    """
+
+    size: int = 0
+    most: int = 0
+    renew: int = 1
+    least: float = 0.0
+    lookup: int = 0
+
+
+ONE_TOKEN = Drafting()
+"""No drafts."""
+
+
+@dataclass(frozen=True)
 class Round:
     """What one round of left-to-right decoding made of its rows.
 
@@ -187,6 +209,9 @@ class Incremental(LanguageModel, Protocol):
         They begin in either block and may go on in the one behind, which is then the other.
         """
 
+    def choose(self, new: Bool[Tensor, " B"], one: Any, other: Any) -> Any:
+        """What is seen of windows: of the `new` rows' in `one`, of the rest in `other`."""
+
     def draft(self, seen: Any, tokens: Int[Tensor, "B T"]) -> Any:
         """Draft states of the window; a chain reads the drafts in `tokens` before each position."""
 
@@ -225,19 +250,16 @@ class Incremental(LanguageModel, Protocol):
     def rounds(
         self,
         lengths: Int[Tensor, " B"],
-        size: int,
+        drafting: Drafting,
         caches: Any,
         *,
         warp: Warp,
-        least: float = 0.0,
-        lookup: int = 0,
         over: Any = None,
     ) -> Rounds | None:
         """Whole rounds over `caches`, for rows of these lengths; None where the model has none.
 
         The target is causal, or fused `over` each block's all-masked start (a `Block`) or over what is seen of one
-        canvas. Windows of `size` slide (`decoding.speculative`); with size 0 a round is one token, and nothing is
-        drafted. Drafts are copied where the last `lookup` tokens have stood before (`decoding.lookup`; 0: never).
+        canvas. Windows slide (`decoding.speculative`).
         """
 
 

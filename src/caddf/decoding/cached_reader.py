@@ -12,7 +12,7 @@ from torch import Tensor
 from caddf.categorical import Warp
 from caddf.decoding.plan import Plan, first_open, padded, width_of
 from caddf.decoding.task import Counts
-from caddf.interface import Block, Head, Incremental, Infill, Round, Rounds
+from caddf.interface import ONE_TOKEN, Block, Drafting, Head, Incremental, Infill, Round, Rounds
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,16 @@ class Progress:
     """What a cached reader has read: caches whose slots below `read` hold, and the canvases that the target sees.
 
     `seen` are those of blocks of even and of odd number, `seen_start` the first positions of these blocks, -1 where
-    there is none; a template's is the first. `chain` is the cache of the drafts of one window, of which the next makes
-    use again, and `rounds` the model's own rounds, None until they were asked for; `settled` says that every slot
-    before a row's first open position has been read.
+    there is none; a template's is the first. `look` is the last windows of drafts, `chain` the cache of their chain, of
+    which the next make use again, and `rounds` the model's own rounds, None until they were asked for; `settled` says
+    that every slot before a row's first open position has been read.
     """
 
     caches: Any
     read: Int[Tensor, " B"]
     seen: tuple[Any, Any]
     seen_start: Int[Tensor, "2 B"]
+    look: Window | None = None
     chain: Any = None
     rounds: tuple[Rounds | None] | None = None
     settled: bool = False
@@ -85,32 +86,41 @@ class CachedReader:
         return self._log_probs(states, positions, n, end, rows, self.plan.head), state
 
     def look(
-        self, state: Progress, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], size: int, rows: Bool[Tensor, " B"]
+        self,
+        state: Progress,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        start: Int[Tensor, " B"],
+        size: int,
+        new: Bool[Tensor, " B"],
     ) -> tuple[Window, Progress]:
-        """Encodes the window; a block of which nothing stands yet has been seen by the target already."""
-        start, end = self.plan.window(n, size)
-        self.counts.add(rows, needed=self.plan.needed(end))
+        """Encodes new windows; a block of which nothing stands yet has been seen by the target already."""
+        if not new.any():
+            assert state.look is not None
+            return replace(state.look, n=n), state
+        self.counts.add(new, needed=self.plan.needed(torch.minimum(start + size, self.plan.task.lengths)))
         if self.plan.head == "fused" and not self.plan.sliding:
-            _, state = self._see(state, x, n[:, None], n + 1, rows)
+            _, state = self._see(state, x, n[:, None], n + 1, new)
         if isinstance(self.plan.pattern, Infill) and not self.plan.chained:
-            state, whole = self._catch_up(state, x, n, rows), torch.zeros_like(n)
-            self.counts.add(rows, diffusion=1, computed=self.plan.task.lengths)
+            state, whole = self._catch_up(state, x, n, new), torch.zeros_like(n)
+            self.counts.add(new, diffusion=1, computed=self.plan.task.lengths)
             seen = self.model.encode(x, whole, self.plan.task.lengths, Infill(), state.caches)
             return Window(seen, whole, x.shape[1], n), state
         if state.chain is None:
             state = replace(state, chain=self.model.allocate_drafts(len(x), size))
-        chain = state.chain
-        if not self.plan.sliding and bool((n == start)[rows].all()):
-            odd = (start // size % 2)[rows]
+        if not self.plan.sliding and bool((n == start)[new].all()):
+            odd = (start // size % 2)[new]
             if bool((odd == odd[0]).all()):
-                return Window(state.seen[int(odd[0])], start, size, n, chain), state
-        state = self._catch_up(state, x, start, rows)
-        new = rows if self.plan.sliding else rows & (n != start)
-        self.counts.add(new, diffusion=1, computed=size)
+                return Window(state.seen[int(odd[0])], start, size, n, state.chain), state
+        state = self._catch_up(state, x, start, new)
+        self.counts.add(new if self.plan.sliding else new & (n != start), diffusion=1, computed=size)
         places = start[:, None] + torch.arange(size, device=x.device)
         canvas = torch.where(places < self.plan.task.lengths[:, None], _at(x, places), self.model.mask_id)
-        seen = self._encode(state, canvas, start, Block(size), rows, proposing=self.plan.sliding)
-        return Window(seen, start, size, n, chain), state
+        seen = self._encode(state, canvas, start, Block(size), new, proposing=self.plan.sliding)
+        if state.look is not None and not new.all():
+            seen, start = self.model.choose(new, seen, state.look.seen), torch.where(new, start, state.look.start)
+        look = Window(seen, start, size, n, state.chain)
+        return look, replace(state, look=look) if self.plan.chained else state
 
     def drafts(
         self,
@@ -156,34 +166,34 @@ class CachedReader:
         x: Int[Tensor, "B T"],
         n: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
-        size: int = 0,
-        least: float = 0.0,
-        lookup: int = 0,
+        drafting: Drafting = ONE_TOKEN,
     ) -> tuple[Round | None, Progress]:
-        """By the model itself, where all slots before n have been read, and drafts chain if there are any."""
+        """By the model itself, where all slots before n have been read, and drafts chain if there are any.
+
+        With drafts all rounds are the model's, or none: each goes on in the windows of those before.
+        """
         task, fused = self.plan.task, self.plan.head == "fused"
-        at_once = size and not self.plan.chained and "draft" in self.model.heads
-        if state.rounds == (None,) or at_once or (task.template and state.seen[0] is None):
-            return None, state  # a template's first round is steps, which read its canvas
+        at_once = drafting.size and not self.plan.chained and "draft" in self.model.heads
+        if state.rounds == (None,) or at_once:
+            return None, state
+        if task.template:
+            _, state = self._see_template(state, x, rows)
         if not state.settled or task.template:
-            start, end = self.plan.window(n, size)
-            if bool((end > n)[rows].any()):  # drafts see what stands before them
-                state = self._catch_up(state, x, start, rows)
+            if drafting.most:  # drafts see what stands before them
+                state = self._catch_up(state, x, (n - 1).clamp(min=0), rows)
             elif fused and not task.template:
                 state = self._catch_up(state, x, n - 1, rows)
             if bool((state.read < n)[rows].any()):
                 return None, state
         if state.rounds is None:
             over = (state.seen[0] if task.template else self.plan.pattern) if fused else None
-            made = self.model.rounds(
-                task.lengths, size, state.caches, warp=task.warp, least=least, lookup=lookup, over=over
-            )
+            made = self.model.rounds(task.lengths, drafting, state.caches, warp=task.warp, over=over)
             state = replace(state, rounds=(made,))
         assert state.rounds is not None
         (rounds,) = state.rounds
         if rounds is None:
             return None, state
-        done = rounds(x, n, rows, state.read, task.generators.several(rows, 2 * size + 1))
+        done = rounds(x, n, rows, state.read, task.generators.several(rows, 2 * drafting.size + 1))
         self.counts.all.add_(done.work.to(self.counts.all.device))
         return done, replace(state, read=done.read, settled=True)
 

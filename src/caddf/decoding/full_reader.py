@@ -12,12 +12,18 @@ from torch import Tensor
 from caddf.categorical import Warp
 from caddf.decoding.plan import Plan, padded, width_of
 from caddf.decoding.task import Counts
-from caddf.interface import Block, Head, Infill, LanguageModel
+from caddf.interface import Block, Drafting, Head, Infill, LanguageModel
+
+Look = tuple[Int[Tensor, "B T"], Int[Tensor, " B"], int]
+"""Canvases of windows, their starts, and their size."""
 
 
 @dataclass(frozen=True)
 class FullReader:
-    """The reference: every reading is a pass over whole rows."""
+    """The reference: every reading is a pass over whole rows.
+
+    Its state is the canvas of each row's window of drafts, as it was when that was looked at, and the window's start.
+    """
 
     model: LanguageModel
     plan: Plan
@@ -27,8 +33,13 @@ class FullReader:
         """Nothing is kept."""
 
     def target(
-        self, state: None, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], end: Int[Tensor, " B"], rows: Bool[Tensor, " B"]
-    ) -> tuple[Float[Tensor, "B m V"], None]:
+        self,
+        state: Look | None,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        end: Int[Tensor, " B"],
+        rows: Bool[Tensor, " B"],
+    ) -> tuple[Float[Tensor, "B m V"], Look | None]:
         """The canvas is the template, or all masked."""
         canvas = (
             self.plan.task.tokens if isinstance(self.plan.pattern, Infill) else torch.full_like(x, self.model.mask_id)
@@ -36,20 +47,27 @@ class FullReader:
         branches = 1 if self.plan.head == "causal" else 2
         needed = self.plan.needed(end, branches)
         self.counts.add(rows, causal=1, diffusion=branches - 1, computed=needed, needed=needed)
-        return self._read(x, canvas, self.plan.pattern, self.plan.head, n, end, rows), None
+        return self._read(x, canvas, self.plan.pattern, self.plan.head, n, end, rows), state
 
     def look(
-        self, state: None, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], size: int, rows: Bool[Tensor, " B"]
-    ) -> tuple[tuple[Tensor, Tensor, int], None]:
+        self,
+        state: Look | None,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        start: Int[Tensor, " B"],
+        size: int,
+        new: Bool[Tensor, " B"],
+    ) -> tuple[Look, Look]:
         """Only remembers the canvas and the windows."""
-        start, end = self.plan.window(n, size)
-        needed = self.plan.needed(end)
-        self.counts.add(rows, causal=1, diffusion=1, computed=needed, needed=needed)
-        return (x, start, size), None
+        needed = self.plan.needed(torch.minimum(start + size, self.plan.task.lengths))
+        self.counts.add(new, causal=1, diffusion=1, computed=needed, needed=needed)
+        if state is not None:
+            x, start = torch.where(new[:, None], x, state[0]), torch.where(new, start, state[1])
+        return (x, start, size), (x, start, size)
 
     def drafts(
         self,
-        look: tuple[Tensor, Tensor, int],
+        look: Look,
         x: Int[Tensor, "B T"],
         at: Int[Tensor, " B"],
         end: Int[Tensor, " B"],
@@ -71,13 +89,14 @@ class FullReader:
         """The reference drafts step by step."""
 
     def round(
-        self, state: None, x: Tensor, n: Tensor, rows: Tensor, size: int = 0, least: float = 0.0, lookup: int = 0
-    ) -> tuple[None, None]:
+        self, state: Look | None, x: Tensor, n: Tensor, rows: Tensor, drafting: Drafting | None = None
+    ) -> tuple[None, Look | None]:
         """The reference works step by step."""
-        return None, None
+        return None, state
 
-    def keep(self, state: None, below: Int[Tensor, " B"]) -> None:
-        """Nothing is kept."""
+    def keep(self, state: Look | None, below: Int[Tensor, " B"]) -> Look | None:
+        """Windows stay: what has come to stand in them does."""
+        return state
 
     def _read(
         self,

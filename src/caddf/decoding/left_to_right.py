@@ -12,7 +12,7 @@ from caddf.decoding.cached_reader import CachedReader
 from caddf.decoding.full_reader import FullReader
 from caddf.decoding.plan import Plan
 from caddf.decoding.task import Counts
-from caddf.interface import Incremental, LanguageModel, Round
+from caddf.interface import ONE_TOKEN, Drafting, Incremental, LanguageModel, Round
 
 
 class Reader(Protocol):
@@ -30,9 +30,18 @@ class Reader(Protocol):
         """log p at positions n to `end - 1`, each given the tokens in `x` before it (0 behind a row's end)."""
 
     def look(
-        self, state: Any, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], size: int, rows: Bool[Tensor, " B"]
+        self,
+        state: Any,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        start: Int[Tensor, " B"],
+        size: int,
+        new: Bool[Tensor, " B"],
     ) -> tuple[Any, Any]:
-        """One pass of the diffusion branch over the window of drafts, masked from n on."""
+        """One pass of the diffusion branch over the `new` windows of drafts, masked from n on; others are as they were.
+
+        They are of `size`, from `start` on.
+        """
 
     def drafts(
         self, look: Any, x: Int[Tensor, "B T"], at: Int[Tensor, " B"], end: Int[Tensor, " B"], rows: Bool[Tensor, " B"]
@@ -60,14 +69,9 @@ class Reader(Protocol):
         x: Int[Tensor, "B T"],
         n: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
-        size: int = 0,
-        least: float = 0.0,
-        lookup: int = 0,
+        drafting: Drafting = ONE_TOKEN,
     ) -> tuple[Round | None, Any]:
-        """A whole round, where the model can: what the other readings lead to, from the same uniforms.
-
-        Windows are of `size`; 0: one token of each row, and no drafts. `least` and `lookup` are the decoder's.
-        """
+        """A whole round, where the model can: what the other readings lead to, from the same uniforms."""
 
     def keep(self, state: Any, below: Int[Tensor, " B"]) -> Any:
         """Only slots below `below` still hold: the tokens that later ones read have changed."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from caddf.decoding.task import NO_TOKEN, DecodingError, Task
 from caddf.errors import InputError
-from caddf.interface import Block, Head, Infill, LanguageModel
+from caddf.interface import Block, Drafting, Head, Infill, LanguageModel
 
 Target = Literal["causal", "fused"]
 
@@ -54,7 +54,7 @@ class Plan:
         return cls(task, head, pattern, head == "causal" or model.chained, model.chained)
 
     def window(self, n: Int[Tensor, " B"], size: int) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
-        """Where the window of drafts from n on starts and ends.
+        """Where a new window of drafts from n on starts and ends.
 
         A window that slides starts at the last token that stands, since the slots up to a window's start must be read;
         one that does not is n's block, or the template's next `size` positions.
@@ -63,7 +63,21 @@ class Plan:
             start = (n - 1).clamp(min=0)
         else:
             start = self.pattern.start(n) if isinstance(self.pattern, Block) else n
-        end = start + size
+        return start, torch.minimum(start + size, self.task.lengths)
+
+    def drafted(
+        self, n: Int[Tensor, " B"], drafting: Drafting, since: Int[Tensor, " B"]
+    ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+        """Where the window that drafts come from starts, and where these end.
+
+        A chain hears what has come to stand in its window, and goes on in the one that it has, from `since` on (-1:
+        none), as long as enough of it is left.
+        """
+        start, end = self.window(n, drafting.size)
+        if not self.chained:
+            return start, end
+        start = torch.where((since >= 0) & (since + drafting.size - n >= drafting.renew), since, start)
+        end = torch.minimum(start + drafting.size, n + drafting.most)
         return start, torch.minimum(end, self.task.lengths)
 
     def needed(self, end: Int[Tensor, " B"], branches: int = 2) -> Int[Tensor, " B"]:

@@ -18,16 +18,19 @@ from caddf.decoding.plan import Plan, Target, first_open, most_rounds, width_of
 from caddf.decoding.task import Counts, Frame, Task
 from caddf.decoding.verification import at_place, residual, verify
 from caddf.errors import InputError
-from caddf.interface import LanguageModel
+from caddf.interface import Drafting, LanguageModel
 
 
 @dataclass(frozen=True)
 class Speculative:
-    """Each round one diffusion pass drafts a window and one causal pass verifies it: the target's distribution exactly.
+    """Each round the diffusion branch drafts and one causal pass verifies: the target's distribution exactly.
 
     target: `causal` (the causal branch's own head) or `fused` (in blocks of `block_size`, each fused with its
         all-masked start; templates always). Where windows slide (`plan`) a round that is accepted whole adds a token.
     block_size: k; not set, the model's own.
+    drafts: of a chain, in a round at most; not set, two thirds of k.
+    renew: a chain, which hears what has come to stand in its window, drafts from it in later rounds too, as long as so
+        many places are left; not set, half of a round's drafts. With k each round has a window of its own.
     lookup: where so many last tokens have stood before, drafts are copied from behind them, and the diffusion branch is
         not read; 0: never. A model that has nothing to draft with copies, or writes one token a round.
     least: drafts are verified while the product of their largest draft probabilities is at least this; 0 verifies all.
@@ -36,6 +39,8 @@ class Speculative:
 
     target: Target = "causal"
     block_size: int | None = None
+    drafts: int | None = None
+    renew: int | None = None
     lookup: int = 3
     least: float = 0.0
     cache: bool = True
@@ -45,37 +50,48 @@ class Speculative:
             raise InputError(f"least is {self.least}; it must lie in [0, 1]")
         if self.lookup < 0:
             raise InputError(f"lookup is {self.lookup}; it must be a number of tokens, or 0 for never")
+        for name in ("drafts", "renew"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1, or not set")
+
+    def drafting(self, size: int) -> Drafting:
+        """How rounds are drafted in windows of `size`."""
+        most = min(self.drafts or max(2 * size // 3, 1), size)
+        return Drafting(size, most, self.renew or (most + 1) // 2, self.least, self.lookup)
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame per round."""
         x, counts = task.tokens.clone(), counts or Counts.zeros(len(task.tokens))
         size, at, wanted = self.block_size or model.block_size, torch.arange(x.shape[1], device=x.device), task.wanted
-        plan, proposes = Plan.of(model, task, self.target, size), "draft" in model.heads
+        plan, proposes, how = Plan.of(model, task, self.target, size), "draft" in model.heads, self.drafting(size)
         if not (proposes or self.lookup):
             raise InputError("this model has nothing to draft with but lookup, which is 0")
         reader = reader_for(model, plan, counts, drafting=proposes, cache=self.cache)
         state = reader.start()
-        n = first_open(task, x)
+        n, since = first_open(task, x), torch.full_like(task.lengths, -1)
         for _ in most_rounds(task):
             if not (rows := (n < x.shape[1]) & ~task.finished(x)).any():
                 return
-            done, state = reader.round(state, x, n, rows, size, self.least, self.lookup)
+            done, state = reader.round(state, x, n, rows, how)
             if done is not None:
                 x, n = done.tokens, done.n
                 yield Frame(x, done.fresh, counts, done.drafts, done.corrected)
                 continue
-            before, whole = x, torch.where(rows, plan.window(n, size)[1], n)
+            before, (start, whole) = x, plan.drafted(n, how, since)
             copies, copying = lookup(x, n, self.lookup, size) if self.lookup else (x, torch.zeros_like(rows))
-            copying &= whole > n
-            looking = (whole > n) & ~copying & proposes
-            whole = torch.where(looking | copying, whole, n)
+            copyable = plan.window(n, size)[1]
+            copying &= rows & (copyable > n)
+            looking = rows & (whole > n) & ~copying & proposes
+            whole = torch.where(looking, whole, torch.where(copying, copyable, n))
             place = n[:, None] + torch.arange(m := int((whole - n).max()), device=x.device)
             drafting = (place < whole[:, None]) & _at(wanted, place)
             u = task.generators.several(rows, 2 * size + 1).to(x.device)
 
             # Draft: q at the masked positions of the window, all at once, or one after the other where drafts chain; a
             # copied draft is sure of itself.
-            look, state = reader.look(state, x, n, size, looking) if looking.any() else (None, state)
+            new = looking & (start != since)
+            look, state = reader.look(state, x, n, start, size, new) if looking.any() else (None, state)
+            since = torch.where(looking & plan.chained, start, since)
             own, end = drafting & looking[:, None], torch.where(looking, whole, n)
             x, q, end = self._draft(model, plan, reader, look, x, place, own, end, looking, u[:, :m])
             end = torch.where(copying, whole, end)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from caddf.caches import Caches, Slots
 from caddf.categorical import Warp
 from caddf.errors import InputError
-from caddf.interface import Block, Head, Infill, Pattern, Projection, Rounds
+from caddf.interface import Block, Drafting, Head, Infill, Pattern, Projection, Rounds
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.config import BranchConfig
 from caddf.models.layers import Readout, head_log_probs, head_nll, states_at
@@ -109,19 +109,17 @@ class CausalModel(nn.Module):
     def rounds(
         self,
         lengths: Int[Tensor, " B"],
-        size: int,
+        drafting: Drafting,
         caches: Caches,
         *,
         warp: Warp,
-        least: float = 0.0,
-        lookup: int = 0,
         over: None = None,
     ) -> Rounds | None:
         """Whole rounds of the causal target at one go, where there are kernels or graphs for it."""
         whole = self.native or self.graphs
         if whole is None:
             return None
-        return whole.rounds(lengths, size, caches, warp=warp, least=least, lookup=lookup, over=over)
+        return whole.rounds(lengths, drafting, caches, warp=warp, over=over)
 
     def log_probs(self, states: States, where: Bool[Tensor, "B L"], head: Head = "causal") -> Float[Tensor, "N V"]:
         """Log-probabilities (nats) at the positions in `where`, normalised over V in float32 or better."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from caddf.caches import Caches, KVCache, Slots
 from caddf.categorical import Warp
 from caddf.errors import InputError
-from caddf.interface import Block, Infill, Pattern, Rounds
+from caddf.interface import Block, Drafting, Infill, Pattern, Rounds
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.chain import DraftChain
 from caddf.models.config import ModelConfig
@@ -173,6 +173,12 @@ class OverCaches(nn.Module):
         states = self.diffusion(canvas, exchange.turn(slots), visible, keys_values, exchanged)
         return Canvas(states, slots.positions, visible)
 
+    def choose(self, new: Bool[Tensor, " B"], one: Canvas, other: Canvas) -> Canvas:
+        """What is seen of windows: of the `new` rows' in `one`, of the rest in `other`."""
+        rows = (len(new), -1)
+        positions = torch.where(new[:, None], one.positions.expand(rows), other.positions.expand(rows))
+        return Canvas(torch.where(new[:, None, None], one.states, other.states), positions, None)
+
     def draft(self, seen: Canvas, tokens: Int[Tensor, "B T"]) -> States:
         """Draft states of a window, chained where the model has a chain and the window is a block."""
         if self.chain is None or seen.visible is not None:
@@ -228,19 +234,17 @@ class OverCaches(nn.Module):
     def rounds(
         self,
         lengths: Int[Tensor, " B"],
-        size: int,
+        drafting: Drafting,
         caches: Caches,
         *,
         warp: Warp,
-        least: float = 0.0,
-        lookup: int = 0,
         over: Block | Canvas | None = None,
     ) -> Rounds | None:
         """Whole rounds at one go, where there are kernels or graphs for it."""
         whole = self.native or self.graphs
         if whole is None:
             return None
-        return whole.rounds(lengths, size, caches, warp=warp, least=least, lookup=lookup, over=over)
+        return whole.rounds(lengths, drafting, caches, warp=warp, over=over)
 
     def before(
         self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"], by: int = 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from caddf.caches import Caches, KVCache, Slots
 from caddf.categorical import Warp
-from caddf.interface import Block
+from caddf.interface import Block, Drafting
 from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
 from caddf.models.diffusion import DiffusionBranch
@@ -214,18 +214,16 @@ class Native:
     def rounds(
         self,
         lengths: Int[Tensor, " B"],
-        size: int,
+        drafting: Drafting,
         caches: Caches,
         *,
         warp: Warp,
-        least: float,
-        lookup: int,
-        over: Block | Canvas | None,
+        over: Block | Canvas | None = None,
     ) -> Rounds | None:
         """Whole rounds over `caches` (`caddf.interface.Incremental.rounds`)."""
-        if not Rounds.fit(self, len(lengths), size, caches, over):
+        if not Rounds.fit(self, len(lengths), drafting.size, caches, over):
             return None
-        return Rounds(self, lengths, size, caches, warp, least, lookup, over)
+        return Rounds(self, lengths, drafting, caches, warp, over)
 
     def drafts(
         self,

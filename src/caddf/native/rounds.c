@@ -6,10 +6,11 @@
 
 typedef struct {
   int64_t rows, width, count;  // places of a window, and most drafts of a row
-  const float *states;         // [rows, width, D]: what the chain reads besides tokens
+  float *states;               // [rows, width, D]: what the chain reads besides tokens
   int64_t *before;             // [rows, width]: the token before each place, known up to a row's first draft
   int64_t *earlier;            // and the one before that, read where there is `shifted`
   int64_t *first;              // [rows]: the place of that draft
+  int64_t *heard;              // [rows]: how many places `cache` holds, at most `first`; NULL: none
   double *u;                   // [rows, count]: uniforms
   const float *embedding, *shifted;  // [tokens, D]: of the token before; of the one before that, or NULL
   Map head;                    // its logits are those of `ids`, or of all tokens where that is NULL
@@ -172,18 +173,20 @@ typedef struct {
   int64_t going, made, seen;
 } Drafting;
 
+static int64_t heard_of(const Draft *d, int64_t row) { return d->heard ? d->heard[row] : 0; }
+
 static void draft(const void *of, int64_t thread, int64_t threads) {
   Drafting *w = (Drafting *)of;
   const Stack *s = w->stack;
   const Draft *d = w->draft;
   Pass *p = &w->pass;
   int64_t D = s->width, opening = 1;
-  for (int64_t row = 0; row < d->rows; row++) opening = most(opening, d->first[row] + 1);
+  for (int64_t row = 0; row < d->rows; row++) opening = most(opening, d->first[row] - heard_of(d, row) + 1);
   for (int64_t j = 0; j < d->count; j++) {
     int64_t n = j ? 1 : opening;  // the first step reads what stands before the first draft, too
     for (int64_t row = thread; row < d->rows; row += threads)
       for (int64_t i = 0; i < n; i++) {
-        int64_t place = j ? d->first[row] + j : i < d->first[row] ? i : d->first[row], at = row * n + i;
+        int64_t place = j ? d->first[row] + j : least_of(heard_of(d, row) + i, d->first[row]), at = row * n + i;
         if (place > d->width - 1) place = d->width - 1;  // a row that has nothing more to draft
         int64_t token = j ? d->tokens[row * d->count + j - 1] : d->before[row * d->width + place];
         w->positions[at] = place;
@@ -202,7 +205,7 @@ static void draft(const void *of, int64_t thread, int64_t threads) {
     if (n > 1) {  // the head reads the last place of each row alone
       if (thread == 0)
         for (int64_t row = 0; row < d->rows; row++)
-          memmove(w->x + row * D, w->x + (row * n + d->first[row]) * D, D * sizeof(float));
+          memmove(w->x + row * D, w->x + (row * n + d->first[row] - heard_of(d, row)) * D, D * sizeof(float));
       TOGETHER
     }
     map(&d->head, w->x, d->rows, w->logits, PLAIN, thread, threads, NULL);
@@ -352,6 +355,8 @@ typedef struct {
 typedef struct {  // a round: a window of drafts that starts at the last token that stands, and the target's reading of them
   int64_t rows, length, size, mask, bos;  // size 0: one token of each row, and no drafts
   int64_t lookup;                         // drafts are copied where so many last tokens have stood before; 0: never
+  int64_t most, renew;                    // drafts of a round; places left of a window that is drafted from once more
+  int64_t *since;                         // [rows]: where the windows that are held start; -1: there is none
   const int64_t *before;                  // [rows, length]: what stands, and is given; the mask elsewhere
   const int64_t *lengths, *n, *held;      // [rows]: where rows end, their first open positions, how many slots hold
   const uint8_t *active;                  // [rows]: whether a row goes on
@@ -379,9 +384,14 @@ static int64_t before(const Round *r, int64_t row, int64_t at) { return at > 0 ?
 
 static int is_open(const Round *r, int64_t row, int64_t at) { return r->before[row * r->length + at] == r->mask; }
 
-// Where a row's window starts and ends.
-static int64_t start_of(const Round *r, int64_t row) { return r->n[row] ? least_of(r->n[row], r->length) - 1 : 0; }
-static int64_t whole_of(const Round *r, int64_t row) { return least_of(start_of(r, row) + r->size, r->lengths[row]); }
+// Where a row's drafts come from (`decoding/plan.py`): a new window, or the one that it has while enough of it is left.
+static int64_t new_start(const Round *r, int64_t row) { return r->n[row] ? least_of(r->n[row], r->length) - 1 : 0; }
+static int64_t start_of(const Round *r, int64_t row) {
+  int64_t since = r->since[row];
+  return since >= 0 && since + r->size - r->n[row] >= r->renew ? since : new_start(r, row);
+}
+// Where a window ends.
+static int64_t whole_of(const Round *r, int64_t row, int64_t start) { return least_of(start + r->size, r->lengths[row]); }
 
 // Behind the last place where a row's last tokens stood before (`decoding/lookup.py`), or -1.
 static int64_t source_of(const Round *r, int64_t row) {
@@ -395,7 +405,10 @@ static int64_t source_of(const Round *r, int64_t row) {
 
 // How many places of a row are for drafts.
 static int64_t count_of(const Round *r, int64_t row, int64_t source) {
-  return r->active[row] && (r->window || source >= 0) ? most(whole_of(r, row) - r->n[row], 0) : 0;
+  int64_t n = r->n[row];
+  if (!r->active[row] || !(r->window || source >= 0)) return 0;
+  if (source >= 0) return most(whole_of(r, row, new_start(r, row)) - n, 0);
+  return most(least_of(whole_of(r, row, start_of(r, row)) - n, r->most), 0);
 }
 
 // Drafts that are copied from `source` on; a copy that comes to n copies itself.
@@ -421,23 +434,35 @@ static void forget_copies(const Round *r, int64_t row, int64_t places) {
 }
 
 typedef struct {
-  Running window;
+  const Round *round;
+  const int64_t *renewed;  // [rows]: whether a row's window is new
+  Running window;          // without room where none is
   Drafting drafting;
 } Looking;
 
 static void look_part(const void *of, int64_t thread, int64_t threads) {
   const Looking *w = of;
-  run_part(&w->window, thread, threads);
-  TOGETHER
+  const Round *r = w->round;
+  if (w->window.room) {
+    int64_t states = r->size * r->window->width;
+    run_part(&w->window, thread, threads);
+    TOGETHER
+    for (int64_t row = thread; row < r->rows; row += threads)
+      if (w->renewed[row])
+        memcpy(r->draft->states + row * states, r->look->x + row * states, states * sizeof(float));
+    TOGETHER
+  }
   draft(&w->drafting, thread, threads);
 }
 
-static int drafts_of(const Round *r, int64_t count, const int64_t *counts) {
+// The drafts of the rows that are `looking`; says of each whether its window was read for that.
+static int drafts_of(const Round *r, int64_t count, const int64_t *counts, const int64_t *looking, int64_t *renewed) {
   Pass *look = r->look;
   Draft *draft = r->draft;
-  int64_t width = r->window->width, threads = most(look->threads, draft->threads);
+  int64_t width = r->window->width, threads = most(look->threads, draft->threads), any = 0;
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t start = start_of(r, row), n = least_of(r->n[row], r->length - 1), stands = r->active[row] ? n : 0;
+    renewed[row] = looking[row] && start != r->since[row], any += renewed[row];
     for (int64_t i = 0, at = row * r->size; i < r->size; i++, at++) {
       int64_t token = r->active[row] && start + i < r->lengths[row] ? r->x[row * r->length + start + i] : r->mask;
       memcpy(look->x + at * width, draft->embedding + token * width, width * sizeof(float));
@@ -451,11 +476,14 @@ static int drafts_of(const Round *r, int64_t count, const int64_t *counts) {
     }
     look->until[row] = start;
     draft->first[row] = least_of(n - start, r->size - 1);  // a window of one has no draft behind what stands
+    if (renewed[row]) draft->heard[row] = 0;
+    if (!looking[row]) draft->heard[row] = draft->first[row];  // its place is written over
     memcpy(draft->u + row * count, r->u + row * (2 * r->size + 1), count * sizeof(double));
   }
   draft->count = count;
-  Looking w = {.window = running(r->window, look, threads)};
-  if (!w.window.room) return -1;
+  Looking w = {.round = r, .renewed = renewed};
+  if (any) w.window = running(r->window, look, threads);
+  if (any && !w.window.room) return -1;
   int bad = drafting(r->chain, draft, threads, &w.drafting);
   if (!bad) {
     share_out(look_part, &w, threads);
@@ -607,7 +635,7 @@ static int ready_canvas(const Round *r, int64_t wide, int64_t threads, Reading *
 int caddf_round(const Round *r) {
   Pass *pass = r->pass;
   int64_t width = r->causal->width, V = r->head.out, count = 0, wide = 0, shown[r->rows], ends[r->rows], encoded[r->rows];
-  int64_t sources[r->rows], counts[r->rows], looks = 0;
+  int64_t sources[r->rows], counts[r->rows], looking[r->rows], renewed[r->rows], looks = 0;
   int64_t all = r->rows * r->length;
   memcpy(r->x, r->before, all * sizeof(int64_t));
   for (int64_t i = 0; i < all; i++) r->drafts[i] = r->mask;
@@ -616,9 +644,9 @@ int caddf_round(const Round *r) {
   for (int64_t row = 0; row < r->rows; row++) {
     counts[row] = count_of(r, row, sources[row] = r->size ? source_of(r, row) : -1);
     count = most(count, counts[row]);
-    looks += counts[row] && sources[row] < 0;
+    looks += looking[row] = counts[row] && sources[row] < 0, renewed[row] = 0;
   }
-  if (looks && drafts_of(r, count, counts)) return -1;
+  if (looks && drafts_of(r, count, counts, looking, renewed)) return -1;
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t n = r->n[row], end = n, *x = r->x + row * r->length;
     if (counts[row] && sources[row] >= 0) copy_drafts(r, row, sources[row], counts[row], count);
@@ -687,8 +715,10 @@ int caddf_round(const Round *r) {
     r->read[row] = least_of(most(r->held[row], shown[row]), n + stop + 1);
     // Without caches each branch would read all up to the window's end, and up to the target's; a template whole.
     const Canvas *c = r->canvas;
-    int64_t until = c && !c->block ? r->lengths[row] : 0, whole = whole_of(r, row), block = c ? c->block : 0;
-    int64_t copied = counts[row] && sources[row] >= 0, looked = counts[row] && !copied;
+    int64_t start = start_of(r, row), until = c && !c->block ? r->lengths[row] : 0, block = c ? c->block : 0;
+    int64_t copied = counts[row] && sources[row] >= 0, looked = renewed[row], whole = whole_of(r, row, start);
+    if (looking[row]) r->since[row] = start;
+    if (looks) r->draft->heard[row] = looking[row] ? r->draft->first[row] + least_of(end, stop + 1) : 0;
     int64_t needed = shown[row] + (c ? most(shown[row], until) : 0) + (looked ? whole + most(whole, until) : 0);
     int64_t computed = shown[row] - n + (looked ? r->size : 0) + encoded[row] * block;
     int64_t work[] = {1, looked + encoded[row], computed, needed, 1, copied};

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from caddf.caches import Caches
 from caddf.categorical import Warp
-from caddf.interface import Block, Round
+from caddf.interface import Block, Drafting, Round
 from caddf.models.states import Canvas
 from caddf.native.build import library
 from caddf.native.passes import FusionPass, NativeHead, StackPass, threads_for
@@ -32,21 +32,20 @@ MOST = 96
 class Rounds:
     """Rounds of rows that end at `lengths`, over caches that hold all slots before a row's first open position.
 
-    Windows are of `size`; 0: no drafts, and one token a round. The target is causal, or fused with each block's
-    all-masked start, or with one canvas that has been prepared. Buffers are made once, and used by every round.
+    The target is causal, or fused with each block's all-masked start, or with one canvas that has been prepared.
+    Buffers are made once, and used by every round, and a window's states by those that draft from it.
     """
 
     def __init__(
         self,
         native: Native,
         lengths: Int[Tensor, " B"],
-        size: int,
+        drafting: Drafting,
         caches: Caches,
         warp: Warp,
-        least: float,
-        lookup: int = 0,
         over: Block | Canvas | None = None,
     ) -> None:
+        size = drafting.size
         rows, places, self.size, self.caches = len(lengths), size + 1, size, caches
         model, branch, self.stacks, self.kept = native.model, native.branch, native.stacks.copy(), list[Any]()
         self.lengths, self.mask_id = self._keep(lengths.contiguous()), model.mask_id
@@ -64,7 +63,7 @@ class Rounds:
         self.look, self.draft = CPass(), CDraft(vocabulary=model.vocab_size, **filters(warp))
         self.drafts = size > 0 and "draft" in model.heads
         if self.drafts:
-            self._draft(native, rows, caches, warp, least)
+            self._draft(native, rows, caches, warp, drafting.least)
         if size:
             self.draft.q = self._new(rows, size, model.vocab_size, dtype=torch.double)
             for name, shape in (("tokens", 2), ("given", 2), ("drafts", 1)):
@@ -75,7 +74,8 @@ class Rounds:
         elif over is not None:
             self._see(native, rows, over)
         self.given = CRound(
-            rows=rows, size=size, mask=model.mask_id, bos=model.config.bos_id, lookup=lookup,
+            rows=rows, size=size, mask=model.mask_id, bos=model.config.bos_id, lookup=drafting.lookup,
+            most=drafting.most, renew=drafting.renew, since=self._keep(torch.full((rows,), -1)).data_ptr(),
             lengths=self.lengths.data_ptr(), causal=ctypes.addressof(causal.stack), head=read,
             banned=banned.data_ptr(), bans=len(banned),
             head_threads=threads_for((4 >> read.type) * read.out * causal.width, rows * places),
@@ -116,8 +116,9 @@ class Rounds:
         banned = self._keep(native.banned(warp))
         self.draft.banned, self.draft.bans = banned.data_ptr(), len(banned)
         self._keep((native.diffusion.embedding.weight, model.chain.shifted and model.chain.shifted.weight))
-        self.draft.states, self.draft.u = self.look.x, self._new(rows, size, dtype=torch.double)
-        for name, shape in (("before", 2), ("earlier", 2), ("first", 1)):
+        self.draft.states = self._new(rows, size, self.stacks["look"].width)
+        self.draft.u = self._new(rows, size, dtype=torch.double)
+        for name, shape in (("before", 2), ("earlier", 2), ("first", 1), ("heard", 1)):
             setattr(self.draft, name, self._new(*(rows, size)[:shape], dtype=torch.long))
 
     def _fuse(self, native: Native, rows: int) -> FusionPass:

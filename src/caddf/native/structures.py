@@ -102,9 +102,9 @@ class CDraft(ctypes.Structure):
 
     _fields_ = (
         ("rows", _number), ("width", _number), ("count", _number), ("states", _pointer), ("before", _pointer),
-        ("earlier", _pointer), ("first", _pointer), ("u", _pointer), ("embedding", _pointer), ("shifted", _pointer),
-        ("head", CMap), ("ids", _pointer), ("given", _pointer), ("banned", _pointer), ("bans", _number),
-        ("vocabulary", _number), ("temperature", ctypes.c_double), ("least", ctypes.c_double),
+        ("earlier", _pointer), ("first", _pointer), ("heard", _pointer), ("u", _pointer), ("embedding", _pointer),
+        ("shifted", _pointer), ("head", CMap), ("ids", _pointer), ("given", _pointer), ("banned", _pointer),
+        ("bans", _number), ("vocabulary", _number), ("temperature", ctypes.c_double), ("least", ctypes.c_double),
         ("top_p", ctypes.c_double), ("min_p", ctypes.c_double), ("top_k", _number), ("cache", CCache),
         ("cos", _pointer), ("sin", _pointer), ("tokens", _pointer), ("q", _pointer), ("drafts", _pointer),
         ("threads", _number),
@@ -125,12 +125,13 @@ class CRound(ctypes.Structure):
 
     _fields_ = (
         ("rows", _number), ("length", _number), ("size", _number), ("mask", _number), ("bos", _number),
-        ("lookup", _number), ("before", _pointer), ("lengths", _pointer), ("n", _pointer), ("held", _pointer),
-        ("active", _pointer), ("causal", _pointer), ("window", _pointer), ("chain", _pointer), ("pass", _pointer),
-        ("look", _pointer), ("draft", _pointer), ("canvas", _pointer), ("head", CMap), ("banned", _pointer),
-        ("bans", _number), ("head_threads", _number), ("embedding", _pointer), ("shifted", _pointer),
-        ("table", _pointer), ("logits", _pointer), ("u", _pointer), ("x", _pointer), ("drafts", _pointer),
-        ("fresh", _pointer), ("corrected", _pointer), ("next", _pointer), ("read", _pointer), ("work", _pointer),
+        ("lookup", _number), ("most", _number), ("renew", _number), ("since", _pointer), ("before", _pointer),
+        ("lengths", _pointer), ("n", _pointer), ("held", _pointer), ("active", _pointer), ("causal", _pointer),
+        ("window", _pointer), ("chain", _pointer), ("pass", _pointer), ("look", _pointer), ("draft", _pointer),
+        ("canvas", _pointer), ("head", CMap), ("banned", _pointer), ("bans", _number), ("head_threads", _number),
+        ("embedding", _pointer), ("shifted", _pointer), ("table", _pointer), ("logits", _pointer), ("u", _pointer),
+        ("x", _pointer), ("drafts", _pointer), ("fresh", _pointer), ("corrected", _pointer), ("next", _pointer),
+        ("read", _pointer), ("work", _pointer),
     )  # fmt: skip
 
 
