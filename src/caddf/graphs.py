@@ -23,7 +23,7 @@ from caddf.caches import Caches, KVCache, Slots
 from caddf.categorical import Warp, inverse_cdf
 from caddf.decoding.lookup import lookup
 from caddf.decoding.verification import at_place, residual, verify
-from caddf.interface import Drafting, Round
+from caddf.interface import Drafting, Round, Uniforms
 from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
 from caddf.models.layers import TiedEmbedding, head_log_probs, over_all
@@ -130,7 +130,7 @@ class GraphRounds:
         n: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
         read: Int[Tensor, " B"],
-        u: Float[Tensor, "B 2k+1"],
+        uniforms: Uniforms,
     ) -> Round:
         """One round of the rows that go on."""
         engine, opening, places = self.engine, False, self.engine.how.size + 1
@@ -141,7 +141,7 @@ class GraphRounds:
         if self.caches is not None:
             engine.begin(self.lengths, x.shape[1], self.caches, max(self.most, 1))  # drafts from 0 on see slot 0
             self.caches, opening = None, bool(((n == 0) & rows).any())
-        engine.give(x, n, rows, read, u)
+        engine.give(x, n, rows, read, uniforms(rows, 2 * engine.how.size + 1))
         engine.run(self.upto, opening, *engine.ready(x, n, rows))
         self.most += places
         return engine.made(x.shape[1])

@@ -158,11 +158,13 @@ class Round:
     work: Int[Tensor, "6 B"]
 
 
-Rounds = Callable[
-    [Int[Tensor, "B T"], Int[Tensor, " B"], Bool[Tensor, " B"], Int[Tensor, " B"], Float[Tensor, "B 2k+1"]], Round
-]
-"""`(tokens, n, rows, read, u)`: one round of `rows`, of which n are the first open positions and the slots below `read`
-hold, all before n among them. `u` are uniforms: k for drafts, k for their verification, one for the token behind."""
+Uniforms = Callable[[Bool[Tensor, " B"], int], Float[Tensor, "B m"]]
+"""`(rows, m)`: the next m uniforms of each of `rows`."""
+
+Rounds = Callable[[Int[Tensor, "B T"], Int[Tensor, " B"], Bool[Tensor, " B"], Int[Tensor, " B"], Uniforms], Round]
+"""`(tokens, n, rows, read, uniforms)`: one round of `rows`, of which n are the first open positions and the slots below
+`read` hold, all before n among them; the next goes on from what it leaves. It takes 2k + 1 uniforms of each row: k for
+drafts, k for their verification, one for the token behind."""
 
 
 class Incremental(LanguageModel, Protocol):

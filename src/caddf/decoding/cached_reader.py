@@ -193,7 +193,7 @@ class CachedReader:
         (rounds,) = state.rounds
         if rounds is None:
             return None, state
-        done = rounds(x, n, rows, state.read, task.generators.several(rows, 2 * drafting.size + 1))
+        done = rounds(x, n, rows, state.read, task.generators.several)
         self.counts.all.add_(done.work.to(self.counts.all.device))
         return done, replace(state, read=done.read, settled=True)
 
