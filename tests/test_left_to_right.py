@@ -18,7 +18,14 @@ from caddf.models.layers import head_log_probs, logits_of
 
 V, T, K = 11, 24, 4
 ROWS, ODDS = 2000, 1e-6
-KINDS = {"mutual": {}, "chained": {"draft": "chained"}, "one_way": {"exchange": "one_way"}}
+KINDS = {
+    "mutual": {},
+    "chained": {"draft": "chained"},
+    "one_way": {"exchange": "one_way"},
+    "one_way chained": {"exchange": "one_way", "draft": "chained"},
+    "none": {"exchange": "one_way", "fusion": "none", "own_state": False},
+    "none chained": {"exchange": "one_way", "fusion": "none", "own_state": False, "draft": "chained"},
+}
 PROMPTS = [[1, 2, 3] + [V] * 13, [4] + [V] * 15, [V] * 16]
 TEMPLATES = [[1, 2, 3] + [V] * 5 + [5, 6] + [V] * 6, [4] + [V] * 7 + [7] * 8, [V, 1] * 8]
 
@@ -27,7 +34,7 @@ def dual(kind: str, vocab: int = V, block_size: int = K) -> DualBranch:
     torch.manual_seed(1)
     branches = {"causal": BranchConfig(1, 16, 2, token_shift=True), "diffusion": BranchConfig(2, 16, 2, alibi=True)}
     model = (
-        DualBranch(ModelConfig(vocab, T, block_size=block_size, own_state=True, **branches, **KINDS[kind]))
+        DualBranch(ModelConfig(vocab, T, block_size=block_size, **{"own_state": True} | branches | KINDS[kind]))
         .double()
         .eval()
     )
@@ -91,6 +98,8 @@ def test_windows_that_serve_several_rounds_are_exact(drafts, renew, target, temp
         ("chained", 3, {"least": 0.4}),
         ("chained", 4, {"drafts": 1, "renew": 1}),
         ("chained", 4, {"drafts": 2, "renew": 1, "least": 0.2}),
+        ("none", 4, {"block_size": 2}),
+        ("none chained", 4, {"block_size": 2}),
     ],
 )
 def test_windows_draw_the_target(kind, length, settings, target):
@@ -111,6 +120,21 @@ def test_windows_draw_the_target(kind, length, settings, target):
     expected = torch.cat([expected[~rare], expected[rare].sum()[None].clamp(min=1e-9)])
     statistic = ((seen - expected) ** 2 / expected).sum()
     assert torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2).double(), statistic / 2) > ODDS
+
+
+@pytest.mark.parametrize("kind", ["one_way", "one_way chained", "none", "none chained"])
+def test_drafts_over_clean_blocks_cost_what_a_block_does(kind):
+    """Rows of unequal length, each alone and together; a chain drafts from one window a block."""
+    model, tokens, decoder = dual(kind), torch.tensor(PROMPTS), Speculative(lookup=0)
+    cached, uncached = (last(replace(decoder, cache=cache)(model, task(model, tokens))) for cache in (True, False))
+    assert torch.equal(cached.tokens, uncached.tokens) and torch.equal(cached.counts.rounds, uncached.counts.rounds)
+    assert torch.equal(cached.counts.diffusion, uncached.counts.diffusion)
+    assert (cached.counts.computed * 2 < uncached.counts.computed).all()
+    if model.chained:
+        assert (cached.counts.diffusion <= 16 // K).all()
+    for row in range(len(tokens)):
+        alone = Task(tokens[row : row + 1], torch.tensor([16]), V, RowGenerators(0, [row]))
+        assert torch.equal(last(decoder(model, alone)).tokens[0], cached.tokens[row])
 
 
 def test_fewer_drafts_are_made_where_they_are_unsure():

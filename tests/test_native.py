@@ -254,22 +254,25 @@ def test_a_row_of_many_is_what_it_is_alone(template, monkeypatch):
     assert torch.equal(rounds[0].counts.rounds, rounds[1].counts.rounds[:2])
 
 
-@pytest.mark.parametrize("kind", ["autoregressive", "drafts", "copies", "windows used up, fused"])
+@pytest.mark.parametrize(
+    "kind", ["autoregressive", "drafts", "copies", "windows used up, fused", "windows used up in a template"]
+)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @torch.inference_mode()
 def test_a_row_that_goes_ahead_writes_what_it_does_round_by_round(kind, temperature, monkeypatch):
     """To its length, and to an end that is met on the way; from any uniforms, and with as many counted."""
     make, decoder = ROUNDS[kind]
-    model, x, written = native.attach(make()), tokens(1), []
-    x[:, 9:] = V
+    model, x, written, template = native.attach(make()), tokens(1), [], "template" in kind
+    x[:, 9:] = torch.where(torch.tensor([i % 7 == 0 and template for i in range(9, T)]), x[:, 9:], V)
     monkeypatch.setattr("caddf.native.rounds.AHEAD", 1e9)
     for most, end in itertools.product((1, 5, 16), (T, 30)):
         monkeypatch.setattr("caddf.native.rounds.MOST_AHEAD", most)
+        monkeypatch.setattr("caddf.native.rounds.perf_counter", itertools.cycle((0, 1e8, 1e8, 1e9)).__next__)
 
         def met(rows: torch.Tensor, end: int = end) -> torch.Tensor:
             return (rows[:, :end] != V).all(1)
 
-        task = Task(x, torch.tensor([T]), V, RowGenerators(0, 1), Warp(temperature), finished=met)
+        task = Task(x, torch.tensor([T]), V, RowGenerators(0, 1), Warp(temperature), met, template)
         written.append([(frame, frame.counts.copy()) for frame in decoder(model, task)])
     assert len(written[0]) > len(written[1]) > 3
     for some, one in zip(written[2:], written[:2] * 2, strict=True):

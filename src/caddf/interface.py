@@ -77,6 +77,8 @@ class LanguageModel(Protocol):
     `heads` names what can be read: `draft` (proposals from the canvas), `causal` (the causal branch's own head) and
     `fused`. `denoiser` names the head that is q(x0 | x_t) under `AnyOrder`. `chained` says whether a draft depends on
     the drafts before it in its block, in the prefix. `block_size` is the size of the blocks it was trained in.
+    `sliding` says whether a window of drafts may begin anywhere: not where the network reads clean blocks before it.
+    `fuses` says whether the fused head is another than the causal one where the prefix is x0.
     """
 
     vocab_size: int
@@ -85,6 +87,8 @@ class LanguageModel(Protocol):
     denoiser: Head
     chained: bool
     block_size: int
+    sliding: bool
+    fuses: bool
 
     def __call__(
         self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Any = None
@@ -165,6 +169,22 @@ Rounds = Callable[[Int[Tensor, "B T"], Int[Tensor, " B"], Bool[Tensor, " B"], In
 """`(tokens, n, rows, read, uniforms)`: one round of `rows`, of which n are the first open positions and the slots below
 `read` hold, all before n among them; the next goes on from what it leaves. It takes 2k + 1 uniforms of each row: k for
 drafts, k for their verification, one for the token behind."""
+
+
+class BlockReader(LanguageModel, Protocol):
+    """A model that reads blocks over a cache of the clean blocks before them."""
+
+    def allocate_blocks(self, rows: int, length: int, chained: bool = False) -> Any:
+        """An empty cache of clean blocks for the slots 0 to `length - 1`; None where the network reads none.
+
+        Also None where drafts chain, unless the caller makes the chain's steps (`chained`).
+        """
+
+    def read_blocks(self, canvas: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], pattern: Block, cache: Any) -> Any:
+        """Draft states at `positions`, each seeing its own block and the cached ones; writes what it reads."""
+
+    def window_of(self, states: Float[Tensor, "B k d"], start: Int[Tensor, " B"]) -> Any:
+        """What is seen of windows from `start` on whose states were read by `read_blocks`."""
 
 
 class Incremental(LanguageModel, Protocol):
@@ -300,6 +320,8 @@ class DenoiserModel:
     denoiser: Head = "fused"
     chained: bool = False
     block_size: int = 8
+    sliding: bool = True
+    fuses: bool = True
 
     def __init__(self, function: Callable[[Tensor], Tensor], vocab_size: int) -> None:
         self.function = function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,18 +14,8 @@ from caddf.decoding.ancestral import masking_times
 from caddf.decoding.plan import first_open
 from caddf.decoding.task import Counts, Frame, Task, draw, evaluate, full_pass
 from caddf.errors import InputError
-from caddf.interface import Block, LanguageModel
+from caddf.interface import Block, BlockReader, LanguageModel
 from caddf.schedules import SCHEDULES
-
-
-class BlockReader(LanguageModel, Protocol):
-    """A model that reads blocks over a cache of the clean blocks before them."""
-
-    def allocate_blocks(self, rows: int, length: int) -> Any:
-        """An empty cache for the slots 0 to `length - 1`, or None where the model's drafts need more than that."""
-
-    def read_blocks(self, canvas: Int[Tensor, "B n"], positions: Int[Tensor, "B n"], pattern: Block, cache: Any) -> Any:
-        """Draft states at `positions`, each seeing its own block and the cached ones; writes what it reads."""
 
 
 @dataclass(frozen=True)

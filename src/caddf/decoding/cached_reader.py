@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +12,7 @@ from torch import Tensor
 from caddf.categorical import Warp
 from caddf.decoding.plan import Plan, first_open, padded, width_of
 from caddf.decoding.task import Counts
-from caddf.interface import ONE_TOKEN, Block, Drafting, Head, Incremental, Infill, Round, Rounds
+from caddf.interface import ONE_TOKEN, Block, BlockReader, Drafting, Head, Incremental, Infill, Round, Rounds
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Progress:
 
     `seen` are those of blocks of even and of odd number, `seen_start` the first positions of these blocks, -1 where
     there is none; a template's is the first. `look` is the last windows of drafts, `chain` the cache of their chain, of
-    which the next make use again, and `rounds` the model's own rounds, None until they were asked for; `settled` says
+    which the next make use again; `blocks`, where the diffusion branch reads clean ones, its own cache, of which the
+    slots below `clean` hold; and `rounds` the model's own rounds, None until they were asked for; `settled` says
     that every slot before a row's first open position has been read.
     """
 
@@ -31,6 +32,8 @@ class Progress:
     seen_start: Int[Tensor, "2 B"]
     look: Window | None = None
     chain: Any = None
+    blocks: Any = None
+    clean: Int[Tensor, " B"] | None = None
     rounds: tuple[Rounds | None] | None = None
     settled: bool = False
 
@@ -99,6 +102,8 @@ class CachedReader:
             assert state.look is not None
             return replace(state.look, n=n), state
         self.counts.add(new, needed=self.plan.needed(torch.minimum(start + size, self.plan.task.lengths)))
+        if self.plan.aligned:
+            return self._look_at_blocks(state, x, n, start, size, new)
         if self.plan.head == "fused" and not self.plan.sliding:
             _, state = self._see(state, x, n[:, None], n + 1, new)
         if isinstance(self.plan.pattern, Infill) and not self.plan.chained:
@@ -117,10 +122,42 @@ class CachedReader:
         places = start[:, None] + torch.arange(size, device=x.device)
         canvas = torch.where(places < self.plan.task.lengths[:, None], _at(x, places), self.model.mask_id)
         seen = self._encode(state, canvas, start, Block(size), new, proposing=self.plan.sliding)
+        return self._held(state, Window(seen, start, size, n, state.chain), new)
+
+    def _held(self, state: Progress, look: Window, new: Bool[Tensor, " B"]) -> tuple[Window, Progress]:
+        """The new windows beside those that a chain goes on in."""
         if state.look is not None and not new.all():
-            seen, start = self.model.choose(new, seen, state.look.seen), torch.where(new, start, state.look.start)
-        look = Window(seen, start, size, n, state.chain)
+            start = torch.where(new, look.start, state.look.start)
+            look = replace(look, seen=self.model.choose(new, look.seen, state.look.seen), start=start)
         return look, replace(state, look=look) if self.plan.chained else state
+
+    def _look_at_blocks(
+        self,
+        state: Progress,
+        x: Int[Tensor, "B T"],
+        n: Int[Tensor, " B"],
+        start: Int[Tensor, " B"],
+        size: int,
+        new: Bool[Tensor, " B"],
+    ) -> tuple[Window, Progress]:
+        """Encodes new blocks, and in the same pass what the cache does not hold of the clean blocks before them."""
+        slots = -(-x.shape[1] // size) * size + 1  # the last takes what rows that need fewer positions have to read
+        model = cast(BlockReader, self.model)
+        if state.blocks is None:
+            blocks = model.allocate_blocks(len(x), slots, chained=True)
+            chain = self.model.allocate_drafts(len(x), size)
+            state = replace(state, chain=chain, blocks=blocks, clean=torch.zeros_like(n))
+        assert state.clean is not None
+        end = torch.where(new, start + size, 0)
+        positions = state.clean[:, None] + torch.arange(int((end - state.clean).max()), device=x.device)
+        positions = torch.where(positions < end[:, None], positions, slots - 1)
+        canvas = torch.where(positions < self.plan.task.lengths[:, None], _at(x, positions), self.model.mask_id)
+        states = model.read_blocks(canvas, positions, Block(size), state.blocks).draft
+        self.counts.add(new, diffusion=1, computed=end - state.clean)
+        within = (torch.where(new, start - state.clean, 0)[:, None] + torch.arange(size, device=x.device))[..., None]
+        seen = model.window_of(states.gather(1, within.expand(-1, -1, states.shape[-1])), start)
+        state = replace(state, clean=torch.where(new, start, state.clean))
+        return self._held(state, Window(seen, start, size, n, state.chain), new)
 
     def drafts(
         self,
@@ -176,7 +213,7 @@ class CachedReader:
         at_once = drafting.size and not self.plan.chained and "draft" in self.model.heads
         if state.rounds == (None,) or at_once:
             return None, state
-        if task.template:
+        if task.template and fused:
             _, state = self._see_template(state, x, rows)
         if not state.settled or task.template:
             if drafting.most:  # drafts see what stands before them
@@ -186,7 +223,7 @@ class CachedReader:
             if bool((state.read < n)[rows].any()):
                 return None, state
         if state.rounds is None:
-            over = (state.seen[0] if task.template else self.plan.pattern) if fused else None
+            over = None if not fused else state.seen[0] if task.template else self.plan.pattern
             made = self.model.rounds(task.lengths, drafting, state.caches, warp=task.warp, over=over)
             state = replace(state, rounds=(made,))
         assert state.rounds is not None

@@ -81,6 +81,6 @@ def reader_for(model: LanguageModel, plan: Plan, counts: Counts, drafting: bool,
     """Cached where the model can, the reference where it cannot or `cache` is off."""
     if cache and hasattr(model, "incremental"):
         incremental = cast(Incremental, model)
-        if incremental.incremental(plan.pattern) or (plan.head == "causal" and not drafting):
+        if incremental.incremental(plan.pattern) or (plan.head == "causal" and (plan.aligned or not drafting)):
             return CachedReader(incremental, plan, counts)
     return FullReader(model, plan, counts)

@@ -28,7 +28,8 @@ class Plan:
     """What the target is and where drafts stand: the head, the pattern of its canvas, and whether windows slide.
 
     They do where drafts are no reading of the target's own canvas: a causal head reads none, and a chain drafts from
-    windows of its own, which know of what stands behind them what they hold of it.
+    windows of its own, which know of what stands behind them what they hold of it. Where the diffusion branch reads
+    clean blocks, such windows are `aligned` with them instead.
 
     `chained` says whether drafts are made one after the other, by a model with a chain.
     """
@@ -37,11 +38,12 @@ class Plan:
     head: Head
     pattern: Block | Infill
     sliding: bool
+    aligned: bool
     chained: bool
 
     @classmethod
     def of(cls, model: LanguageModel, task: Task, target: Target, block_size: int) -> Plan:
-        """Templates always have the fused target: a causal one ignores what comes after.
+        """Templates always have the fused target: a causal one ignores what comes after; it is where nothing fuses.
 
         Raises `InputError` where the model does not have the head.
         """
@@ -51,7 +53,14 @@ class Plan:
                 f"target is {head}; this model does not read left to right, it only has {sorted(model.heads)}"
             )
         pattern = Infill() if task.template else Block(block_size)
-        return cls(task, head, pattern, head == "causal" or model.chained, model.chained)
+        head = head if model.fuses else "causal"
+        own = model.chained or (head == "causal" and not task.template)
+        return cls(task, head, pattern, own and model.sliding, own and not model.sliding, model.chained)
+
+    @property
+    def within(self) -> bool:
+        """Whether the target is known up to the window's end, and not behind it."""
+        return not (self.sliding or self.aligned)
 
     def window(self, n: Int[Tensor, " B"], size: int) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Where a new window of drafts from n on starts and ends.
@@ -61,8 +70,10 @@ class Plan:
         """
         if self.sliding:
             start = (n - 1).clamp(min=0)
+        elif self.aligned or isinstance(self.pattern, Block):
+            start = Block(size).start(n)
         else:
-            start = self.pattern.start(n) if isinstance(self.pattern, Block) else n
+            start = n
         return start, torch.minimum(start + size, self.task.lengths)
 
     def drafted(

@@ -104,7 +104,7 @@ class Speculative:
 
             # Verify in one pass of the target; what is given counts as accepted. Where the target is known behind the
             # drafts it is read there too, for one token more.
-            shown = torch.where(rows, torch.minimum(end + 1, task.lengths if plan.sliding else whole), n)
+            shown = torch.where(rows, torch.minimum(end + 1, whole if plan.within else task.lengths), n)
             log_p, state = reader.target(state, x, n, shown, rows)
             p, drafted = task.warp(log_p), _at(x, place).clamp(max=model.vocab_size - 1)
             stands, share = verify(p, q, drafted, drafting, end - n, u[:, size : size + count])

@@ -70,6 +70,7 @@ class DualBranch(OverCaches):
         self.heads: frozenset[Head] = frozenset({"draft"} if self.causal is None else {"draft", "causal", "fused"})
         self.denoiser: Head = "draft" if self.causal is None else "fused"
         self.chained, self.block_size = self.chain is not None, config.block_size
+        self.sliding, self.fuses = mutual, config.fusion != "none"
         self.native: Native | None = None  # passes of a few positions, in another form than the modules'
         self.graphs: Graphs | None = None  # whole rounds
 

@@ -173,6 +173,10 @@ class OverCaches(nn.Module):
         states = self.diffusion(canvas, exchange.turn(slots), visible, keys_values, exchanged)
         return Canvas(states, slots.positions, visible)
 
+    def window_of(self, states: Float[Tensor, "B k d"], start: Int[Tensor, " B"]) -> Canvas:
+        """What is seen of windows from `start` on whose states were read by `read_blocks`."""
+        return Canvas(states, start[:, None] + torch.arange(states.shape[1], device=start.device), None)
+
     def choose(self, new: Bool[Tensor, " B"], one: Canvas, other: Canvas) -> Canvas:
         """What is seen of windows: of the `new` rows' in `one`, of the rest in `other`."""
         rows = (len(new), -1)
@@ -282,9 +286,12 @@ class OverCaches(nn.Module):
 
     # Block diffusion over the diffusion branch's own cache: blocks before are clean, and their keys and values stay.
 
-    def allocate_blocks(self, rows: int, length: int) -> KVCache | None:
-        """An empty cache for the slots 0 to `length - 1`; None where drafts read more than their branch's blocks."""
-        if self.diffusion.mutual or self.chain is not None:
+    def allocate_blocks(self, rows: int, length: int, chained: bool = False) -> KVCache | None:
+        """An empty cache for the slots 0 to `length - 1`; None where drafts read more than their branch's blocks.
+
+        With `chained` the caller makes the chain's steps over them.
+        """
+        if self.diffusion.mutual or (self.chain is not None and not chained):
             return None
         config = self.config.diffusion
         size, like = config.width // config.heads, self.diffusion.embedding.weight

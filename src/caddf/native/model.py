@@ -97,13 +97,11 @@ class Native:
             slopes, sides = nearest(fusion.cross.heads, torch.device("cpu"), torch.float32)
             biases = (slopes, torch.zeros_like(sides)) if self.diffusion.config.alibi else None
             self.fusion = FusionPass(self.weights(), fusion, biases)
-        if self.diffusion is not None and isinstance(chain, DraftChain):
-            rounded = (
-                self.stacks["window"]
-                if self.kind == PROPOSED
-                else _window_pass(self.weights(drafting=True), self.diffusion)
-            )
-            self.stacks["look"] = rounded
+        if isinstance(chain, DraftChain):
+            if self.diffusion is not None:
+                same = self.kind == PROPOSED
+                rounded = self.stacks["window"] if same else _window_pass(self.weights(drafting=True), self.diffusion)
+                self.stacks["look"] = rounded
             weights = self.weights(drafting=True)
             join = (chain.before_norm, chain.join)
             self.stacks["chain"] = StackPass(
@@ -245,7 +243,7 @@ class Native:
         product of the largest draft probabilities falls below `least`, never without a draft.
         """
         stack = self.stacks.get("chain")
-        if stack is None or self.diffusion is None or not few(h_cad[0, :, 0]):
+        if stack is None or not few(h_cad[0, :, 0]):
             return None
         (rows, count), width = u.shape, h_cad.shape[1]
         places = (start[:, None] + torch.arange(width)).expand(rows, -1)
@@ -275,9 +273,8 @@ class Native:
 
         `head` is the chain's, whose panels the caller holds.
         """
-        assert self.diffusion is not None
         shifted = self.model.chain.shifted
-        table, (cos, sin) = self.diffusion.embedding.weight, cache.turns or (None, None)
+        table, (cos, sin) = self.model.diffusion.embedding.weight, cache.turns or (None, None)
         read = self.stacks["chain"].weights.bytes + (4 >> head.type) * head.out * table.shape[1]
         return CDraft(
             rows=rows, width=width, embedding=address(table), shifted=address(shifted and shifted.weight), head=head,

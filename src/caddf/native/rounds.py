@@ -40,8 +40,8 @@ class Rounds:
     The target is causal, or fused with each block's all-masked start, or with one canvas that has been prepared.
     Buffers are made once, and used by every round, and a window's states by those that draft from it.
 
-    A single row that nobody else reads slots of goes some rounds ahead: what is done between rounds is done much faster
-    for several together, since the weights of a round drive it out of the processor's caches.
+    A single row goes some rounds ahead, as long as no slot is left for others to read: what is done between rounds is
+    done much faster for several together, since the weights of a round drive it out of the processor's caches.
     """
 
     def __init__(
@@ -96,9 +96,12 @@ class Rounds:
         for part, name in (("window", "look"), ("chain", "chain")) if self.drafts else ():
             setattr(self.given, part, ctypes.addressof(self.stacks[name].stack))
         self.run = library().caddf_round
-        self.alone = rows == 1 and not isinstance(over, Canvas)
+        self.alone = rows == 1
         self.ahead: deque[Round] = deque()
         self.seconds = AHEAD  # of a round
+        self.drawn = torch.empty(
+            rows, 0, dtype=torch.double
+        )  # uniforms that a row went ahead with, and came not to use
 
     @staticmethod
     def fit(native: Native, rows: int, size: int, caches: Caches, over: Block | Canvas | None = None) -> bool:
@@ -216,9 +219,11 @@ class Rounds:
         rounds: int,
     ) -> Iterator[Round]:
         """Some rounds, or as many as it takes to the end."""
-        (count, length), given, each = x.shape, self.given, 2 * self.size + 1
+        (count, length), given, draws = x.shape, self.given, 2 * self.size + 1
         x, n, rows, read = (tensor.contiguous() for tensor in (x, n, rows, read))
-        u = uniforms(rows, rounds * each).contiguous()
+        if (missing := rounds * draws - self.drawn.shape[1]) > 0:
+            self.drawn = torch.cat([self.drawn, uniforms(rows, missing)], 1)
+        u = self.drawn.contiguous()
         tokens, marks = x.new_empty(rounds, 2, count, length), rows.new_empty(rounds, 2, count, length)
         numbers = n.new_empty(rounds, 8, count)
         given.length, given.before, given.n, given.active = length, x.data_ptr(), n.data_ptr(), rows.data_ptr()
@@ -232,11 +237,12 @@ class Rounds:
             given.next, given.read, given.work = counted, counted + 8 * count, counted + 16 * count
             if self.run(ctypes.addressof(given)):
                 raise MemoryError("the kernels' working memory could not be had")
-            if done == rounds or ctypes.c_int64.from_address(counted).value >= length:
+            following, held = (ctypes.c_int64.from_address(each).value for each in (given.next, given.read))
+            if done == rounds or following >= length or held < following:
                 break
-            given.before, given.n, given.held, given.u = at, given.next, given.read, given.u + 8 * each
+            given.before, given.n, given.held, given.u = at, given.next, given.read, given.u + 8 * draws
             at, marked, counted = at + 16 * count * length, marked + 2 * count * length, counted + 64 * count
-        self.seconds = (perf_counter() - begun) / done
+        self.seconds, self.drawn = (perf_counter() - begun) / done, u[:, done * draws :]
         texts, which = tokens.view(-1, count, length).unbind(), marks.view(-1, count, length).unbind()
         for i in range(done):
             number = numbers[i]
