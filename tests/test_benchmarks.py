@@ -1,6 +1,7 @@
 """Benchmarks: what is measured in which order, what is said of it, and what is left on disk. No test looks at time."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -202,8 +203,17 @@ def test_copies_are_entered_for_trained_models_alone():
             found = {(row.settings.get("target"), row.settings.get("lookup")) for row in entered}
             untrained = {(target, None) for target, _ in expected if target}
             assert found == (expected if trained else untrained)
+    dual = "caddf-lambda-dce"
+    roster[dual].tokenizer = Tokenizer.plain_bytes()
+    rows = entrants(roster, "speculative", [1], False, (0, 3), (5, 7))
+    found = [
+        (row.settings["target"], row.settings["lookup"], row.settings["drafts"]) for row in rows if row.model == dual
+    ]
+    assert found == [*itertools.product(("causal", "fused"), (0, 3), (5, 7))]
     with pytest.raises(InputError, match=r"lookups is -1; it must be whole numbers of 0 or more"):
         whole_numbers("lookups", "-1", least=0)
+    with pytest.raises(InputError, match=r"lookups is 3,0,3; each number is to be given once"):
+        whole_numbers("lookups", "3,0,3", least=0)
 
 
 def test_runs_are_named_by_pairs_or_by_folder(tmp_path):

@@ -119,11 +119,14 @@ class Conditions:
 
 
 def whole_numbers(name: str, given: str, least: int = 1) -> list[int]:
-    """The numbers of `1,8`; raises `InputError` where they are none, or below `least`."""
+    """The numbers of `1,8`; raises `InputError` where they are none, below `least`, or one twice."""
     words = given.strip("[]").split(",")
     if not all(word.strip().isdecimal() and int(word) >= least for word in words):
         raise InputError(f"{name} is {given}; it must be whole numbers of {least} or more, as in {least},8")
-    return [int(word) for word in words]
+    numbers = [int(word) for word in words]
+    if len({*numbers}) < len(numbers):
+        raise InputError(f"{name} is {given}; each number is to be given once")
+    return numbers
 
 
 def contest(results: Results, rows: Sequence[Entrant], roster: Roster, given: Conditions, console: Console) -> None:

@@ -56,6 +56,7 @@ class DecodeSettings(Conditions):
     steps: of the chains (ancestral, tau-leaping), as in 512,1024, a row each; not set, as many as new tokens.
     lookups: how many last tokens must have stood before for speculation of trained models to copy its drafts, a row
         each; 0 is without copies.
+    drafts: how many drafts a round of theirs has at most, as in 5,7, a row each; not set, the decoder's default.
     batch: rows decoded together, as in 1,8; each size is measured.
     repeats: rounds in which every row decodes once.
     temperature: of all draws; 0 is greedy.
@@ -76,6 +77,7 @@ class DecodeSettings(Conditions):
     decoders: str | None = None
     steps: str | None = None
     lookups: str = f"0,{Speculative.lookup}"
+    drafts: str | None = None
     domain: Literal["prose", "code"] = "prose"
     out: str | None = None
 
@@ -93,7 +95,9 @@ def decode(settings: DecodeSettings, console: Console) -> Results:
     steps = whole_numbers("steps", settings.steps) if settings.steps is not None else [given.new_tokens]
     if any(roster[name].method == "gpt2" for name in roster.names):
         needs("transformers")
-    rows = entrants(roster, settings.decoders, steps, True, whole_numbers("lookups", settings.lookups, least=0))
+    lookups = whole_numbers("lookups", settings.lookups, least=0)
+    drafts = [] if settings.drafts is None else whole_numbers("drafts", settings.drafts)
+    rows = entrants(roster, settings.decoders, steps, True, lookups, drafts)
     folder = Path(settings.out or f"results/decode-{'trained' if settings.models else settings.size}")
     results = Results.open("decode", folder, plain(given), free=("repeats", "domain", "memory"))
     contest(results, rows, roster, given, console)

@@ -199,19 +199,24 @@ def decoders_of(given: str | None) -> list[str]:
 
 
 def entrants(
-    roster: Roster, decoders: str | None, steps: list[int], transformers: bool, lookups: Sequence[int] = ()
+    roster: Roster,
+    decoders: str | None,
+    steps: list[int],
+    transformers: bool,
+    lookups: Sequence[int] = (),
+    drafts: Sequence[int] = (),
 ) -> list[Entrant]:
     """Every model with its decoders: the dual branch with all that are its own, or the chosen ones, others with theirs.
 
-    A chain of steps is entered once for each of `steps`, speculation of trained models once for each of `lookups`; a
-    model of one branch can but copy. Raises `InputError` for a decoder that is not there.
+    A chain of steps is entered once for each of `steps`, speculation of trained models once for each of `lookups` with
+    each of `drafts`; a model of one branch can but copy. Raises `InputError` for a decoder that is not there.
     """
     chosen = decoders_of(decoders)
     rows: list[Entrant] = []
     for name in roster.names:
         contestant = roster[name]
         if "fused" in contestant.network.heads:
-            rows += [each for decoder in chosen for each in _of_dual(name, contestant, decoder, steps, lookups)]
+            rows += [each for decoder in chosen for each in _of_dual(name, contestant, decoder, steps, lookups, drafts)]
             continue
         decoder = METHODS[contestant.method].decoder
         decoder = "ancestral" if decoder == "speculative" else decoder  # a dual branch without its causal branch
@@ -224,12 +229,17 @@ def entrants(
 
 
 def _of_dual(
-    name: str, contestant: Contestant, decoder: str, steps: list[int], lookups: Sequence[int]
+    name: str,
+    contestant: Contestant,
+    decoder: str,
+    steps: list[int],
+    lookups: Sequence[int],
+    drafts: Sequence[int],
 ) -> list[Entrant]:
     method = contestant.method
     if decoder == "speculative" and lookups and contestant.tokenizer:
-        both = product(("causal", "fused"), lookups)
-        return [Entrant(name, method, decoder, {"target": target, "lookup": lookup}) for target, lookup in both]
+        each = product(("causal", "fused"), lookups, [{"drafts": most} for most in drafts] or [{}])
+        return [Entrant(name, method, decoder, {"target": target, "lookup": n} | most) for target, n, most in each]
     if decoder in TARGETED:
         return [Entrant(name, method, decoder, {"target": target}) for target in ("causal", "fused")]
     if decoder == "hybrid":  # infilled one token at a time, or by speculation: the same distribution
