@@ -77,8 +77,8 @@ class LanguageModel(Protocol):
     `heads` names what can be read: `draft` (proposals from the canvas), `causal` (the causal branch's own head) and
     `fused`. `denoiser` names the head that is q(x0 | x_t) under `AnyOrder`. `chained` says whether a draft depends on
     the drafts before it in its block, in the prefix. `block_size` is the size of the blocks it was trained in.
-    `sliding` says whether a window of drafts may begin anywhere: not where the network reads clean blocks before it.
-    `fuses` says whether the fused head is another than the causal one where the prefix is x0.
+    A model may say besides whether it is `sliding`: if not, windows of drafts are blocks, before which it reads clean
+    ones; and whether it `fuses`: if not, the fused head is the causal one where the prefix is x0.
     """
 
     vocab_size: int
@@ -87,8 +87,6 @@ class LanguageModel(Protocol):
     denoiser: Head
     chained: bool
     block_size: int
-    sliding: bool
-    fuses: bool
 
     def __call__(
         self, prefix: Int[Tensor, "B L"], canvas: Int[Tensor, "B L"], pattern: Pattern, caches: Any = None
@@ -320,8 +318,6 @@ class DenoiserModel:
     denoiser: Head = "fused"
     chained: bool = False
     block_size: int = 8
-    sliding: bool = True
-    fuses: bool = True
 
     def __init__(self, function: Callable[[Tensor], Tensor], vocab_size: int) -> None:
         self.function = function

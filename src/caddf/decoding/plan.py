@@ -53,9 +53,9 @@ class Plan:
                 f"target is {head}; this model does not read left to right, it only has {sorted(model.heads)}"
             )
         pattern = Infill() if task.template else Block(block_size)
-        head = head if model.fuses else "causal"
-        own = model.chained or (head == "causal" and not task.template)
-        return cls(task, head, pattern, own and model.sliding, own and not model.sliding, model.chained)
+        head = head if getattr(model, "fuses", True) else "causal"
+        own, sliding = model.chained or (head == "causal" and not task.template), getattr(model, "sliding", True)
+        return cls(task, head, pattern, own and sliding, own and not sliding, model.chained)
 
     @property
     def within(self) -> bool:

@@ -59,7 +59,6 @@ class CausalModel(nn.Module):
     heads: frozenset[Head] = frozenset({"causal"})
     denoiser: Head = "causal"
     chained = False
-    sliding = fuses = True
 
     def __init__(self, config: CausalConfig) -> None:
         super().__init__()

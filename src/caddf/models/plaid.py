@@ -110,7 +110,6 @@ class Plaid(nn.Module):
     heads: frozenset[str] = frozenset()
     denoiser = "draft"
     chained = False
-    sliding = fuses = True
     block_size = 1
     # The code trains what is diffused, and how fast, at 1e-2 where the network is trained at 1.4e-3.
     rate_scales: ClassVar[dict[str, float]] = dict.fromkeys(
