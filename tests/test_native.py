@@ -255,7 +255,8 @@ def test_a_row_of_many_is_what_it_is_alone(template, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind", ["autoregressive", "drafts", "copies", "windows used up, fused", "windows used up in a template"]
+    "kind",
+    ["autoregressive", "drafts", "copies", "windows used up, fused", "windows used up in a template", "a template"],
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @torch.inference_mode()

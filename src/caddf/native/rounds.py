@@ -99,9 +99,6 @@ class Rounds:
         self.alone = rows == 1
         self.ahead: deque[Round] = deque()
         self.seconds = AHEAD  # of a round
-        self.drawn = torch.empty(
-            rows, 0, dtype=torch.double
-        )  # uniforms that a row went ahead with, and came not to use
 
     @staticmethod
     def fit(native: Native, rows: int, size: int, caches: Caches, over: Block | Canvas | None = None) -> bool:
@@ -221,16 +218,15 @@ class Rounds:
         """Some rounds, or as many as it takes to the end."""
         (count, length), given, draws = x.shape, self.given, 2 * self.size + 1
         x, n, rows, read = (tensor.contiguous() for tensor in (x, n, rows, read))
-        if (missing := rounds * draws - self.drawn.shape[1]) > 0:
-            self.drawn = torch.cat([self.drawn, uniforms(rows, missing)], 1)
-        u = self.drawn.contiguous()
         tokens, marks = x.new_empty(rounds, 2, count, length), rows.new_empty(rounds, 2, count, length)
         numbers = n.new_empty(rounds, 8, count)
         given.length, given.before, given.n, given.active = length, x.data_ptr(), n.data_ptr(), rows.data_ptr()
-        given.held, given.u = read.data_ptr(), u.data_ptr()
+        given.held = read.data_ptr()
         at, marked, counted, done = tokens.data_ptr(), marks.data_ptr(), numbers.data_ptr(), 0
         begun = perf_counter()
         for done in range(1, rounds + 1):
+            u = uniforms(rows, draws).contiguous()  # of this round alone: who reads what is left then draws the next
+            given.u = u.data_ptr()
             given.x, given.drafts, given.fresh, given.corrected = (
                 at, at + 8 * count * length, marked, marked + count * length
             )  # fmt: skip
@@ -240,9 +236,9 @@ class Rounds:
             following, held = (ctypes.c_int64.from_address(each).value for each in (given.next, given.read))
             if done == rounds or following >= length or held < following:
                 break
-            given.before, given.n, given.held, given.u = at, given.next, given.read, given.u + 8 * draws
+            given.before, given.n, given.held = at, given.next, given.read
             at, marked, counted = at + 16 * count * length, marked + 2 * count * length, counted + 64 * count
-        self.seconds, self.drawn = (perf_counter() - begun) / done, u[:, done * draws :]
+        self.seconds = (perf_counter() - begun) / done
         texts, which = tokens.view(-1, count, length).unbind(), marks.view(-1, count, length).unbind()
         for i in range(done):
             number = numbers[i]
