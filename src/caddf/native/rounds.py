@@ -215,7 +215,7 @@ class Rounds:
         uniforms: Uniforms,
         rounds: int,
     ) -> Iterator[Round]:
-        """Some rounds, or as many as it takes to the end."""
+        """So many rounds, or as many as it takes to the end, or to slots that are left for others to read."""
         (count, length), given, draws = x.shape, self.given, 2 * self.size + 1
         x, n, rows, read = (tensor.contiguous() for tensor in (x, n, rows, read))
         tokens, marks = x.new_empty(rounds, 2, count, length), rows.new_empty(rounds, 2, count, length)
