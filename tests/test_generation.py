@@ -12,6 +12,7 @@ from caddf.decoding.task import DecodingError
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings
 from caddf.interface import as_model
 from caddf.models.backbone import DualBranch
+from caddf.models.config import BranchConfig, ModelConfig
 from caddf.tokenizer import Tokenizer
 
 
@@ -233,9 +234,27 @@ def test_what_a_methods_model_cannot_do_is_refused_before_the_first_frame():
         generate(gpt2, "ab", max_new_tokens=23)  # learned positions end there
 
 
-@pytest.mark.parametrize("decoder", ["speculative", "autoregressive", "first_hitting"])
-def test_weights_that_are_no_numbers_end_decoding(decoder):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"d3pm_uniform", "gaussian"}))
+def test_weights_that_are_no_numbers_end_decoding(decoder, temperature):
     model = text_model()
-    model.model.causal.layers[0].mlp.up.weight.fill_(torch.nan)
+    for layer in (*model.model.causal.layers, *model.model.diffusion.layers):
+        layer.mlp.up.weight.fill_(torch.nan)
     with pytest.raises(DecodingError, match="probabilities are not numbers"):
-        last(model, "ab", decoder=decoder, max_new_tokens=3)
+        last(model, "ab", decoder=decoder, max_new_tokens=3, temperature=temperature)
+
+
+@pytest.mark.parametrize("decoder", ["confidence", "margin", "entropy_bound"])
+def test_places_that_look_the_same_are_filled_as_they_are_alone(decoder):
+    """A network without a clock is as sure of every place of an all-masked canvas, up to rounding."""
+    templates, tokenizer = ["bacba[MASK:4]z", "[MASK:10]"], Tokenizer.plain_bytes()
+    torch.manual_seed(838)
+    branch = BranchConfig(1, 32, 2, alibi=True)
+    network = DualBranch(ModelConfig(257, 24, branch, None, bos_id=256, fusion="late", exchange="mutual"))
+    model = TextModel(network.double().eval().requires_grad_(False), tokenizer)
+    for parameter in model.model.parameters():
+        parameter.mul_(8.0 if parameter.ndim == 2 else 1.0)
+    for seed in range(8):
+        batch = last(model, template=templates, decoder=decoder, seed=seed)
+        alone = last(model, template=templates[1], decoder=decoder, seed=seed + 1)
+        assert torch.equal(batch.frame.tokens[1, :10], alone.frame.tokens[0])

@@ -6,6 +6,8 @@ import gc
 import itertools
 import multiprocessing
 import shutil
+import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -143,7 +145,7 @@ def test_windows_and_chains_are_the_modules(make, start):
 @pytest.mark.parametrize("make", [dual, odd])
 @torch.inference_mode()
 def test_whole_canvases_are_the_modules(make, shorter, monkeypatch):
-    """Holes at different places of two rows; rows that end earlier are the modules' own."""
+    """Holes at different places of two rows, and rows that end earlier; each the same bits as alone."""
     plain, fast, read = make(), native.attach(make()), []
     window = native.Native.window
     monkeypatch.setattr(native.Native, "window", lambda *given: (read.append(given), window(*given))[1])
@@ -154,8 +156,14 @@ def test_whole_canvases_are_the_modules(make, shorter, monkeypatch):
         cache = model.allocate(2, T)
         model.read(x, torch.arange(T), cache)
         seen.append(model.encode(x, torch.zeros(2, dtype=torch.long), lengths, Infill(), cache))
-    assert len(read) == (not shorter)
+    assert len(read) == 1
     inside = torch.arange(T) < lengths[:, None]
+    for r in range(2):
+        cache, row = fast.allocate(1, T), x[r : r + 1]
+        fast.read(row, torch.arange(T), cache)
+        length = lengths[r : r + 1]
+        alone = fast.encode(row[:, : int(length)], torch.zeros(1, dtype=torch.long), length, Infill(), cache)
+        assert torch.equal(alone.states[0], seen[1].states[r, : int(length)])
     torch.testing.assert_close(seen[1].states[inside], seen[0].states[inside], rtol=0, atol=NEAR)
     assert torch.equal(seen[1].visible, seen[0].visible)
 
@@ -360,6 +368,26 @@ def test_threads_serve_several_callers_at_once_and_are_hired_anew_by_a_forked_pr
     assert receiving.poll(60), "the forked process waits for threads that it has not"
     assert receiving.recv() == alone.tolist()
     child.join()
+
+
+def test_callers_wait_while_weights_are_laid_out(monkeypatch):
+    """Who came second used to decode without kernels."""
+    model, made, begun = native.attach(dual()), native.model._window_pass, threading.Event()
+
+    def slow(*given):
+        begun.set()
+        time.sleep(0.1)
+        return made(*given)
+
+    monkeypatch.setattr("caddf.native.model._window_pass", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(model.native.refresh)
+        assert begun.wait(60)
+        assert pool.submit(lambda: (model.native.refresh(), set(model.native.stacks))[1]).result() >= {
+            "window",
+            "chain",
+        }
+        first.result()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -649,10 +677,15 @@ def test_drafts_of_a_broken_model_are_tokens_still(temperature):
 
 @pytest.mark.parametrize("decoder", [Autoregressive(), Speculative("fused")], ids=["causal", "fused"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", ["all", 5, V - 1])
 @torch.inference_mode()
-def test_rounds_of_a_broken_model_end_with_an_error(temperature, decoder):
-    model, x = native.attach(dual()), tokens(2)
-    model.causal.norm.weight.fill_(torch.nan)
+def test_rounds_of_a_broken_model_end_with_an_error(temperature, decoder, broken):
+    """All logits, or one among numbers."""
+    model, x = native.attach(dual()), tokens(2) % 5
+    if broken == "all":
+        model.causal.norm.weight.fill_(torch.nan)
+    else:
+        model.causal.embedding.weight[broken] = torch.nan
     x[:, 9:] = V
     with pytest.raises(DecodingError):
         for _ in decoder(model, Task(x, torch.tensor([T, T]), V, RowGenerators(0, 2), Warp(temperature))):

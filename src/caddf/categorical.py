@@ -51,12 +51,13 @@ class Warp:
         return not self.banned and self.top_k == 0 and self.top_p == 1 and self.min_p == 0
 
     def __call__(self, log_probs: Float[Tensor, "*N V"]) -> Float[Tensor, "*N V"]:
-        """Probabilities (not logs) in float64 after the warp; they sum to one."""
+        """Probabilities (not logs) in float64 after the warp; they sum to one, or are NaN where `log_probs` are."""
         log_probs = log_probs.double()
         if self.banned:
             log_probs = log_probs.index_fill(-1, torch.tensor(self.banned, device=log_probs.device), -torch.inf)
         if self.temperature == 0:
-            return torch.zeros_like(log_probs).scatter_(-1, log_probs.argmax(-1, keepdim=True), 1.0)
+            top, token = log_probs.max(-1, keepdim=True)
+            return torch.zeros_like(log_probs).scatter_(-1, token, 1 + 0 * top)
         p = torch.softmax(log_probs if self.temperature == 1 else log_probs / self.temperature, -1)
         if self.top_k and self.top_k < p.shape[-1]:
             kept = torch.zeros_like(p).scatter(-1, p.topk(self.top_k, -1).indices, 1.0)
@@ -83,8 +84,14 @@ class Warp:
     def draw(self, log_probs: Float[Tensor, "*N V"], u: Float[Tensor, "*N"]) -> Int[Tensor, "*N"]:
         """A token of each distribution after the warp, by inverse CDF; the arg max, and no float64, where greedy."""
         if self.temperature == 0 and not self.banned:
-            return log_probs.argmax(-1)
+            return arg_max(log_probs)
         return inverse_cdf(self(log_probs), u)
+
+
+def arg_max(log_probs: Float[Tensor, "*N V"]) -> Int[Tensor, "*N"]:
+    """The most probable token; V, which is no token, where probabilities are not numbers."""
+    top, token = log_probs.max(-1)
+    return torch.where(top.isfinite(), token, log_probs.shape[-1])
 
 
 def inverse_cdf(probs: Float[Tensor, "*N V"], u: Float[Tensor, "*N"]) -> Int[Tensor, "*N"]:

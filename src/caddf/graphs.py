@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from caddf.caches import Caches, KVCache, Slots
-from caddf.categorical import Warp, inverse_cdf
+from caddf.categorical import Warp, arg_max, inverse_cdf
 from caddf.decoding.lookup import lookup
 from caddf.decoding.verification import at_place, residual, verify
 from caddf.interface import Drafting, Round, Uniforms
@@ -418,7 +418,7 @@ class Engine:
     ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """How many of a row's first `count` places stand, and the token behind them."""
         if self._greedy:
-            best = log_p.argmax(-1)
+            best = arg_max(log_p)
             stands = ((drafted == best[:, :-1]) & drafting).long().cumprod(1).sum(1)
             return stands, best.gather(1, stands[:, None])[:, 0]
         p, size = self.warp(log_p), self.how.size

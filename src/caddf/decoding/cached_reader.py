@@ -211,15 +211,18 @@ class CachedReader:
         """
         task, fused = self.plan.task, self.plan.head == "fused"
         at_once = drafting.size and not self.plan.chained and "draft" in self.model.heads
-        if state.rounds == (None,) or at_once:
+        if at_once:
             return None, state
-        if task.template and fused:
-            _, state = self._see_template(state, x, rows)
-        if not state.settled or task.template:
+        if task.template:  # read in the same passes where steps follow, so that a row's work is what it is alone
+            if fused:
+                _, state = self._see_template(state, x, rows)
             if drafting.most:  # drafts see what stands before them
                 state = self._catch_up(state, x, (n - 1).clamp(min=0), rows)
-            elif fused and not task.template:
-                state = self._catch_up(state, x, n - 1, rows)
+        if state.rounds == (None,):
+            return None, state
+        if not state.settled or task.template:
+            if not task.template and (drafting.most or fused):
+                state = self._catch_up(state, x, (n - 1).clamp(min=0) if drafting.most else n - 1, rows)
             if bool((state.read < n)[rows].any()):
                 return None, state
         if state.rounds is None:

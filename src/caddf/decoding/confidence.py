@@ -10,13 +10,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from caddf.decoding.task import Counts, Frame, Task, denoise, draw, full_pass
+from caddf.decoding.task import NO_TOKEN, Counts, DecodingError, Frame, Task, denoise, draw, full_pass
 from caddf.errors import InputError
 from caddf.interface import LanguageModel
 
 
 class SurestFirst:
-    """Each step draws a token for every open position and commits those that `commit` picks, at least one a row."""
+    """Each step reads every open position, and draws those that `commit` picks, at least one a row.
+
+    Sureness is compared in units far above rounding, and of equals the first comes first, so that a row is decoded as
+    it is alone: to a network without a clock the places of an all-masked canvas look the same.
+    """
 
     @abstractmethod
     def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
@@ -34,9 +38,12 @@ class SurestFirst:
             open_ = task.wanted & (x == task.mask_id) & active[:, None]
             log_q = denoise(model, task, x, open_, counts)
             sureness = torch.full(x.shape, -torch.inf, dtype=torch.float64, device=x.device)
-            sureness = sureness.masked_scatter(open_, self.sureness(log_q))
-            surest = torch.nn.functional.one_hot(sureness.argmax(1), x.shape[1]).bool()
-            where = open_ & (self.commit(sureness, step) | surest)
+            unit = 2.0**-40 if log_q.dtype == torch.float64 else 2.0**-14
+            sureness = sureness.masked_scatter(open_, (self.sureness(log_q) / unit).round() * unit)
+            if sureness.isnan().any():
+                raise DecodingError(NO_TOKEN)
+            surest = sureness == sureness.amax(1, keepdim=True)
+            where = open_ & (self.commit(sureness, step) | (surest & (surest.cumsum(1) == 1)))
             x = draw(task, x, where, log_q[where[open_]])
             counts.add(active, needed=full_pass(model, task.lengths), rounds=1)
             step += 1
@@ -47,7 +54,7 @@ class SurestFirst:
 class Confidence(SurestFirst):
     """Sureness is the probability of the arg max (Chang et al. 2022; Nie et al. 2025).
 
-    threshold: commit all that is surer.
+    threshold: commit all that is as sure, or surer.
     steps: commit an equal share of the positions each step instead.
     """
 
@@ -55,6 +62,8 @@ class Confidence(SurestFirst):
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise InputError(f"threshold is {self.threshold}; it must be 0 or more (above 1: one position at a time)")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1")
 
@@ -96,7 +105,7 @@ class EntropyBound(SurestFirst):
     bound: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.bound < 0:
+        if not self.bound >= 0:
             raise InputError(f"bound is {self.bound}; it must be 0 nats or more")
 
     def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
@@ -106,6 +115,6 @@ class EntropyBound(SurestFirst):
 
     def commit(self, sureness: Float[Tensor, "B L"], steps_done: int) -> Bool[Tensor, "B L"]:
         """The longest run of surest positions within the bound."""
-        entropy, order = (-sureness).sort(1)  # closed positions are infinite, and last
+        entropy, order = (-sureness).sort(dim=1, stable=True)  # closed positions are infinite, and last
         within = entropy.isfinite() & (entropy.cumsum(1) - entropy <= self.bound)
         return torch.zeros_like(within).scatter(1, order, within)

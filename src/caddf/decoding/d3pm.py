@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
-from caddf.categorical import inverse_cdf
 from caddf.decoding.ancestral import masking_times
-from caddf.decoding.task import Counts, Frame, Task, denoise, fill, full_pass
+from caddf.decoding.task import Counts, Frame, Task, denoise, draw_from, fill, full_pass
 from caddf.evaluation.d3pm import Absorbing, Uniform
 from caddf.interface import LanguageModel
 
@@ -71,17 +68,14 @@ class D3PMUniform:
         where = task.wanted & active[:, None]
         if not where.any():
             return
-        fresh = (self._draws(task, where) * model.vocab_size).long().clamp(max=model.vocab_size - 1)
+        fresh = (task.uniforms(where) * model.vocab_size).long().clamp(max=model.vocab_size - 1)
         x, changed = task.tokens.masked_scatter(where, fresh), where
         for t in range(self.steps, 0, -1):
             at = torch.tensor(t, device=x.device)
             p0 = task.warp(denoise(model, task, x, where, counts, chain.level(at)))
             probs = chain.back(p0, x[where], at.expand(len(p0)))
-            after = x.masked_scatter(where, inverse_cdf(probs, self._draws(task, where)))
+            after = draw_from(task, x, where, probs)
             changed, x = changed | (after != x), after
             counts.add(active, needed=full_pass(model, task.lengths), rounds=1)
             yield Frame(x, changed, counts)
             changed = torch.zeros_like(where)
-
-    def _draws(self, task: Task, where: Bool[Tensor, "B L"]) -> Float[Tensor, " N"]:
-        return task.generators.uniform(where)[where.cpu()].to(where.device)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from caddf.categorical import arg_max
 from caddf.decoding.task import Counts, Frame, Task, draw, read_rows
 from caddf.errors import InputError
 from caddf.evaluation.plaid import GaussianModel, alpha, level, normal, sigma
@@ -62,7 +63,7 @@ class Gaussian:
         x, estimate = task.tokens, torch.zeros_like(z)
         for gamma_t, gamma_s in pairwise(gammas):
             log_p = self._read(model, task, z, gamma_t, embeddings, estimate, inside, counts)
-            after = x.masked_scatter(wanted, log_p[wanted[inside]].argmax(-1))
+            after = x.masked_scatter(wanted, arg_max(log_p[wanted[inside]]))
             yield Frame(after, after != x, counts)
             x = after
             xhat = torch.zeros_like(z)

@@ -87,7 +87,7 @@ class Rates:
                 step = process.denoise(log_s, x[where], level.item())
             else:
                 step = self.step(process, schedule, log_s, x[where], t, s)
-            moved = _moves(task, where, step.move, x.device)
+            moved = torch.zeros_like(where).masked_scatter(where, task.uniforms(where) < step.move)
             if moved.any():
                 log_to = denoise(model, task, x, moved, counts, level) if ahead else step.log_to[moved[where]]
                 x = draw(task, x, moved, log_to)
@@ -126,14 +126,6 @@ class TauLeaping(Rates):
     ) -> Step:
         """sbar(t) - sbar(s) of way."""
         return process.tweedie(log_s, x, (schedule.cumulative_rate(t) - schedule.cumulative_rate(s)).item())
-
-
-def _moves(
-    task: Task, where: Bool[Tensor, "B L"], move: Float[Tensor, " N"], device: torch.device
-) -> Bool[Tensor, "B L"]:
-    """The positions that move."""
-    u = task.generators.uniform(where)[where.cpu()].to(device)
-    return torch.zeros_like(where).masked_scatter(where, u < move)
 
 
 def _scores(

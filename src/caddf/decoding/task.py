@@ -141,6 +141,10 @@ class Task:
         inside = torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
         return inside & (self.tokens == self.mask_id)
 
+    def uniforms(self, where: Bool[Tensor, "B L"]) -> Float[Tensor, " N"]:
+        """A uniform draw for each of the positions in `where`, row-major, each of its row's generator."""
+        return self.generators.uniform(where)[where.cpu()].to(where.device)
+
     def unfinished(self, tokens: Int[Tensor, "B L"]) -> Bool[Tensor, " B"]:
         """The rows that still have `[M]` in them and have not met their end."""
         open_rows = (self.wanted & (tokens == self.mask_id)).any(1)
@@ -223,8 +227,17 @@ def draw(
     task: Task, x: Int[Tensor, "B L"], where: Bool[Tensor, "B L"], log_q: Float[Tensor, "N V"]
 ) -> Int[Tensor, "B L"]:
     """`x` with the positions in `where` drawn from the warped `log_q`, independently of each other."""
-    u = task.generators.uniform(where)[where.cpu()].to(x.device)
-    return x.masked_scatter(where, inverse_cdf(task.warp(log_q), u))
+    return draw_from(task, x, where, task.warp(log_q))
+
+
+def draw_from(
+    task: Task, x: Int[Tensor, "B L"], where: Bool[Tensor, "B L"], p: Float[Tensor, "N V"]
+) -> Int[Tensor, "B L"]:
+    """The same from probabilities. Raises `DecodingError` where they are no numbers."""
+    drawn = inverse_cdf(p, task.uniforms(where))
+    if (drawn >= p.shape[-1]).any():
+        raise DecodingError(NO_TOKEN)
+    return x.masked_scatter(where, drawn)
 
 
 def fill(

@@ -142,13 +142,13 @@ class OverCaches(nn.Module):
             raise InputError(f"block_size is {pattern.size}; it must be at most the context, {self.config.context}")
         positions = window + start[:, None] if len(start) > 1 else window + start
         slots = Slots.of(positions)
-        visible, until, whole = None, start, True
+        visible, until, whole = None, start, None
         if isinstance(pattern, Infill):
-            visible = (positions < lengths[:, None])[:, None, None, :]
-            until, whole = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1), bool(visible.all())
-        if self.native is not None and whole:
+            visible, whole = (positions < lengths[:, None])[:, None, None, :], lengths
+            until = torch.where(canvas == self.mask_id, positions, canvas.shape[1]).amin(-1)
+        if self.native is not None:
             shown = until.clamp(max=caches.causal.length - 1)
-            if (states := self.native.window(canvas, positions, shown, caches, proposing)) is not None:
+            if (states := self.native.window(canvas, positions, shown, caches, proposing, whole)) is not None:
                 return Canvas(states, positions, visible)
         if caches.exchange is None:
             return Canvas(self.diffusion(canvas, positions, visible), positions, visible)

@@ -52,6 +52,7 @@ typedef struct {
   Cache exchange;             // where keys and values for another branch go
   const float *exchange_cos, *exchange_sin;
   int64_t threads;
+  const int64_t *lengths;     // [rows]: with context 0, the first so many places of a row see each other; NULL: all
 } Pass;
 
 static int64_t position(const Pass *p, int64_t row, int64_t i) { return p->positions[p->alike ? i : row * p->n + i]; }
@@ -98,7 +99,7 @@ static void self_attention(const Stack *s, const Pass *p, int64_t layer, const f
       if (s->context)
         q[i].to = q[i].distance + 1, q[i].from = most(q[i].to - s->context, 0);
       else
-        q[i].to = p->n, q[i].from = 0, q[i].distance = i;
+        q[i].to = p->lengths ? p->lengths[row] : p->n, q[i].from = 0, q[i].distance = i;
     }
     attend(q, p->n, p->own.keys + base, p->own.values + base, size, f->slope, f->side, head);
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import partial
 from typing import Any, cast
 
@@ -69,6 +70,7 @@ class Native:
                 self.model.small_table if small else partial(of, "draft"), drafting, always=True
             )
         self._laid_out: tuple[object, ...] | None = None
+        self._refreshing = threading.Lock()
         self.stacks: dict[str, StackPass] = {}
         self.fusion: FusionPass | None = None
         self.kind: Quantisation | None = getattr(model, "weights_kind", None)
@@ -81,10 +83,14 @@ class Native:
 
     def refresh(self) -> None:
         """Lays the weights out for the kernels, if they have changed since that was done: with each new cache."""
-        which = state_of(*self.model.parameters())
-        if which == self._laid_out:
-            return
-        self._laid_out, branch, chain = which, self.branch, getattr(self.model, "chain", None)
+        with self._refreshing:  # others wait until all is laid out
+            which = state_of(*self.model.parameters())
+            if which != self._laid_out:
+                self._lay_out()
+                self._laid_out = which
+
+    def _lay_out(self) -> None:
+        branch, chain = self.branch, getattr(self.model, "chain", None)
         self.kind = getattr(self.model, "weights_kind", None) or ("bf16" if is_bf16(self.model) else None)
         exchange = [layer.cross for layer in self.diffusion.layers] if self.diffusion is not None else []
         weights = self.weights()
@@ -153,8 +159,11 @@ class Native:
         until: Int[Tensor, " B"],
         caches: Caches,
         proposing: bool = False,
+        lengths: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B n d"] | None:
         """h_cad of a window per row, each position seeing all of it and the causal states up to slot `until`.
+
+        Where rows are shorter, `lengths` says how many of its places each sees.
 
         `proposing`: it is for a chain's drafts alone.
         """
@@ -168,7 +177,7 @@ class Native:
         own = x.new_empty(2, config.layers, rows, config.heads, n, config.width // config.heads)
         return stack(
             x, positions, KVCache(own[0], own[1]), turns=True, angles=caches.exchange.turns, source=caches.exchange,
-            until=until.expand(rows).contiguous(), source_context=self.context,
+            until=until.expand(rows).contiguous(), source_context=self.context, lengths=lengths,
         )  # fmt: skip
 
     def prepare(self, seen: Canvas, caches: Caches) -> KeysValues | None:

@@ -143,10 +143,12 @@ class StackPass:
         source_context: int = 0,
         exchange: KVCache | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B n D"]:
         """`x` after all layers, in its own place; keys and values are written into `own`, and `exchange` where given.
 
-        `turns` says whether attention is rotary, by the angles of `own` or by `angles`.
+        `turns` says whether attention is rotary, by the angles of `own` or by `angles`; in a window the first
+        `lengths` places of a row see each other (not set, all).
         """
         x, positions = x.contiguous(), positions.contiguous()
         cos, sin = (angles or own.turns or (None, None)) if turns else (None, None)
@@ -156,7 +158,7 @@ class StackPass:
             x.shape[0], x.shape[1], x.data_ptr(), address(before), positions.data_ptr(), positions.ndim == 1,
             address(cos), address(sin), cache_of(own), cache_of(source), address(until), source_context,
             cache_of(exchange), address(exchange_cos), address(exchange_sin),
-            threads_for(self.weights.bytes, x.shape[0] * x.shape[1]),
+            threads_for(self.weights.bytes, x.shape[0] * x.shape[1]), address(lengths),
         )  # fmt: skip
         if self.run(ctypes.addressof(self.stack), ctypes.addressof(given)):
             raise MemoryError("the kernels' working memory could not be had")

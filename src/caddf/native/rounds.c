@@ -61,6 +61,15 @@ static float largest(const float *x, int64_t n, int64_t *at) {
   return top;
 }
 
+static int are_numbers(const float *x, int64_t n) {
+  int64_t whole = n / 8 * 8;
+  v8 found = all(0.0f);
+  for (int64_t i = 0; i < whole; i += 8) found = choose(load(x + i) == load(x + i), found, all(1.0f));
+  int numbers = total(found) == 0;
+  for (int64_t i = whole; i < n; i++) numbers &= x[i] == x[i];
+  return numbers;
+}
+
 // exp((x - top) / temperature) in the place of logits. Returns whether they are numbers.
 static int weigh(float *x, int64_t n, double temperature) {
   float top = largest(x, n, NULL);
@@ -510,7 +519,9 @@ static void weigh_part(const void *of, int64_t thread, int64_t threads) {
   for (int64_t each; (each = take(&left)) >= 0;) {
     float *logits = r->logits + each * V;
     if (r->n[each / w->wide] + each % w->wide >= w->shown[each / w->wide]) continue;
+    int numbers = are_numbers(logits, V);
     for (int64_t i = 0; i < r->bans; i++) logits[r->banned[i]] = -INFINITY;
+    if (!numbers) logits[0] = INFINITY;  // which is no top, whatever the others are
     if (r->draft->temperature == 0) continue;
     int sound = weigh(logits, V, r->draft->temperature);
     for (int64_t i = 0; i < r->bans; i++) logits[r->banned[i]] = 0;

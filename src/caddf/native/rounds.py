@@ -224,9 +224,12 @@ class Rounds:
         given.held = read.data_ptr()
         at, marked, counted, done = tokens.data_ptr(), marks.data_ptr(), numbers.data_ptr(), 0
         begun = perf_counter()
+        # Rounds may leave what is given for others to read, who draw next; where nothing is, nobody draws in between.
+        several = rounds if bool((x[0, int(n[0]) : int(self.lengths[0])] == self.mask_id).all()) else 1
         for done in range(1, rounds + 1):
-            u = uniforms(rows, draws).contiguous()  # of this round alone: who reads what is left then draws the next
-            given.u = u.data_ptr()
+            if not (drawn := (done - 1) % several):
+                u = uniforms(rows, draws * several).contiguous()
+            given.u = u.data_ptr() + 8 * draws * drawn
             given.x, given.drafts, given.fresh, given.corrected = (
                 at, at + 8 * count * length, marked, marked + count * length
             )  # fmt: skip

@@ -65,7 +65,7 @@ class CPass(ctypes.Structure):
         ("rows", _number), ("n", _number), ("x", _pointer), ("before", _pointer), ("positions", _pointer),
         ("alike", _number), ("cos", _pointer), ("sin", _pointer), ("own", CCache), ("source", CCache),
         ("until", _pointer), ("source_context", _number), ("exchange", CCache), ("exchange_cos", _pointer),
-        ("exchange_sin", _pointer), ("threads", _number),
+        ("exchange_sin", _pointer), ("threads", _number), ("lengths", _pointer),
     )  # fmt: skip
 
 
