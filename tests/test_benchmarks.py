@@ -5,11 +5,13 @@ import itertools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 import caddf.benchmarks.contest as contest
 from caddf.benchmarks import (
@@ -545,13 +547,33 @@ def test_spans_are_compared_with_what_the_left_side_alone_tells(trained, tmp_pat
     best = min(row["against_left"] for row in values["rows"] if row["span"] == 3 and row["reading"] != "causal")
     assert values["ratios"]["infill_vs_left_to_right at 3"] == pytest.approx(1 / best, rel=1e-5)
     file = tmp_path / "infill.json"
-    other = {**values["rows"][0], "checkpoint": "another", "nats": 99.0}  # of a model that has changed since
-    file.write_text(json.dumps({**values, "rows": [other, values["rows"][1]]}))  # interrupted
+    other = {**values["rows"][0], "weights": "another's"}
+    file.write_text(json.dumps({**values, "rows": [other, values["rows"][1]]}))
+    with pytest.raises(InputError, match=f"out is {tmp_path}, whose rows of gpt2 are of other weights"):
+        infill(settings, QUIET)
+    file.write_text(json.dumps({**values, "rows": values["rows"][:2]}))  # interrupted
     again = infill(settings, QUIET).values["rows"]
     assert [(row["model"], row["reading"]) for row in again] == 2 * readings
     assert [row["nats"] for row in again] == pytest.approx([row["nats"] for row in values["rows"]], rel=1e-5)
     with pytest.raises(InputError, match="spans holds 9; each must lie between 1 and half of the context, 8"):
         infill(dataclasses.replace(settings, spans=(9,)), QUIET)
+
+
+def test_what_was_measured_of_other_weights_is_not_gone_on_with(trained, tmp_path):
+    """Runs of one name, in turns: rounds of two models would stand in one row."""
+    other = tmp_path / "caddf"
+    shutil.copytree(trained / "caddf", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 1.5 * value for name, value in weights.items()}, other / "model.safetensors")
+    given = DecodeSettings(
+        models=f"caddf={trained}/caddf", decoders="autoregressive", batch="1", repeats=2, memory=False,
+        prompts=str(trained / "set"), windows=2, device="cpu", out=str(tmp_path / "out"),
+    )  # fmt: skip
+    decode(given, QUIET)
+    with pytest.raises(InputError, match="whose rows of caddf are of other weights; give another folder"):
+        decode(dataclasses.replace(given, models=f"caddf={other}"), QUIET)
+    with pytest.raises(InputError, match=r"repeats is 1, but .* holds 2 rounds"):
+        decode(dataclasses.replace(given, repeats=1), QUIET)
 
 
 @pytest.mark.parametrize("n", [1, 5, 24])

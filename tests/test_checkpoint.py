@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,31 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
     with atomic_folder(target, replace=True) as folder:
         (folder / "new").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "new"]
+
+
+@pytest.mark.parametrize("at", ["before", "behind", "taken"])
+def test_what_would_have_been_replaced_stays_whenever_it_is_interrupted(tmp_path, monkeypatch, at):
+    """Around the rename that puts it aside, and where somebody else takes its place then."""
+    target, rename = tmp_path / "model", Path.rename
+    target.mkdir()
+    (target / "old").touch()
+
+    def interrupted(self, other):
+        if self != target:
+            return rename(self, other)
+        if at != "before":
+            rename(self, other)
+        if at == "taken":
+            self.mkdir()
+            return (self / "theirs").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(OSError if at == "taken" else KeyboardInterrupt):
+        patch.setattr(Path, "rename", interrupted)
+        with atomic_folder(target, replace=True) as folder:
+            (folder / "new").touch()
+    assert [path.name for path in tmp_path.rglob("old")] == ["old"] and not list(tmp_path.rglob("new"))
+    assert (target / "old").exists() or at == "taken"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

@@ -596,6 +596,21 @@ def test_info_and_unknown_commands_refuse(refused, run):
     assert refused("data", "prepair") == "there is no command 'data prepair'; the commands are data prepare"
 
 
+def test_interrupted_among_imports_it_says_so_too():
+    """Before the command line itself is there to catch it."""
+    code = (
+        "import os, signal, sys, caddf.__main__\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "sys.argv = ['caddf', '--help']\n"
+        "caddf.__main__.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "caddf: interrupted\n")
+
+
 def test_interrupted_and_failed_are_told_apart(say, run, monkeypatch):
     def raising(error):
         def load(*arguments, **settings):

@@ -124,6 +124,15 @@ def test_pieces_made_otherwise_are_refused_before_any_work(made, others, said, j
     assert not jobs and (out / "table.json").read_text() == before
 
 
+def test_an_evaluation_of_another_run_is_refused(made):
+    """A run that was removed and made anew leaves evaluations of the one before."""
+    settings, _ = made
+    weights = Workshop(settings).run(Variant("gpt2", "gpt2")) / "checkpoints" / "latest" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(InputError, match=r"evaluations/gpt2-0 was made of another run than .*gpt2-0 is now; remove it"):
+        reproduce("table1", settings, QUIET)
+
+
 def test_a_model_that_was_trained_otherwise_is_refused(made):
     settings, _ = made
     run = Workshop(settings).run(Variant("gpt2", "gpt2"))
@@ -288,7 +297,11 @@ def test_the_time_left_is_told_kind_by_kind(monkeypatch, tmp_path):
 
     kinds = [("train", 30), ("train", 50), ("train", 40), ("evaluate", 2), ("evaluate", 2)]
     table = SimpleNamespace(
-        standard=[], variants={}, check=lambda shop: None, plan=lambda shop, chosen: [job(*each) for each in kinds]
+        standard=[],
+        variants={},
+        check=lambda shop: None,
+        values=lambda shop, chosen: {},
+        plan=lambda shop, chosen: [job(*each) for each in kinds],
     )
     monkeypatch.setitem(TABLES, "table1", table)
     monkeypatch.setattr("caddf.reproduce.making.write", lambda *given: None)

@@ -319,6 +319,18 @@ def test_the_last_and_the_best_checkpoints_are_kept(tmp_path):
     assert (folder / "best" / "tokenizer.json").read_text() == "{}"
 
 
+def test_links_that_a_killed_process_left_behind_are_set_again(tmp_path):
+    scores = iter([5.0, 3.0, 4.0])
+    config = settings(steps=3, checkpoint_every=1, evaluate_every=1, keep=3)
+    run_training(tmp_path, config, validate=lambda _: next(scores))
+    latest, best = (tmp_path / "checkpoints" / name for name in ("latest", "best"))
+    for link in (latest, best):
+        link.unlink()
+        link.symlink_to("step-00000001")
+    assert run_training(tmp_path, config, resume=True).finished_before
+    assert latest.readlink().name == "step-00000003" and best.readlink().name == "step-00000002"
+
+
 def test_a_checkpoint_is_a_model_folder_with_the_average(tmp_path):
     model, seen = new_model(), {}
 

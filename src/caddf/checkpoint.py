@@ -66,18 +66,19 @@ def atomic_folder(target: Path, replace: bool = False) -> Iterator[Path]:
             for path in (*temporary.rglob("*"), temporary):
                 _to_disk(path)
             _refuse_existing(target, replace)
-            if target.exists():
-                target.rename(old)
             try:
+                if target.exists():
+                    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
+                    target.rename(old)
                 temporary.rename(target)
             except BaseException:
-                if old.exists():
+                if old.exists() and not target.exists():
                     old.rename(target)
                 raise
             _to_disk(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from caddf.evaluation import EvaluationConfig
 from caddf.evaluation.likelihood import Likelihood
 from caddf.evaluation.protocol import PRESETS, Protocol, Window, preset, windows
 from caddf.evaluation.reading import Model
-from caddf.text_model import TextModel, check_seed
+from caddf.text_model import TextModel, check_seed, fingerprint
 
 UNNAMED = replace(PRESETS["caddf"], split="validation")
 """What is evaluated where no protocol is named: the windows of the tables, of the validation split."""
@@ -92,9 +92,10 @@ def evaluate(
 
 
 def of_model(model: TextModel) -> dict[str, Any]:
-    """By what an evaluation is told from one of another model: its tokens, and how large it is."""
+    """By what an evaluation is told from one of another model: its tokens, how large it is, and its weights."""
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
-    return {"tokenizer": model.tokenizer.fingerprint, "parameters": parameters}
+    weights = fingerprint(model.model)
+    return {"tokenizer": model.tokenizer.fingerprint, "parameters": parameters, "weights": weights}
 
 
 def score(

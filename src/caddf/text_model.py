@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -183,6 +184,15 @@ def _about(published: Published) -> dict[str, Any]:
         "objective": dataclasses.asdict(objective),
         "model": published.config.to_dict(),
     }
+
+
+def fingerprint(network: Network) -> str:
+    """By what weights are told from others: the same of a model, and of what rounds it to bfloat16."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        rounded = tensor.detach().bfloat16() if tensor.is_floating_point() else tensor.detach()
+        digest.update(name.encode() + rounded.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def model_folder(source: str | Path, revision: str | None = None, token: str | None = None) -> Path:

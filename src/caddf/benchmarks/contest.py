@@ -14,7 +14,7 @@ from rich.console import Console
 
 from caddf.benchmarks.measure import Spread, allocated, bandwidth, fresh, in_turns, resident
 from caddf.benchmarks.results import Results
-from caddf.benchmarks.roster import TARGETED, TRANSFORMERS, Contestant, Entrant, Roster, needs
+from caddf.benchmarks.roster import TARGETED, TRANSFORMERS, Contestant, Entrant, Roster, needs, same_weights
 from caddf.benchmarks.trial import (
     Judge,
     Prompts,
@@ -137,7 +137,12 @@ def contest(results: Results, rows: Sequence[Entrant], roster: Roster, given: Co
     for name in roster.names:
         if prompts.data is not None:
             check_tokenizer(name, roster[name].tokenizer, prompts.data, "prompts")
+    same_weights(results.folder, results.values.get("rows", []), roster)
     kept = {(row["label"], row["batch"]): row for row in results.values.get("rows", [])}
+    if (rounds := max((len(row["rounds"]) for row in kept.values()), default=0)) > given.repeats:
+        raise InputError(
+            f"repeats is {given.repeats}, but {results.folder} holds {rounds} rounds; give as many, or another folder"
+        )
     table = [(entrant, size) for size in whole_numbers("batch", given.batch) for entrant in rows]
     results.values["rows"] = [
         kept.get((entrant.label, size)) or _row(entrant, size, roster[entrant.model], given) for entrant, size in table
@@ -186,6 +191,7 @@ def _row(entrant: Entrant, size: int, contestant: Contestant, given: Conditions)
         "method": entrant.method,
         "model": entrant.model,
         "checkpoint": contestant.checkpoint,
+        "weights": contestant.weights,
         "decoder": entrant.decoder,
         "target": entrant.settings.get("target", "causal") if targeted else None,
         "settings": {name: value for name, value in entrant.settings.items() if name != "target"},

@@ -14,7 +14,7 @@ from rich.console import Console
 from caddf.benchmarks.contest import Conditions, contest, whole_numbers
 from caddf.benchmarks.measure import Spread
 from caddf.benchmarks.results import Results, Told, dots, number, put
-from caddf.benchmarks.roster import TRANSFORMERS, decoders_of, entrants, needs
+from caddf.benchmarks.roster import TRANSFORMERS, decoders_of, entrants, name_of, named_runs, needs
 from caddf.decoding import Speculative
 
 PARITY = 1.03
@@ -109,8 +109,8 @@ def decode(settings: DecodeSettings, console: Console) -> Results:
 def plain(given: Conditions) -> dict[str, Any]:
     """Settings as they are written: without the folders of this machine, but for the runs' own names."""
     values = dataclasses.asdict(given)
-    for name in ("models", "prompts", "judge"):
-        values[name] = None if values[name] is None else Path(values[name]).name
+    for name, short in (("models", named_runs), ("prompts", name_of), ("judge", name_of)):
+        values[name] = None if values[name] is None else short(values[name])
     del values["out"]
     if values["models"] is not None:  # trained ones have sizes of their own
         values |= dict.fromkeys({"size", "shape"} & values.keys())

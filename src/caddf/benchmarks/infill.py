@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from caddf.benchmarks.results import Results, Told, plain_ticks, put, within
-from caddf.benchmarks.roster import Contestant, Roster, needs
+from caddf.benchmarks.roster import Contestant, Roster, needs, same_weights
 from caddf.benchmarks.steps import denoises
 from caddf.benchmarks.trial import check_tokenizer, some_windows
 from caddf.data import TokenSet
@@ -96,10 +96,8 @@ def infill(settings: InfillSettings, console: Console) -> Results:
     given["spans"] = list(settings.spans)
     del given["out"]
     results = Results.open("infill", settings.out or "results/infill", given)
-    rows: list[dict[str, Any]] = [  # of the same checkpoints
-        row for row in results.values.get("rows", []) if row["checkpoint"] == readers[row["model"]].checkpoint
-    ]
-    results.values["rows"] = rows
+    rows: list[dict[str, Any]] = results.values.setdefault("rows", [])
+    same_weights(results.folder, rows, readers)
     kept = {(row["model"], row["span"]) for row in rows}
     for size in settings.spans:
         start = places(windows, size, settings.seed)
@@ -137,7 +135,7 @@ def reads(contestant: Contestant) -> bool:
 
 def places(windows: Int[Tensor, "N L"], size: int, seed: int) -> Int[Tensor, " N"]:
     """Where the span of each window starts: anywhere but at its first token, with at least one token behind it."""
-    noise = [window_generator(seed, i) for i in range(len(windows))]
+    noise = [window_generator(seed, i, 1) for i in range(len(windows))]  # masks are drawn from other streams
     return 1 + (uniform((len(windows),), noise) * (windows.shape[1] - size - 1)).long()
 
 
@@ -166,6 +164,7 @@ def _row(name: str, contestant: Contestant, reading: Reading, size: int, filled:
         "model": name,
         "method": contestant.method,
         "checkpoint": contestant.checkpoint,
+        "weights": contestant.weights,
         "reading": reading,
         "bound": reading == "diffusion" and size > 1,
         "span": size,

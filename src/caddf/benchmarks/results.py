@@ -69,7 +69,8 @@ class Results:
     def save(self) -> None:
         """What is known so far, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(self.json, rounded(self.values))
+        settings = {"settings": self.values["settings"]}  # as given, to be compared with those of the next call
+        write_json_atomic(self.json, {**rounded(self.values), **settings})
 
     def write(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import product
@@ -21,7 +21,7 @@ from caddf.errors import InputError
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
 from caddf.models.config import ModelConfig
 from caddf.quantise import Quantisation, quantised
-from caddf.text_model import DType, TextModel, load, model_folder, resolve_device
+from caddf.text_model import DType, TextModel, fingerprint, load, model_folder, resolve_device
 from caddf.tokenizer import Tokenizer
 
 METHODS_SHOWN = ("gpt2", "sedd-scaled", "radd-lambda-dce", "mdlm", "bd3lm", "caddf-lambda-dce")
@@ -79,6 +79,11 @@ class Contestant:
         if method not in METHODS:
             raise InputError(f"models holds {source}, whose method is {method}; it must be one of {', '.join(METHODS)}")
         return cls(method, model.model, model.tokenizer, model_folder(source).name)
+
+    @cached_property
+    def weights(self) -> str | None:
+        """The fingerprint of weights that are trained."""
+        return None if self.checkpoint is None else fingerprint(self.network)
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,9 @@ class Roster:
                 self._made[name] = Contestant(name, self._random(name))
         return self._made[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
     def _random(self, method: str) -> Network:
         config = untrained_config(method, self.size, self.context, self.shape)
         torch.manual_seed(self.seed)
@@ -156,6 +164,25 @@ class Roster:
         network = network.to(device=self.device, dtype=getattr(torch, self.dtype)).eval().requires_grad_(False)
         network = network if self.quantize is None else quantised(network, self.quantize)
         return compiled(network, self.compile)
+
+
+def same_weights(place: Path, rows: Sequence[dict[str, Any]], models: Mapping[str, Contestant] | Roster) -> None:
+    """Raises `InputError` where rows that were measured before are of other weights than `models`."""
+    for name, made in dict.fromkeys((row["model"], row.get("weights")) for row in rows):
+        if name in models and models[name].weights != made:
+            raise InputError(f"out is {place}, whose rows of {name} are of other weights; give another folder")
+
+
+def named_runs(models: str) -> str:
+    """`models` without the folders that runs lie in."""
+    if "=" not in models:
+        return name_of(models)
+    return ",".join(f"{name}={name_of(run)}" for name, run in runs_of(models).items())
+
+
+def name_of(folder: str) -> str:
+    """A folder's own name."""
+    return Path(folder).absolute().name
 
 
 def runs_of(models: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from caddf.benchmarks.results import Results, Told, number, plain_ticks, put
-from caddf.benchmarks.roster import Contestant, Roster, needs
+from caddf.benchmarks.roster import Contestant, Roster, name_of, named_runs, needs, same_weights
 from caddf.benchmarks.trial import check_tokenizer, some_windows
 from caddf.categorical import RowGenerators
 from caddf.data import TokenSet
@@ -96,6 +96,7 @@ def steps(settings: StepsSettings, console: Console) -> Results:
 
     results = Results.open("steps", settings.out or "results/steps", _plain(settings))
     values = results.values
+    same_weights(results.folder, values.get("rows", []), readers)
     kept = {(row["model"], row["anchor"]): row for row in values.get("rows", [])}
     without = [name for name, contestant in readers.items() if "causal" not in contestant.network.heads]
     base = without[0] if without else next(iter(readers))
@@ -148,8 +149,7 @@ def perplexities(given: str) -> list[float]:
 
 def _plain(settings: StepsSettings) -> dict[str, Any]:
     values = {**dataclasses.asdict(settings), "anchors": list(settings.anchors)}
-    for name in ("models", "data"):
-        values[name] = values[name].rstrip("/").rsplit("/", 1)[-1]
+    values |= {"models": named_runs(str(settings.models)), "data": name_of(str(settings.data))}
     del values["out"]
     return values
 
@@ -161,6 +161,7 @@ def _row(name: str, contestant: Contestant, curve: StepCurve, targets: Sequence[
         "model": name,
         "method": contestant.method,
         "checkpoint": contestant.checkpoint,
+        "weights": contestant.weights,
         "causal_branch": "causal" in contestant.network.heads,
         "anchor": curve.anchor,
         "reached": [_reached(target, each) for target, each in zip(targets, found, strict=True)],

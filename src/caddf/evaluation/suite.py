@@ -152,9 +152,9 @@ def _batches(windows: Sequence[Window], indices: list[int], size: int) -> Iterat
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
-def window_generator(seed: int, index: int) -> torch.Generator:
-    """The noise of one window: no two (seed, index) share a stream."""
-    state = np.random.SeedSequence((seed, index)).generate_state(2, np.uint32)
+def window_generator(seed: int, index: int, *use: int) -> torch.Generator:
+    """The noise of one window: no two (seed, index), nor two uses of one, share a stream."""
+    state = np.random.SeedSequence((seed, index, *use)).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
@@ -178,7 +178,7 @@ def _measure(
             if name != "block":
                 rows["accuracy", "ar"] = ((out.best == x0) & here).sum(-1).double() / count
     if bound is not None:
-        rows["diffusion",] = bound(model, x0, settings.samples, noise, scored=scored).mean(-1, keepdim=True)
+        rows["diffusion",] = bound(model, x0, settings.samples, noise, scored=scored)
     elif model.denoiser != "causal":
         rows |= _any_order(model, x0, scored, settings, noise, rows.get(("ar",)))
         if length // block_size * block_size - block_size >= length - count:  # the last whole block is scored

@@ -33,6 +33,7 @@ def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path
     chosen = {name: made.variants[name] for name in names}
     made.check(shop)
     shop.check(chosen.values())
+    made.values(shop, chosen)  # raises for decodings under other settings
     out = Path(settings.out or f"results/{table}-{settings.scale}")
     wanted = (job for job in made.plan(shop, chosen) if settings.only in ("all", job.kind))
     left = [job for job in wanted if not job.product.exists()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -158,9 +159,30 @@ class Workshop:
             for name in SETS:
                 if (file := self.evaluation(variant, name)).exists():
                     measured = read_json(file)
+                    self._check_source(file.parent, variant, measured.get("run"))
                     protocol = measured.get("protocol", {})
                     made = {"windows": protocol.get("max_windows"), "samples": measured.get("samples")}
                     same(file, {"windows": given.windows, "samples": given.samples}, made)
+
+        for about in (self.folder / "decode").glob(f"*-{given.seed}/runs.json"):
+            made = read_json(about)
+            for variant in variants:
+                if variant.name in made:
+                    self._check_source(about.parent, variant, made[variant.name])
+
+    def weights(self, variant: Variant) -> str | None:
+        """By what a run that is done is told from another: its weights, as they lie on the disk."""
+        file = self.run(variant) / "checkpoints" / "latest" / "model.safetensors"
+        if not (self.run(variant) / "done.json").exists():
+            return None
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    def _check_source(self, place: Path, variant: Variant, made: str | None) -> None:
+        """Raises `InputError` where `place` was made of weights that are not those of the run that is there."""
+        run, weights = self.run(variant), self.weights(variant)
+        if weights is not None and weights != made:
+            raise InputError(f"{place} was made of another run than {run} is now; remove it, or give another --work")
 
     def _decides(self, run: RunSettings) -> dict[str, Any]:
         """What of a run's settings decides its weights, but for the data and the machine."""
@@ -248,7 +270,8 @@ class Workshop:
         )  # fmt: skip
         evaluated = evaluate(model, TokenSet.open(self.folder / "data" / name), split="test", settings=measured)
         product.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(product, {**evaluated, "accounts": accounts(model.model)})
+        about = {"accounts": accounts(model.model), "run": self.weights(variant)}
+        write_json_atomic(product, {**evaluated, **about})
         return True
 
     def _decode(self, variants: dict[str, Variant], out: Path, settings: dict[str, Any], console: Console) -> bool:
@@ -267,6 +290,8 @@ class Workshop:
             out=str(out),
             **settings,
         )
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(out / "runs.json", {variant.name: self.weights(variant) for variant in variants.values()})
         decode(whole, console)
         return True
 

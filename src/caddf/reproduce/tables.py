@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from caddf.benchmarks.measure import Spread
 from caddf.benchmarks.results import number, within
-from caddf.benchmarks.roster import needs
+from caddf.benchmarks.roster import name_of, needs
 from caddf.checkpoint import read_json
 from caddf.errors import InputError
 from caddf.evaluation.pairing import EXACT, paired
@@ -181,12 +181,17 @@ class Efficiency:
         """Data, runs, and one contest of them all."""
         yield from shop.prepare(shop.settings.prompts)
         yield from (shop.train(variant) for variant in chosen.values())
+        yield shop.decode(contest(self, chosen), chosen, judge=self._judge(shop, chosen))
+
+    @staticmethod
+    def _judge(shop: Workshop, chosen: dict[str, Variant]) -> str | None:
         own = str(shop.run(chosen["gpt2"])) if "gpt2" in chosen else None
-        yield shop.decode(contest(self, chosen), chosen, judge=shop.settings.judge or own)
+        return shop.settings.judge or own
 
     def values(self, shop: Workshop, chosen: dict[str, Variant]) -> Values:
         """A row for each method, decoder and batch."""
-        decoded = decodings(shop, contest(self, chosen))
+        judge = self._judge(shop, chosen)
+        decoded = decodings(shop, contest(self, chosen), judge=None if judge is None else name_of(judge))
         kept = (
             "model", "decoder", "settings", "target", "batch", "parameters", "tokens_per_second",
             "tokens_per_second_quartiles", "causal_evaluations", "diffusion_evaluations", "tokens_per_evaluation",

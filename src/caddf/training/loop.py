@@ -105,6 +105,8 @@ def train(
     state = TrainingState(model, optimizer, ema.start(model), _gathered(accelerator, generator), Progress())
     if resume:
         checkpoints.restore(state)
+        if accelerator.is_main_process:
+            checkpoints.link(state.progress)  # a process that was killed may not have come to that
         generator.set_state(state.generators[rank].clone())  # set_state ignores the offset of a view
         if state.progress.step >= config.steps:
             return _result(checkpoints, state.progress, finished_before=True)

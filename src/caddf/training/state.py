@@ -110,14 +110,17 @@ class Checkpoints:
                 shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
             save_tensors(folder / "training.safetensors", _tensors(state))
             write_json_atomic(folder / "training.json", dataclasses.asdict(progress))
-        link_atomic(self.root / "latest", self.folder(progress.step).name)
-        kept = set(self.steps()[-self.keep :])
-        if progress.best_step is not None:
-            link_atomic(self.root / "best", self.folder(progress.best_step).name)
-            kept.add(progress.best_step)
+        self.link(progress)
+        kept = {*self.steps()[-self.keep :]} | ({progress.best_step} if progress.best_step is not None else set())
         for step in set(self.steps()) - kept:
             remove_folder(self.folder(step))
         return self.folder(progress.step)
+
+    def link(self, progress: Progress) -> None:
+        """Points `latest` at the checkpoint of this step, and `best` at the best so far."""
+        link_atomic(self.root / "latest", self.folder(progress.step).name)
+        if progress.best_step is not None:
+            link_atomic(self.root / "best", self.folder(progress.best_step).name)
 
     def restore(self, state: TrainingState) -> None:
         """Puts the latest checkpoint into `state`, and clears what a killed process left half-written.
