@@ -19,6 +19,7 @@ import yaml
 import caddf
 import caddf.cli
 from caddf import display
+from caddf.checkpoint import named
 from caddf.cli import VERBS, main
 from caddf.decoding import DECODERS
 
@@ -389,7 +390,7 @@ def losses(run):
          "setting; its objective has form, schedule, times"),
         (["--config", "gpt2", "--objective.x=1"], "objective.x is set, but the method gpt2 has no such setting; its "
          "objective has none"),
-        (["stray"], "there is no setting stray; caddf train --help explains every setting"),
+        (["stray"], "stray stands by itself, without a setting before it; text of several words needs quotes; caddf"),
         (["--train.steps", "0"], "train.steps is 0; it must be 1 or more"),
         (["--train.learning_rate", ".nan"], "train.learning_rate is nan; it must be above 0, and finite"),
         (["--seed", "-1"], "seed is -1; it must be 0 or more, and less than 2**62"),
@@ -594,6 +595,21 @@ def test_info_and_unknown_commands_refuse(refused, run):
     assert refused("info", "--vocab-size", "0").startswith("bos_id is 0")
     assert refused("trian").startswith("there is no command 'trian'; the commands are data prepare, train, evaluate")
     assert refused("data", "prepair") == "there is no command 'data prepair'; the commands are data prepare"
+
+
+def test_a_token_set_is_no_text(say, data, tmp_path):
+    told = say("data", "prepare", "--input", data, "--out", tmp_path / "set", code=2).err
+    assert f"{data} is a token set already; give text" in told
+
+
+def test_a_temporary_file_is_called_by_what_it_will_be():
+    for path, name in {
+        "a/.run-24156.tmp": "a/run",
+        ".x.html-7.tmp": "x.html",
+        "/a/.b-3.old.tmp/c": "/a/b/c",
+        "/a/.b": "/a/.b",
+    }.items():
+        assert named(path) == name
 
 
 def test_interrupted_among_imports_it_says_so_too():

@@ -1,5 +1,6 @@
 """Prompt or template to frames: what comes out, what ends it, and what is refused before anything is decoded."""
 
+import dataclasses
 import re
 
 import pytest
@@ -232,6 +233,15 @@ def test_what_a_methods_model_cannot_do_is_refused_before_the_first_frame():
     assert filled(gpt2, "ab", max_new_tokens=22)
     with pytest.raises(InputError, match="max_new_tokens 23 make 25; with this decoder and model they must fit"):
         generate(gpt2, "ab", max_new_tokens=23)  # learned positions end there
+
+
+def test_a_character_of_several_tokens_is_shown_whole(model):
+    done = last(model, template="é[MASK]ü€", seed=1)
+    assert [text for text, kind in done.pieces() if kind == "given"] == ["", "é", "", "ü", "", "", "€"]
+    done = last(model, template="ab[MASK]c", seed=1)
+    cut = torch.tensor([[ord("a"), 0xC3, model.model.mask_id, ord("c")]])
+    half = dataclasses.replace(done, frame=dataclasses.replace(done.frame, tokens=cut, drafts=None))
+    assert [text for text, _ in half.pieces()] == ["a", "\ufffd", "_", "c"]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -273,6 +274,11 @@ def check_writable(name: str, file: str | Path) -> None:
 def _refuse_existing(target: Path, replace: bool) -> None:
     if not replace and (target.exists() or target.is_symlink()):
         raise InputError(f"{target} exists; give a new path, or remove it first")
+
+
+def named(path: str) -> str:
+    """What a temporary file or folder will be called, of its path."""
+    return re.sub(rf"/\.([^/]+)-\d+(\.old)?{re.escape(TEMPORARY)}(?=/|$)", r"/\1", f"/{path}")[1:]
 
 
 def _beside(path: Path, mark: str = "") -> Path:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from caddf import benchmarks, display
 from caddf.benchmarks.results import Results
-from caddf.checkpoint import check_writable, installed_version, read_json, write_json_atomic
+from caddf.checkpoint import check_writable, installed_version, named, read_json, write_json_atomic
 from caddf.compile import Compile
 from caddf.data import TokenSet, prepare
 from caddf.data.named import NAMED
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"caddf: error: {error.filename} cannot be used: {error.strerror}", file=sys.stderr)
+        print(f"caddf: error: {named(error.filename)} cannot be used: {error.strerror}", file=sys.stderr)
         return 2
     except (TrainingError, DecodingError) as error:
         print(f"caddf: {error}", file=sys.stderr)

@@ -33,9 +33,11 @@ from caddf.models.plaid import Plaid
 from caddf.text_model import TextModel, check_seed
 from caddf.tokenizer import Tokenizer
 
-HOLE, WIDTH = re.compile(r"\[MASK\b([^\[\]]*)\]"), re.compile(r"(?::(\d+))?")
+HOLE, WIDTH = re.compile(r"\[MASK\b([^\[\]]*)\]"), re.compile(r"(?::([0-9]{1,99}))?")
 """A hole of a template, and what may stand in it: `[MASK]` is one token wide, `[MASK:24]` twenty-four."""
 
+LONGEST = 4
+"""Bytes of a character, each of which may be a token."""
 Kind = Literal["given", "open", "kept", "fresh", "corrected", "rejected"]
 
 
@@ -74,15 +76,20 @@ class Snapshot:
         return [self._text(r) for r in range(len(self.rows))]
 
     def pieces(self, row: int = 0) -> list[tuple[str, Kind]]:
-        """The canvas token by token, with what became of each; a rejected draft comes before its correction."""
+        """The canvas token by token, with what became of each; a rejected draft comes before its correction.
+
+        A character of several tokens stands with the last of them.
+        """
         frame = self.frame
         tokens: list[tuple[str, Kind]] = []
-        wanted = self.task.wanted[row].tolist()
-        for i in range(int(self.task.lengths[row])):
-            token = int(frame.tokens[row, i])
+        wanted, part = self.task.wanted[row].tolist(), list[int]()
+        shown = frame.tokens[row, : int(self.task.lengths[row])].tolist()
+        for i, token in enumerate(shown):
+            if token == self.task.mask_id and part:  # a character that does not go on
+                tokens[-1], part = (self.tokenizer.decode(part), tokens[-1][1]), []
             draft = self.task.mask_id if frame.drafts is None else int(frame.drafts[row, i])
             if draft not in (self.task.mask_id, token):
-                tokens.append((self._show(draft), "rejected"))
+                tokens.append((self.tokenizer.decode([draft]), "rejected"))
             kind: Kind = "kept"
             if not wanted[i]:
                 kind = "given"
@@ -92,7 +99,15 @@ class Snapshot:
                 kind = "corrected"
             elif frame.fresh[row, i]:
                 kind = "fresh"
-            tokens.append((self._show(token), kind))
+            text = "_"
+            if token != self.task.mask_id:
+                part.append(token)
+                text = self.tokenizer.decode(part)
+                if text.endswith("\ufffd") and len(part) < LONGEST and i + 1 < len(shown):
+                    text = ""
+                else:
+                    part = []
+            tokens.append((text, kind))
         return tokens
 
     def results(self) -> list[dict[str, Any]]:
@@ -159,9 +174,6 @@ class Snapshot:
                 run.append(token)
         return "".join(parts[:-1])
 
-    def _show(self, token: int) -> str:
-        return "_" if token == self.task.mask_id else self.tokenizer.decode([token])
-
 
 def first_stop(text: str, stop: tuple[str, ...]) -> int:
     """Where the first stop string of `text` starts, or the length of `text`."""
@@ -222,8 +234,8 @@ def generate(
     """
     if (prompt is None) == (template is None):
         raise InputError("give either a prompt or a template")
-    for name, value in (("max_new_tokens", max_new_tokens), ("stop", stop)):
-        if value and template is not None:
+    for name, set_ in (("max_new_tokens", max_new_tokens is not None), ("stop", bool(stop))):
+        if set_ and template is not None:
             raise InputError(f"{name} is set, beside a template, whose holes say what is written; leave it out")
     new = NEW if max_new_tokens is None else max_new_tokens
     if new < 1:
@@ -273,6 +285,8 @@ def _check_heads(model: TextModel, name: str, chosen: Decoder, filling: bool) ->
         raise InputError(f"decoder is {name}; this model does not fill in left to right over a canvas: {own}")
     if isinstance(chosen, Autoregressive | Speculative) and "causal" not in has:
         raise InputError(f"decoder is {name}; this model does not read left to right: {own}")
+    if isinstance(chosen, Autoregressive | Speculative) and chosen.target not in has:
+        raise InputError(f"target is {chosen.target}; this model has the heads {', '.join(sorted(has))}")
     if isinstance(chosen, Speculative) and "draft" not in has and not chosen.lookup:
         raise InputError(f"decoder is {name}, lookup 0; this model has nothing to draft with but its text: {own}")
     if filling and has == {"causal"}:

@@ -117,6 +117,8 @@ def _sentence(text: str, parser: ArgumentParser) -> str:
         return f"{match[1].replace('-', '_')} {match[2]}"
     if match := _UNKNOWN.fullmatch(text):
         name = match[1] or match[2]
+        if not name.startswith("-"):
+            return f"{name} stands by itself, without a setting before it; text of several words needs quotes{see}"
         return f"there is no setting {name}{nearest(name.removeprefix('--'), names_of(parser), '--')}{see}"
     for pattern, sentence in _SENTENCES:
         if match := pattern.match(text):

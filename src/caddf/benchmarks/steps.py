@@ -174,7 +174,8 @@ def _reached(target: float, found: Steps) -> dict[str, Any]:
 
 
 def _said(reached: dict[str, Any]) -> str:
-    return f"PPL {reached['target_ppl']:.4g} in {_or_none(reached['steps'])} steps"
+    steps = "no number of" if reached["steps"] is None else reached["steps"]
+    return f"PPL {reached['target_ppl']:.4g} in {steps} steps"
 
 
 def _or_none(steps: int | None) -> str:

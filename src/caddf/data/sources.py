@@ -13,6 +13,7 @@ from pathlib import Path
 
 from caddf.data.named import NAMED, named
 from caddf.data.rows import cell, explained, file_rows, files_of, hub_rows
+from caddf.data.token_set import MANIFEST
 from caddf.errors import InputError
 
 _PARAGRAPH = re.compile(r".+?(?:\n\s*\n|\Z)", re.DOTALL)
@@ -74,6 +75,8 @@ class Source:
         path = Path(self.spec)
         if not path.exists():
             raise InputError(f"{path} does not exist; give a file, a folder, stdlib, {', '.join(NAMED)}, or hf:NAME")
+        if (path / MANIFEST).is_file():
+            raise InputError(f"{path} is a token set already; give text, or what it was prepared from")
         files = files_of(path) if path.is_dir() else [path]
         rows = (row for file in files for row in file_rows(file, [self.column]))
         return (cell(row, self.column, place) for place, row in rows)

@@ -101,7 +101,7 @@ def train(
     update = accelerator.prepare(_Pass(model, objective, _bf16(config, accelerator.device)))
     update.train()
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay, name=config.optimizer)
-    generator = torch.Generator().manual_seed(config.seed + rank)
+    generator = torch.Generator().manual_seed(config.seed + 1_000_003 * rank)  # no process has another seed's noise
     state = TrainingState(model, optimizer, ema.start(model), _gathered(accelerator, generator), Progress())
     if resume:
         checkpoints.restore(state)
