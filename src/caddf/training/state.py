@@ -118,9 +118,10 @@ class Checkpoints:
 
     def link(self, progress: Progress) -> None:
         """Points `latest` at the checkpoint of this step, and `best` at the best so far."""
-        link_atomic(self.root / "latest", self.folder(progress.step).name)
-        if progress.best_step is not None:
-            link_atomic(self.root / "best", self.folder(progress.best_step).name)
+        for name, step in (("latest", progress.step), ("best", progress.best_step)):
+            link, target = self.root / name, None if step is None else self.folder(step).name
+            if target is not None and not (link.is_symlink() and link.readlink().name == target):
+                link_atomic(link, target)
 
     def restore(self, state: TrainingState) -> None:
         """Puts the latest checkpoint into `state`, and clears what a killed process left half-written.
