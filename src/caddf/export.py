@@ -70,7 +70,8 @@ def export(source: str, settings: ExportSettings) -> Path:
         raise InputError(f"windows is {settings.windows}; it must be 1 or more")
     data = None if settings.data is None else TokenSet.open(settings.data)
     model = load(folder)
-    tables = [_evaluation(Path(file), model) for file in settings.evaluations]
+    own = of_model(model) if settings.evaluations else {}
+    tables = [_evaluation(Path(file), own) for file in settings.evaluations]
     before = None if data is None else _measured(model, data, settings.windows)
     with atomic_folder(out, replace=settings.overwrite) as partial:
         about = {**model.about, "model": model.model.config.to_dict(), "stages": _stages(folder)}
@@ -100,10 +101,10 @@ def _measured(model: TextModel, data: TokenSet, windows: int) -> dict[str, float
     return {name: cell["ppl"] for name, cell in named(likelihoods)}
 
 
-def _evaluation(file: Path, model: TextModel) -> Values:
+def _evaluation(file: Path, model: Values) -> Values:
     """A file of `caddf evaluate --json`, and what it is called; raises `InputError` where it is of another model."""
     values = read_json(file)
-    for name, own in of_model(model).items():  # files of earlier versions do not say
+    for name, own in model.items():  # files of earlier versions do not say
         if values.get(name, own) != own:
             raise InputError(
                 f"evaluations holds {file}, which is of another model: its {name} is {values[name]}, this one's {own}"

@@ -153,13 +153,14 @@ class Workshop:
             source = TokenSet.open(train).manifest["splits"]["train"]["source"]
             made_of = source.partition(": ")[0]  # a data set by name, before its files; else the text as it was given
             same(train, {"training_set": given.training_set}, {"training_set": made_of})
+        weights = {variant.name: self.weights(variant) for variant in variants}
         for variant in variants:
             if (run := self.run(variant)).exists():
                 same(run, self._decides(self._run_settings(variant)), self._decides(RunSettings.load(run)))
             for name in SETS:
                 if (file := self.evaluation(variant, name)).exists():
                     measured = read_json(file)
-                    self._check_source(file.parent, variant, measured.get("run"))
+                    self._check_source(file.parent, variant, measured.get("run"), weights[variant.name])
                     protocol = measured.get("protocol", {})
                     made = {"windows": protocol.get("max_windows"), "samples": measured.get("samples")}
                     same(file, {"windows": given.windows, "samples": given.samples}, made)
@@ -168,7 +169,7 @@ class Workshop:
             made = read_json(about)
             for variant in variants:
                 if variant.name in made:
-                    self._check_source(about.parent, variant, made[variant.name])
+                    self._check_source(about.parent, variant, made[variant.name], weights[variant.name])
 
     def weights(self, variant: Variant) -> str | None:
         """By what a run that is done is told from another: its weights, as they lie on the disk."""
@@ -178,10 +179,10 @@ class Workshop:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
 
-    def _check_source(self, place: Path, variant: Variant, made: str | None) -> None:
-        """Raises `InputError` where `place` was made of weights that are not those of the run that is there."""
-        run, weights = self.run(variant), self.weights(variant)
+    def _check_source(self, place: Path, variant: Variant, made: str | None, weights: str | None) -> None:
+        """Raises `InputError` where `place` was made of other weights than those of the run that is there."""
         if weights is not None and weights != made:
+            run = self.run(variant)
             raise InputError(f"{place} was made of another run than {run} is now; remove it, or give another --work")
 
     def _decides(self, run: RunSettings) -> dict[str, Any]:
