@@ -105,6 +105,8 @@ KINDS = {
     **{f"{k} drafts": (dual, Speculative(block_size=k)) for k in (1, 2, 3, 8)},
     "unsure drafts": (dual, Speculative(least=0.2)),
     "copies": (dual, Speculative(lookup=1)),
+    "long copies": (dual, Speculative(block_size=2, lookup=1, copies=12)),
+    "long copies of a model of one branch": (gpt2, Speculative(block_size=2, lookup=1)),
     "few copies, unsure": (small, Speculative(block_size=2, lookup=1, least=0.2)),
     "copies of a model of one branch": (gpt2, Speculative(lookup=1)),
     "surer drafts": (dual, Speculative(least=0.6)),
@@ -127,7 +129,7 @@ ONCE = ((0, "warm"), (9, "greedy"))
     [
         each
         for each in itertools.product(KINDS, (0, 9), WARPS)
-        if each[0] in MANY or each[1:] == ONCE[list(KINDS).index(each[0]) % 2]
+        if each[0] in MANY or each[1:] == ONCE[list(KINDS).index(each[0]) % 2] or (each[1] and "long" in each[0])
     ],
 )
 @torch.inference_mode()
@@ -141,7 +143,10 @@ def test_a_round_is_what_its_steps_are(kind, prompt, name, rounds):
 
     given = {"warp": warp, "finished": early}
     x = texts(4, prompt)
+    if "long" in kind:
+        x = torch.where(x == V, V, x[:, torch.arange(T) % 3])
     one = written(model, decoder, x, **given)
+    assert "long" not in kind or not prompt or int((one[0].drafts != V).sum(1).max()) >= 8
     assert len(one) - len(rounds) <= 1 and len({*rounds}) > 1  # all of them but where a prompt is read
     rounds.clear()
     assert_alike(one, written(plain, decoder, x, **given))
@@ -250,7 +255,7 @@ def test_where_recording_fails_decoding_goes_on_and_says_so_once(recorded, monke
     with pytest.warns(UserWarning, match="a CUDA graph could not be recorded; going on without: no graph$") as said:
         one = written(model, Speculative(), texts(3, 2))
         two = written(model, Speculative(), texts(3, 2))
-    assert len(said) == 1 and recorded == [(16, True, True)]
+    assert len(said) == 1 and recorded == [(16, True, True, False)]
     for frames in (one, two):
         assert_alike(frames, written(plain, Speculative(), texts(3, 2)))
 
@@ -373,7 +378,9 @@ def test_all_of_a_round_is_on_the_models_device(kind):
     for temperature in (0.0, 0.7):
         engine = Engine(model, Shape(3, T, drafting, Warp(temperature), torch.float64, torch.device("meta")), [])
         engine.begin(torch.zeros(3, dtype=torch.long), T, engine.caches, 1)
-        for looks, opening in itertools.product({False, engine.drafts}, (False, True)):
+        for looks, opening, wide in itertools.product(
+            {False, engine.drafts}, (False, True), {False, drafting.lookup > 0}
+        ):
             for renews in {False, looks}:
-                engine.round(32, looks, renews, opening)
+                engine.round(32, looks, renews, wide, opening)
         assert engine.made(T).work.device.type == "meta"

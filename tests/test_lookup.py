@@ -42,10 +42,16 @@ def test_what_is_copied(rows, width, count, beyond):
     """By the definition, row by row: the last place counts, a copy may copy itself, and what lies behind n does not."""
     length = max(max(map(len, rows)) + beyond, 1)
     x = torch.tensor([row + [3] * (length - len(row)) for row in rows])
-    copies, found = lookup(x, torch.tensor([len(row) for row in rows]), width, count)
-    for row, copy, there in zip(rows, copies.tolist(), found.tolist(), strict=True):
+    copies, matched = lookup(x, torch.tensor([len(row) for row in rows]), width, count)
+    for row, copy, there in zip(rows, copies.tolist(), matched.tolist(), strict=True):
         expected = slowly(row, width, count)
-        assert there == (expected is not None) and (not there or copy == expected)
+        assert there >= width * (expected is not None) and (there > 0) == (expected is not None)
+        if expected is not None:
+            start = max(at for at in range(width, len(row)) if row[at - width : at] == row[len(row) - width :])
+            alike = 0
+            while alike < min(start, max(width, count)) and row[start - 1 - alike] == row[-1 - alike]:
+                alike += 1
+            assert copy == expected and there == alike
 
 
 def dual(vocab: int, context: int, block_size: int, **config) -> DualBranch:
@@ -115,14 +121,18 @@ def likely(log_p: torch.Tensor, tokens: torch.Tensor, vocab: int) -> float:
     return torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2).double(), statistic / 2).item()
 
 
+@pytest.mark.parametrize("size", [4, 2])
 @pytest.mark.parametrize("target", ["causal", "fused"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_draw_the_target(kind, target):
-    """Chi-squared over all continuations of a text that repeats; it fails by chance once in a million."""
+def test_copies_draw_the_target(kind, target, size):
+    """Chi-squared over all continuations of a text that repeats; it fails by chance once in a million.
+
+    Windows of two are shorter than copies may be where the target is known behind them.
+    """
     vocab, prompt, length = 3, [0, 1, 2, 0, 1], 4
-    model = dual(vocab, 9, 4, **KINDS[kind])
+    model = dual(vocab, 9, size, **KINDS[kind])
     x = torch.tensor([[*prompt, *rest] for rest in itertools.product(range(vocab), repeat=length)])
-    states, _ = model(x, torch.full_like(x, vocab), Block(4))
+    states, _ = model(x, torch.full_like(x, vocab), Block(size))
     new = (torch.arange(x.shape[1]) >= len(prompt)).expand(x.shape)
     log_p = -model.nll(states, new, x, target).view(len(x), -1).sum(1)
     start = torch.tensor([[*prompt, *[vocab] * length]]).expand(ROWS, -1)
@@ -149,8 +159,21 @@ def test_a_model_of_one_branch_copies_or_writes_one_by_one():
     assert drawn.counts.copied.sum() > ROWS / 20 and likely(log_p, drawn.tokens, 5) > ODDS
 
 
+def test_a_copy_is_as_long_as_what_has_matched():
+    """As many tokens, at most `copies`; where the target is fused, or nothing has matched for long, a window's."""
+    model = dual(9, 60, 4, draft="chained")
+    for period, most, expected in ((12, None, 4), (3, None, 12), (3, 7, 7), (3, 1, 4)):
+        x = torch.full((1, 60), 9)
+        x[0, :15] = torch.arange(15) % period % 9
+        for target, long in (("causal", expected), ("fused", 4)):
+            first = written(model, Speculative(target, lookup=3, copies=most), x)[0]
+            assert int((first.drafts != 9).sum()) == (long if long > 4 else 3), (period, most, target)
+
+
 def test_what_cannot_be():
     with pytest.raises(InputError, match="lookup is -1"):
         Speculative(lookup=-1)
+    with pytest.raises(InputError, match="copies is 0; it must be at least 1, or not set"):
+        Speculative(copies=0)
     with pytest.raises(InputError, match="nothing to draft with but lookup, which is 0"):
         written(gpt2(5, 30, 4), Speculative(lookup=0), torch.full((1, 4), 5))

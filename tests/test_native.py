@@ -759,6 +759,8 @@ ROUNDS = {
     "unsure copies of a small vocabulary": (lambda: dual(draft_vocab=40), Speculative(lookup=1, least=0.2)),
     "copies of a model of one branch": (gpt2, Speculative(lookup=1)),
     "few copies": (dual, Speculative(block_size=2, lookup=1)),
+    "long copies": (dual, Speculative(block_size=2, lookup=1, copies=12)),
+    "long copies of a model of one branch": (gpt2, Speculative(block_size=2, lookup=1)),
     "copies of fused drafts": (dual, Speculative("fused", lookup=1)),
     "copies of a template": (dual, Speculative(lookup=1)),
     "a context that slides": (lambda: dual(context=24), Speculative(block_size=4)),
@@ -799,6 +801,8 @@ def test_a_round_is_what_its_steps_are(kind, prompt, name, monkeypatch):
     (make, decoder), warp = ROUNDS[kind], WARPS[name]
     model, x, lengths, template = native.attach(make()), tokens(3), torch.tensor([T, T - 5, T - 1]), "template" in kind
     holes = torch.arange(T) >= torch.full((3, 1), prompt)
+    if long := "long" in kind:
+        x = x[:, torch.arange(T) % 3]
     if template:  # given are single tokens, some of which end a window, two together, and what no window reaches over
         holes[:, 30] = holes[0, 21:23] = holes[1, 17:25:2] = holes[2, 40:52] = holes[:, -7:-3] = False
     x[holes] = V
@@ -825,6 +829,7 @@ def test_a_round_is_what_its_steps_are(kind, prompt, name, monkeypatch):
         assert torch.equal(whole.counts.all[passes], steps.counts.all[passes])
         assert (whole.counts.all >= steps.counts.all).all()
     assert ("copies" in kind) <= bool(written[0][-1].counts.copied.sum() > 2)
+    assert not long or not prompt or (written[0][0].drafts != V).sum(1).tolist() == [6, 6, 6]
     assert written[0][-1].tokens[:2].unique().numel() > 1 + 4 * (warp.temperature > 0 and warp.top_k != 1)
 
 

@@ -133,16 +133,19 @@ class GraphRounds:
         uniforms: Uniforms,
     ) -> Round:
         """One round of the rows that go on."""
-        engine, opening, places = self.engine, False, self.engine.how.size + 1
-        # How far the rows have come is known from above, and looked at only where that asks for a wider graph.
-        if self.caches is not None or engine.bucket(self.most + places) > self.upto:
-            self.most = int(torch.where(rows, n, 0).max())
-            self.upto = engine.bucket(self.most + places)
+        engine, opening = self.engine, False
         if self.caches is not None:
+            self.most = int(torch.where(rows, n, 0).max())
             engine.begin(self.lengths, x.shape[1], self.caches, max(self.most, 1))  # drafts from 0 on see slot 0
             self.caches, opening = None, bool(((n == 0) & rows).any())
-        engine.give(x, n, rows, read, uniforms(rows, 2 * engine.how.size + 1))
-        engine.run(self.upto, opening, *engine.ready(x, n, rows))
+        engine.give(x, n, rows, read, uniforms(rows, engine.how.uniforms))
+        looks, renews, wide = engine.ready(x, n, rows)
+        # How far the rows have come is known from above, and looked at only where that asks for a wider graph.
+        places = (engine.how.places if wide else engine.how.size) + 1
+        if engine.bucket(self.most + places) > self.upto:
+            self.most = int(torch.where(rows, n, 0).max())
+            self.upto = max(self.upto, engine.bucket(self.most + places))
+        engine.run(self.upto, opening, looks, renews, wide)
         self.most += places
         return engine.made(x.shape[1])
 
@@ -156,7 +159,7 @@ class Engine:
     def __init__(self, model: Any, shape: Shape, read: list[Tensor]) -> None:
         self.model, self.shape, self.read_by, self.warp, self.how = model, shape, read, shape.warp, shape.drafting
         self.capture, self.failed = shape.device.type == "cuda", False
-        self.graphs: dict[tuple[int, bool, bool], Any] = {}
+        self.graphs: dict[tuple[int, bool, bool, bool], Any] = {}
         self.drafts = self.how.size > 0 and "draft" in model.heads
         self.pool: Any = None
         rows, length, size = shape.rows, shape.length, self.how.size
@@ -167,10 +170,10 @@ class Engine:
             self.x.fill_(model.mask_id)  # the last place is for what has none
             self.mask, self.at = self.x[0, -1].clone(), torch.arange(length + 1, device=shape.device)
             self.n, self.held, self.rows = self._new(rows), self._new(rows), self._new(rows, dtype=torch.bool)
-            self.u = self._new(rows, 2 * size + 1, dtype=torch.float64)
+            self.u = self._new(rows, self.how.uniforms, dtype=torch.float64)
             self.tokens, self.marks = self._new(2, rows, length + 1), self._new(2, rows, length + 1, dtype=torch.bool)
             self.numbers = self._new(8, rows)
-            self.copies, self.copying = self._new(rows, size), self._new(rows, dtype=torch.bool)
+            self.copies, self.matched = self._new(rows, self.how.places), self._new(rows)
             # The windows that are held, from where on, which rows draft from theirs, and whose are new.
             width = model.config.diffusion.width if self.drafts else 0
             self.states = self._new(rows, size, width, dtype=shape.dtype)
@@ -209,40 +212,42 @@ class Engine:
         n: Int[Tensor, " B"],
         rows: Bool[Tensor, " B"],
         read: Int[Tensor, " B"],
-        u: Float[Tensor, "B 2k+1"],
+        u: Float[Tensor, "B d"],
     ) -> None:
         """What the next round starts from."""
         self.x[:, : x.shape[1]].copy_(x)
         for own, given in ((self.n, n), (self.rows, rows), (self.held, read), (self.u, u)):
             own.copy_(given, non_blocking=True)
 
-    def ready(self, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], rows: Bool[Tensor, " B"]) -> tuple[bool, bool]:
+    def ready(self, x: Int[Tensor, "B T"], n: Int[Tensor, " B"], rows: Bool[Tensor, " B"]) -> tuple[bool, bool, bool]:
         """Looks up what the next round's rows may copy, and where the others' windows start.
 
-        Whether some have drafts to make, and whether windows are to be read for that.
+        Whether some have drafts to make, whether windows are to be read for that, and whether some copy more than these
+        have.
         """
         how, looking = self.how, rows
         if how.lookup:
-            copies, found = lookup(x, n, how.lookup, how.size)
+            copies, matched = lookup(x, n, how.lookup, how.places)
             self.copies.copy_(copies)
-            self.copying.copy_(found)
-            looking = rows & ~found
+            self.matched.copy_(matched)
+            looking = rows & (matched == 0)
         if not self.drafts:
-            return False, False
+            return False, False, bool((rows & (self.matched >= how.size)).any())
         held = (self.since >= 0) & (self.since + how.size - n >= how.renew)
         torch.where(held, self.since, (n - 1).clamp(min=0), out=self.start)
         torch.logical_and(looking, torch.minimum(self.start + how.size, self.lengths) > n, out=self.looking)
         torch.logical_and(self.looking, self.start != self.since, out=self.renewed)
         self.since.copy_(torch.where(self.looking, self.start, self.since))
-        looks, renews = torch.stack([self.looking.any(), self.renewed.any()]).tolist()
-        return looks, renews
+        far = rows & (self.matched >= how.size)
+        looks, renews, wide = torch.stack([self.looking.any(), self.renewed.any(), far.any()]).tolist()
+        return looks, renews, wide
 
-    def run(self, upto: int, opening: bool, looks: bool, renews: bool) -> None:
+    def run(self, upto: int, opening: bool, looks: bool, renews: bool, wide: bool) -> None:
         """One round: its graph where there is one; the first round of a text without a prompt has none."""
         if opening or not self.capture:
-            self.round(upto, looks, renews, opening)
+            self.round(upto, looks, renews, wide, opening)
             return
-        key = upto, looks, renews
+        key = upto, looks, renews, wide
         with torch.cuda.device(self.shape.device):
             if key not in self.graphs:
                 try:
@@ -256,19 +261,19 @@ class Engine:
                     return
             self.graphs[key].replay()
 
-    def _record(self, upto: int, looks: bool, renews: bool) -> Any:
+    def _record(self, upto: int, looks: bool, renews: bool, wide: bool) -> Any:
         """A graph of one round."""
         current, stream = torch.cuda.current_stream(), _side(self.shape.device)
         try:
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(WARM):
-                    self.round(upto, looks, renews)
+                    self.round(upto, looks, renews, wide)
             current.wait_stream(stream)
             self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                self.round(upto, looks, renews)
+                self.round(upto, looks, renews, wide)
             return graph
         finally:
             torch.cuda.set_stream(current)  # where recording fails, it may leave its own
@@ -279,21 +284,23 @@ class Engine:
         numbers = numbers.clone()
         return Round(tokens[0], marks[0], tokens[1], marks[1], numbers[0], numbers[1], numbers[2:])
 
-    def round(self, upto: int, looks: bool, renews: bool, opening: bool = False) -> None:
+    def round(self, upto: int, looks: bool, renews: bool, wide: bool, opening: bool = False) -> None:
         """A round of rows that attend to the slots below `upto`, from what was given to what is made of it.
 
-        With `looks` what is not copied is drafted, and with `renews` new windows are read for that. With `opening` rows
-        may have no token yet, and so a draft more. Rows that do not go on are read like the others.
+        With `looks` what is not copied is drafted, and with `renews` new windows are read for that; with `wide` copies
+        may be longer than windows. With `opening` rows may have no token yet, and so a draft more. Rows that do not go
+        on are read like the others.
         """
         rows, lengths, how, size = self.rows, self.lengths, self.how, self.how.size
-        count = size if opening else max(size - 1, 0)
+        count = how.places if wide else size if opening else max(size - 1, 0)
         if not how.lookup:
             count = min(count, how.most)
         n = self.n.clamp(max=upto - 1)
         at, column = self.at, n[:, None]
         x = torch.where(at < column, self.x, self.mask)  # what stands, and `[M]` whatever a row holds behind it
-        copyable = torch.minimum((n - 1).clamp(min=0) + size, lengths) if how.lookup else n
-        copying = self.copying & rows & (copyable > n)
+        far = torch.maximum((n - 1).clamp(min=0) + size, n + self.matched.clamp(max=how.copies))
+        copyable = torch.minimum(far, lengths) if how.lookup else n
+        copying = (self.matched > 0) & rows & (copyable > n)
         place, end, q = column + at[: count + 1], n, None
         if count and looks:
             end = torch.minimum(torch.minimum(self.start + size, n + how.most), lengths)
@@ -347,7 +354,8 @@ class Engine:
         """`x` with drafts at those of `place` before their end, what they were drawn from (None: greedy), their end."""
         model, how, size = self.model, self.how, self.how.size
         assert self.caches.exchange is not None and self.chain is not None
-        start, count = torch.minimum(self.start, n), min(place.shape[1], how.most)  # n is not where a row has ended
+        start = torch.minimum(self.start, n)  # n is not where a row has ended
+        count = min(size if opening else size - 1, how.most)
         window, first = start[:, None] + self.at[:size], (n - start).clamp(max=size - 1)
         if renews:
             until = Slots(start[:, None], None, upto)

@@ -124,6 +124,7 @@ class Drafting:
     renew: a chain goes on in its window as long as so many places of it are left, and has a new one read after that.
     least: drafting ends when the product of the largest draft probabilities falls below this.
     lookup: drafts are copied where so many last tokens have stood before (`decoding.lookup`); 0: never.
+    copies: as many are copied as have matched, at most so many; but never fewer than a window has.
     """
 
     size: int = 0
@@ -131,6 +132,17 @@ class Drafting:
     renew: int = 1
     least: float = 0.0
     lookup: int = 0
+    copies: int = 0
+
+    @property
+    def places(self) -> int:
+        """Drafts of a round, its own or copied ones, at most."""
+        return max(self.size, self.copies if self.lookup else 0)
+
+    @property
+    def uniforms(self) -> int:
+        """Numbers that a row's round is drawn by: its own drafts, what stands of drafts, and what follows them."""
+        return self.size + self.places + 1
 
 
 ONE_TOKEN = Drafting()

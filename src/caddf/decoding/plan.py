@@ -91,6 +91,16 @@ class Plan:
         end = torch.minimum(start + drafting.size, n + drafting.most)
         return start, torch.minimum(end, self.task.lengths)
 
+    def copied(self, n: Int[Tensor, " B"], drafting: Drafting, matched: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """Where drafts that are copied from n on end: with the window, or where the target is known behind it, as far.
+
+        What has gone on alike for longer is copied further: as many tokens as have `matched`.
+        """
+        end = self.window(n, drafting.size)[1]
+        if self.head == "fused" or self.within:
+            return end
+        return torch.maximum(end, torch.minimum(n + matched.clamp(max=drafting.copies), self.task.lengths))
+
     def needed(self, end: Int[Tensor, " B"], branches: int = 2) -> Int[Tensor, " B"]:
         """Token-positions of an evaluation up to `end` without caches; of a template the second branch reads all."""
         beyond = self.task.lengths if isinstance(self.pattern, Infill) else end

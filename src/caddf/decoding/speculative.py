@@ -33,6 +33,8 @@ class Speculative:
         many places are left; not set, half of a round's drafts. With k each round has a window of its own.
     lookup: where so many last tokens have stood before, drafts are copied from behind them, and the diffusion branch is
         not read; 0: never. A model that has nothing to draft with copies, or writes one token a round.
+    copies: copied drafts of a round at most, which are as many as tokens have matched, and at least what a window has;
+        not set, four times k. With the fused target a round copies a window's.
     least: drafts are verified while the product of their largest draft probabilities is at least this; 0 verifies all.
     cache: false reads whole rows each time, for comparison.
     """
@@ -42,6 +44,7 @@ class Speculative:
     drafts: int | None = None
     renew: int | None = None
     lookup: int = 3
+    copies: int | None = None
     least: float = 0.0
     cache: bool = True
 
@@ -50,14 +53,15 @@ class Speculative:
             raise InputError(f"least is {self.least}; it must lie in [0, 1]")
         if self.lookup < 0:
             raise InputError(f"lookup is {self.lookup}; it must be a number of tokens, or 0 for never")
-        for name in ("drafts", "renew"):
+        for name in ("drafts", "renew", "copies"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1, or not set")
 
     def drafting(self, size: int) -> Drafting:
         """How rounds are drafted in windows of `size`."""
         most = min(self.drafts or max(2 * size // 3, 1), size)
-        return Drafting(size, most, self.renew or (most + 1) // 2, self.least, self.lookup)
+        renew, copies = self.renew or (most + 1) // 2, self.copies or 4 * size
+        return Drafting(size, most, renew, self.least, self.lookup, copies)
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame per round."""
@@ -78,14 +82,14 @@ class Speculative:
                 yield Frame(x, done.fresh, counts, done.drafts, done.corrected)
                 continue
             before, (start, whole) = x, plan.drafted(n, how, since)
-            copies, copying = lookup(x, n, self.lookup, size) if self.lookup else (x, torch.zeros_like(rows))
-            copyable = plan.window(n, size)[1]
-            copying &= rows & (copyable > n)
+            copies, matched = lookup(x, n, self.lookup, how.places) if self.lookup else (x, torch.zeros_like(n))
+            copyable = plan.copied(n, how, matched)
+            copying = rows & (matched > 0) & (copyable > n)
             looking = rows & (whole > n) & ~copying & proposes
             whole = torch.where(looking, whole, torch.where(copying, copyable, n))
-            place = n[:, None] + torch.arange(m := int((whole - n).max()), device=x.device)
+            place = n[:, None] + torch.arange(int((whole - n).max()), device=x.device)
             drafting = (place < whole[:, None]) & _at(wanted, place)
-            u = task.generators.several(rows, 2 * size + 1).to(x.device)
+            u = task.generators.several(rows, how.uniforms).to(x.device)
 
             # Draft: q at the masked positions of the window, all at once, or one after the other where drafts chain; a
             # copied draft is sure of itself.
@@ -93,7 +97,8 @@ class Speculative:
             look, state = reader.look(state, x, n, start, size, new) if looking.any() else (None, state)
             since = torch.where(looking & plan.chained, start, since)
             own, end = drafting & looking[:, None], torch.where(looking, whole, n)
-            x, q, end = self._draft(model, plan, reader, look, x, place, own, end, looking, u[:, :m])
+            its, own, draws = (each[:, :size] for each in (place, own, u[:, : min(size, place.shape[1])]))
+            x, q, end = self._draft(model, plan, reader, look, x, its, own, end, looking, draws)
             end = torch.where(copying, whole, end)
             place, q = place[:, : (count := width_of(n, end))], pad(q, (0, 0, 0, count - q.shape[1]))
             drafting = drafting[:, :count] & (place < end[:, None])

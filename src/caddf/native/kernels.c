@@ -39,7 +39,7 @@ typedef struct {
 } Stack;
 
 typedef struct {
-  int64_t rows, n;            // the pass: `n` positions in each row
+  int64_t rows, n;            // the pass: `n` positions in each row, or at most so many (`first`)
   float *x;                   // [rows, n, width], read and overwritten with the normed states
   const float *before;        // the same shape, for join
   int64_t *positions;         // [rows, n], or [n] where `alike`
@@ -53,9 +53,14 @@ typedef struct {
   const float *exchange_cos, *exchange_sin;
   int64_t threads;
   const int64_t *lengths;     // [rows]: with context 0, the first so many places of a row see each other; NULL: all
+  int64_t *first;             // [rows + 1]: rows lie behind each other, and begin here; NULL: each has `n` positions
 } Pass;
 
-static int64_t position(const Pass *p, int64_t row, int64_t i) { return p->positions[p->alike ? i : row * p->n + i]; }
+// Where a row begins in a pass, and how many positions it has there.
+#define BEGIN(p, row) ((p)->first ? (p)->first[row] : (row) * (p)->n)
+#define COUNT(p, row) (BEGIN(p, (row) + 1) - BEGIN(p, row))
+
+static int64_t position(const Pass *p, int64_t row, int64_t i) { return p->positions[p->alike ? i : BEGIN(p, row) + i]; }
 
 static const float *angle(const float *table, int64_t position, int64_t size) {
   return table ? table + position * size : NULL;
@@ -66,9 +71,9 @@ static void keep(const Pass *p, const Cache *cache, const float *made, int64_t l
                  const float *cos, const float *sin, int64_t slot_is_place, int64_t row, int64_t head) {
   int64_t width = heads * size;
   int64_t base = ((layer * p->rows + row) * heads + head) * cache->slots;
-  for (int64_t i = 0; i < p->n; i++) {
+  for (int64_t i = 0, n = COUNT(p, row); i < n; i++) {
     int64_t at = position(p, row, i), slot = base + (slot_is_place ? i : at);
-    const float *both = made + (row * p->n + i) * 2 * width + head * size;
+    const float *both = made + (BEGIN(p, row) + i) * 2 * width + head * size;
     rotate(cache->keys + slot * size, both, angle(cos, at, size), angle(sin, at, size), size);
     memcpy(cache->values + slot * size, both + width, size * sizeof(float));
   }
@@ -77,7 +82,7 @@ static void keep(const Pass *p, const Cache *cache, const float *made, int64_t l
 // A query of a pass, turned; its scores lie in the room of its thread.
 static Query query_of(const Stack *s, const Pass *p, const float *queries, float *out, float *turned, float *scores,
                       int64_t seen, int64_t row, int64_t i, int64_t head, int64_t size) {
-  int64_t at = position(p, row, i), index = (row * p->n + i) * s->width + head * size;
+  int64_t at = position(p, row, i), index = (BEGIN(p, row) + i) * s->width + head * size;
   float *query = turned + i * size;
   rotate(query, queries + index, angle(p->cos, at, size), angle(p->sin, at, size), size);
   return (Query){.query = query, .scores = scores + i * seen, .out = out + index, .distance = at};
@@ -91,17 +96,17 @@ static void self_attention(const Stack *s, const Pass *p, int64_t layer, const f
   Query q[p->n];
   Pieces left = pieces(p->rows * heads, thread, threads);
   for (int64_t each; (each = take(&left)) >= 0;) {
-    int64_t row = each / heads, head = each % heads;
+    int64_t row = each / heads, head = each % heads, n = COUNT(p, row);
     keep(p, &p->own, made, layer, heads, size, p->cos, p->sin, s->context == 0, row, head);
     int64_t base = ((layer * p->rows + row) * heads + head) * p->own.slots * size;
-    for (int64_t i = 0; i < p->n; i++) {
+    for (int64_t i = 0; i < n; i++) {
       q[i] = query_of(s, p, queries, out, turned, scores, seen, row, i, head, size);
       if (s->context)
         q[i].to = q[i].distance + 1, q[i].from = most(q[i].to - s->context, 0);
       else
-        q[i].to = p->lengths ? p->lengths[row] : p->n, q[i].from = 0, q[i].distance = i;
+        q[i].to = p->lengths ? p->lengths[row] : n, q[i].from = 0, q[i].distance = i;
     }
-    attend(q, p->n, p->own.keys + base, p->own.values + base, size, f->slope, f->side, head);
+    attend(q, n, p->own.keys + base, p->own.values + base, size, f->slope, f->side, head);
   }
 }
 
@@ -113,13 +118,13 @@ static void cross_attention(const Stack *s, const Pass *p, int64_t layer, const 
   Query q[p->n];
   Pieces left = pieces(p->rows * heads, thread, threads);
   for (int64_t each; (each = take(&left)) >= 0;) {
-    int64_t row = each / heads, head = each % heads;
+    int64_t row = each / heads, head = each % heads, n = COUNT(p, row);
     int64_t base = ((layer * p->rows + row) * heads + head) * p->source.slots * size;
-    for (int64_t i = 0; i < p->n; i++) {
+    for (int64_t i = 0; i < n; i++) {
       q[i] = query_of(s, p, queries, out, turned, scores, seen, row, i, head, size);
       q[i].to = p->until[row] + 1, q[i].from = most(q[i].to - p->source_context, 0);
     }
-    attend(q, p->n, p->source.keys + base, p->source.values + base, size, f->slope, f->side, head);
+    attend(q, n, p->source.keys + base, p->source.values + base, size, f->slope, f->side, head);
   }
 }
 
@@ -129,7 +134,7 @@ static void cross_attention(const Stack *s, const Pass *p, int64_t layer, const 
 
 static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, float *scores, int64_t seen, int64_t thread,
                 int64_t threads) {
-  int64_t rows = p->rows * p->n, d = s->width;
+  int64_t rows = BEGIN(p, p->rows), d = s->width;
   float *h = room, *queries = h + rows * 2 * d, *made = queries + rows * d, *mixed = made + rows * room_width;
   if (s->join.panels) {
     for (int64_t m = thread; m < rows; m += threads) {
@@ -240,6 +245,7 @@ typedef struct {
   Cache canvas;               // keys and values of one layer
   float *own;                 // [rows, slots, own_width]: the canvas's states
   int64_t threads;
+  int64_t *first;             // [rows + 1], as a pass's
 } Fusing;
 
 typedef struct {
@@ -253,12 +259,13 @@ static void fuse_part(const void *of, int64_t thread, int64_t threads) {
   const Fused *w = of;
   const Fusion *f = w->fusion;
   const Fusing *p = w->pass;
-  int64_t rows = p->rows * p->n, d = f->width, heads = f->cross.heads, size = d / heads;
+  int64_t rows = BEGIN(p, p->rows), d = f->width, heads = f->cross.heads, size = d / heads;
   if (f->own.panels) {
-    for (int64_t m = thread; m < rows; m += threads) {
-      int64_t slot = m / p->n * p->canvas.slots + most(0, least_of(p->slot[m], p->canvas.slots - 1));
-      memcpy(w->own + m * f->own_width, p->own + slot * f->own_width, f->own_width * sizeof(float));
-    }
+    for (int64_t row = 0; row < p->rows; row++)
+      for (int64_t m = BEGIN(p, row) + thread; m < BEGIN(p, row + 1); m += threads) {
+        int64_t slot = row * p->canvas.slots + most(0, least_of(p->slot[m], p->canvas.slots - 1));
+        memcpy(w->own + m * f->own_width, p->own + slot * f->own_width, f->own_width * sizeof(float));
+      }
     TOGETHER
     map(&f->own, w->own, rows, w->hidden, PLAIN, thread, threads, &f->cross.query);
   }
@@ -268,14 +275,14 @@ static void fuse_part(const void *of, int64_t thread, int64_t threads) {
   Query q[p->n];
   Pieces left = pieces(p->rows * heads, thread, threads);
   for (int64_t each; (each = take(&left)) >= 0;) {
-    int64_t row = each / heads, head = each % heads, base = each * p->canvas.slots * size;
-    for (int64_t i = 0; i < p->n; i++) {
-      int64_t index = row * p->n + i, at = p->positions[index], place = index * d + head * size;
+    int64_t row = each / heads, head = each % heads, base = each * p->canvas.slots * size, n = COUNT(p, row);
+    for (int64_t i = 0; i < n; i++) {
+      int64_t index = BEGIN(p, row) + i, at = p->positions[index], place = index * d + head * size;
       rotate(turned + i * size, w->queries + place, angle(p->cos, at, size), angle(p->sin, at, size), size);
       q[i] = (Query){.query = turned + i * size, .scores = w->scores + (thread * p->n + i) * w->most,
                      .out = w->found + place, .from = p->from[index], .to = p->to[index], .distance = p->slot[index]};
     }
-    attend(q, p->n, p->canvas.keys + base, p->canvas.values + base, size, f->cross.slope, f->cross.side, head);
+    attend(q, n, p->canvas.keys + base, p->canvas.values + base, size, f->cross.slope, f->cross.side, head);
   }
   TOGETHER
   map(&f->cross.out, w->found, rows, w->queries, PLAIN, thread, threads, &f->up);
@@ -321,20 +328,21 @@ typedef struct {
   const float *cos, *sin;
   Cache canvas;
   float *made;               // [rows, n, 2 width]
+  int64_t *first;            // [rows + 1], as a pass's
 } Preparing;
 
 static void prepare_part(const void *of, int64_t thread, int64_t threads) {
   const Preparing *p = of;
   int64_t heads = p->fusion->cross.heads, width = p->fusion->width, size = width / heads;
-  map(&p->fusion->cross.key_value, p->states, p->rows * p->n, p->made, PLAIN, thread, threads, NULL);
+  map(&p->fusion->cross.key_value, p->states, BEGIN(p, p->rows), p->made, PLAIN, thread, threads, NULL);
   TOGETHER
   Pieces left = pieces(p->rows * heads, thread, threads);
   for (int64_t each; (each = take(&left)) >= 0;) {
     int64_t row = each / heads, slot = each * p->canvas.slots + p->into[row];
     if (p->into[row] < 0) continue;
-    for (int64_t i = 0; i < p->n; i++, slot++) {
-      const float *both = p->made + (row * p->n + i) * 2 * width + each % heads * size;
-      int64_t at = p->positions[row * p->n + i];
+    for (int64_t i = BEGIN(p, row); i < BEGIN(p, row + 1); i++, slot++) {
+      const float *both = p->made + i * 2 * width + each % heads * size;
+      int64_t at = p->positions[i];
       rotate(p->canvas.keys + slot * size, both, angle(p->cos, at, size), angle(p->sin, at, size), size);
       memcpy(p->canvas.values + slot * size, both + width, size * sizeof(float));
     }

@@ -6,6 +6,7 @@
 
 typedef struct {
   int64_t rows, width, count;  // places of a window, and most drafts of a row
+  const int64_t *counts;       // [rows]: of each, 0: it drafts nothing; NULL: `count`
   float *states;               // [rows, width, D]: what the chain reads besides tokens
   int64_t *before;             // [rows, width]: the token before each place, known up to a row's first draft
   int64_t *earlier;            // and the one before that, read where there is `shifted`
@@ -177,26 +178,39 @@ typedef struct {
   const Draft *draft;
   Pass pass;
   float *x, *before, *logits, *room, *scores;
-  int64_t *positions;
+  int64_t *positions, *read;  // [rows]: which of the states that the head reads is a row's
   double *chance;
   int64_t going, made, seen;
 } Drafting;
 
 static int64_t heard_of(const Draft *d, int64_t row) { return d->heard ? d->heard[row] : 0; }
 
+// The rows that draft once more, each at the place behind; the first step reads what stands before the first draft, too.
+static void go_on(Drafting *w, int64_t j) {
+  const Draft *d = w->draft;
+  int64_t *first = w->pass.first;
+  w->going = 0;
+  for (int64_t row = 0; row < d->rows; row++) {
+    int goes = j < (d->counts ? d->counts[row] : d->count) && d->drafts[row] == j;
+    first[row + 1] = first[row] + (!goes ? 0 : j ? 1 : d->first[row] - heard_of(d, row) + 1);
+    w->read[row] = goes ? w->going++ : -1;
+  }
+}
+
 static void draft(const void *of, int64_t thread, int64_t threads) {
   Drafting *w = (Drafting *)of;
   const Stack *s = w->stack;
   const Draft *d = w->draft;
-  Pass *p = &w->pass;
-  int64_t D = s->width, opening = 1;
-  for (int64_t row = 0; row < d->rows; row++) opening = most(opening, d->first[row] - heard_of(d, row) + 1);
+  const Pass *p = &w->pass;
+  int64_t D = s->width;
   for (int64_t j = 0; j < d->count; j++) {
-    int64_t n = j ? 1 : opening;  // the first step reads what stands before the first draft, too
+    if (thread == 0) go_on(w, j);
+    TOGETHER
+    if (!w->going) break;
     for (int64_t row = thread; row < d->rows; row += threads)
-      for (int64_t i = 0; i < n; i++) {
-        int64_t place = j ? d->first[row] + j : least_of(heard_of(d, row) + i, d->first[row]), at = row * n + i;
-        if (place > d->width - 1) place = d->width - 1;  // a row that has nothing more to draft
+      for (int64_t i = 0; i < COUNT(p, row); i++) {
+        int64_t place = j ? d->first[row] + j : heard_of(d, row) + i, at = BEGIN(p, row) + i;
+        if (place > d->width - 1) place = d->width - 1;  // what is drafted beyond the window is nobody's
         int64_t token = j ? d->tokens[row * d->count + j - 1] : d->before[row * d->width + place];
         w->positions[at] = place;
         memcpy(w->x + at * D, d->states + (row * d->width + place) * D, D * sizeof(float));
@@ -207,22 +221,18 @@ static void draft(const void *of, int64_t thread, int64_t threads) {
         add(w->before + at * D, d->shifted + earlier * D, D);
       }
     TOGETHER
-    if (thread == 0) p->n = n;
-    TOGETHER
     run(s, p, w->room, w->made, w->scores + thread * d->width * w->seen, w->seen, thread, threads);
     TOGETHER
-    if (n > 1) {  // the head reads the last place of each row alone
-      if (thread == 0)
-        for (int64_t row = 0; row < d->rows; row++)
-          memmove(w->x + row * D, w->x + (row * n + d->first[row] - heard_of(d, row)) * D, D * sizeof(float));
+    if (BEGIN(p, d->rows) > w->going) {  // the head reads the last place of each row alone
+      for (int64_t row = 0; row < d->rows && thread == 0; row++)
+        if (w->read[row] >= 0) memmove(w->x + w->read[row] * D, w->x + (BEGIN(p, row + 1) - 1) * D, D * sizeof(float));
       TOGETHER
     }
-    map(&d->head, w->x, d->rows, w->logits, PLAIN, thread, threads, NULL);
-    if (thread == 0) w->going = 0;
+    map(&d->head, w->x, w->going, w->logits, PLAIN, thread, threads, NULL);
     TOGETHER
     for (int64_t row = thread; row < d->rows; row += threads) {
       int64_t at = row * d->count + j;
-      if (d->drafts[row] < j) {  // this row has ended
+      if (w->read[row] < 0) {
         d->tokens[at] = 0;
         continue;
       }
@@ -230,15 +240,13 @@ static void draft(const void *of, int64_t thread, int64_t threads) {
       if (d->given && d->given[at] >= 0)
         d->tokens[at] = d->given[at];
       else
-        w->chance[row] *= draw(d, w->logits + row * d->head.out, d->u[at], q, d->tokens + at);
+        w->chance[row] *= draw(d, w->logits + w->read[row] * d->head.out, d->u[at], q, d->tokens + at);
       if (j && w->chance[row] < d->least)
         memset(q, 0, d->vocabulary * sizeof(double));
       else
         d->drafts[row] = j + 1;
-      __atomic_fetch_add(&w->going, d->drafts[row] == j + 1, __ATOMIC_RELAXED);
     }
     TOGETHER
-    if (!w->going) break;
   }
 }
 
@@ -246,15 +254,17 @@ static void draft(const void *of, int64_t thread, int64_t threads) {
 static int drafting(const Stack *s, const Draft *d, int64_t threads, Drafting *w) {
   *w = (Drafting){.stack = s, .draft = d};
   Pass *p = &w->pass;
+  int64_t states = d->rows * d->width * s->width;
   *p = (Pass){.rows = d->rows, .n = d->width, .cos = d->cos, .sin = d->sin, .own = d->cache, .threads = threads};
-  int64_t states = d->rows * d->width * s->width, room = floats_of(s, p, &w->made, &w->seen);
+  int64_t room = floats_of(s, p, &w->made, &w->seen);
   w->x = memory_of(2 * states + d->rows * d->head.out + room + threads * d->width * w->seen);
-  w->positions = malloc(d->rows * d->width * sizeof(int64_t) + d->rows * sizeof(double));
+  w->positions = malloc((d->rows * (d->width + 2) + 1) * sizeof(int64_t) + d->rows * sizeof(double));
   if (!w->x || !w->positions) {
     free(w->x), free(w->positions);
     return -1;
   }
-  w->chance = (double *)(w->positions + d->rows * d->width);
+  w->read = w->positions + d->rows * d->width, p->first = w->read + d->rows, p->first[0] = 0;
+  w->chance = (double *)(p->first + d->rows + 1);
   w->before = w->x + states, w->room = w->before + states, w->scores = w->room + room;
   w->logits = w->scores + threads * d->width * w->seen;
   p->x = w->x, p->before = w->before, p->positions = w->positions;
@@ -274,12 +284,12 @@ int caddf_draft(const Stack *s, const Draft *d) {
 // Verification (`decoding/verification.py`) of a row's drafts: how many stand, and what follows them.
 
 typedef struct {
-  const float *weights;  // of the target at each place, [places, V], unnormalised
+  float *weights;        // of the target at each place, [places, V], unnormalised
   const double *totals;  // [places]: their sums
-  const double *q;       // of the drafts, [places, V]
-  const int64_t *tokens, *given;  // of each place; -1: it was drafted
+  const double *q;       // of the drafts, [places, V]; NULL: each is sure of itself
+  const int64_t *tokens, *before;  // at each place, and what stood there before drafts: the mask, or a given token
   int64_t end;           // so many places are verified
-  int64_t vocabulary;
+  int64_t vocabulary, mask;
   double *may;           // [end + 1]: with what probability those before a place may stand, all together
   double *rest;          // [end]: the sum of (may p - q)+ at a place
 } Drafted;
@@ -290,8 +300,8 @@ static double spared(const float *p, double scale, const double *q, int64_t n, f
   int64_t whole = n / 8 * 8;
   double sum = 0;
   for (int64_t i = 0; i < whole; i += 8) {
-    d8 q_i;
-    memcpy(&q_i, q + i, sizeof q_i);
+    d8 q_i = none;
+    if (q) memcpy(&q_i, q + i, sizeof q_i);
     d8 rest = __builtin_convertvector(load(p + i), d8) * scale - q_i;
     rest = (d8)((l8)rest & (rest > none));
     sums += rest;
@@ -299,27 +309,38 @@ static double spared(const float *p, double scale, const double *q, int64_t n, f
   }
   for (int i = 0; i < 8; i++) sum += sums[i];
   for (int64_t i = whole; i < n; i++) {
-    double rest = p[i] * scale - q[i] > 0 ? p[i] * scale - q[i] : 0;
+    double q_i = q ? q[i] : 0, rest = p[i] * scale - q_i > 0 ? p[i] * scale - q_i : 0;
     sum += rest;
     if (to) to[i] = rest;
   }
   return sum;
 }
 
+// That of what a row spares at a place; what is sure of itself has q = 1 where p is at most that.
+static double spared_of(const Drafted *d, int64_t i, double scale, int into) {
+  float *p = d->weights + i * d->vocabulary, *own = p + d->tokens[i], kept = *own;
+  if (!d->q) *own = 0;
+  double sum = spared(p, scale, d->q ? d->q + i * d->vocabulary : NULL, d->vocabulary, into ? p : NULL);
+  if (!d->q && !into) *own = kept;
+  return sum;
+}
+
+static int drafted_at(const Drafted *d, int64_t i) { return d->before[i] == d->mask; }
+
 static void may_stand(const Drafted *d) {
   d->may[0] = 1;
   for (int64_t i = 0; i < d->end; i++) {
     int64_t drawn = i * d->vocabulary + d->tokens[i];
-    double may = d->may[i] * (d->given[i] < 0 ? d->weights[drawn] / d->totals[i] / d->q[drawn] : 1);
-    d->may[i + 1] = may > 1 ? 1 : may;
+    double share = drafted_at(d, i) ? d->weights[drawn] / d->totals[i] / (d->q ? d->q[drawn] : 1) : 1;
+    d->may[i + 1] = d->may[i] * share > 1 ? 1 : d->may[i] * share;
   }
 }
 
 static void spare(const Drafted *d, int64_t i) {
-  if (d->given[i] >= 0)
+  if (!drafted_at(d, i))
     d->rest[i] = 0;
   else if (d->may[i] > 0)
-    d->rest[i] = spared(d->weights + i * d->vocabulary, d->may[i] / d->totals[i], d->q + i * d->vocabulary, d->vocabulary, NULL);
+    d->rest[i] = spared_of(d, i, d->may[i] / d->totals[i], 0);
 }
 
 // `u` has a uniform for each place; behind given tokens that of the draft before them decides. `share` becomes that at
@@ -328,7 +349,7 @@ static int64_t verify(const Drafted *d, const double *u, double *share) {
   int64_t stop = 0, decides = 0;
   *share = 1;
   for (int64_t i = 1; i <= d->end && d->may[i] > 0; i++) {
-    if (d->given[i - 1] < 0) decides = i - 1;
+    if (drafted_at(d, i - 1)) decides = i - 1;
     double rest = i < d->end ? d->rest[i] : d->may[i], of = i < d->end ? rest + 1 - d->may[i] : 1;
     if (of == 0 || u[decides] * of < rest) stop = i, *share = d->may[i];
   }
@@ -336,13 +357,11 @@ static int64_t verify(const Drafted *d, const double *u, double *share) {
 }
 
 // The token behind the `stop` drafts that stand; weights there are overwritten.
-static int64_t following(const Drafted *d, float *weights, int64_t stop, double share, double u) {
-  float *p = weights + stop * d->vocabulary;
-  const double *q = d->q + stop * d->vocabulary;
-  double total = d->totals[stop];
-  if (stop < d->end && (stop ? d->rest[stop] : spared(p, share / total, q, d->vocabulary, NULL)) > 0)
-    spared(p, share / total, q, d->vocabulary, p);  // nothing is left where p is q up to rounding
-  return pick(p, d->vocabulary, u, &total);
+static int64_t following(const Drafted *d, int64_t stop, double share, double u) {
+  double total = d->totals[stop], scale = share / total;
+  if (stop < d->end && (stop ? d->rest[stop] : spared_of(d, stop, scale, 0)) > 0)
+    spared_of(d, stop, scale, 1);  // nothing is left where p is q up to rounding
+  return pick(d->weights + stop * d->vocabulary, d->vocabulary, u, &total);
 }
 
 // The canvases of a fused target: one for the whole text, made beforehand, or each block's all-masked start, read when a
@@ -363,7 +382,8 @@ typedef struct {
 // what comes of it is seen by nothing, and what a row holds beyond its end is not looked at.
 typedef struct {  // a round: a window of drafts that starts at the last token that stands, and the target's reading of them
   int64_t rows, length, size, mask, bos;  // size 0: one token of each row, and no drafts
-  int64_t lookup;                         // drafts are copied where so many last tokens have stood before; 0: never
+  int64_t lookup, copies;                 // drafts are copied where so many last tokens have stood before (0: never), at
+                                          // most so many, or a window's
   int64_t most, renew;                    // drafts of a round; places left of a window that is drafted from once more
   int64_t *since;                         // [rows]: where the windows that are held start; -1: there is none
   const int64_t *before;                  // [rows, length]: what stands, and is given; the mask elsewhere
@@ -378,8 +398,9 @@ typedef struct {  // a round: a window of drafts that starts at the last token t
   int64_t bans, head_threads;
   const float *embedding, *shifted, *table;  // what the causal branch reads; shifted NULL: not the token before; table
                                           // NULL: rotary positions
-  float *logits;                          // [rows, size + 1, V]
-  const double *u;                        // [rows, 2 size + 1]: for drafts, for verification, and for what follows
+  float *logits;                          // [rows, places + 1, V]
+  const double *u;                        // [rows, size + places + 1]: for drafts, for verification, and for what follows
+  int64_t places;                         // of a row's drafts, its own or copied ones
 
   // What comes of it:
   int64_t *x, *drafts;                    // [rows, length]: what stands then, and what was drafted (the mask elsewhere)
@@ -402,44 +423,36 @@ static int64_t start_of(const Round *r, int64_t row) {
 // Where a window ends.
 static int64_t whole_of(const Round *r, int64_t row, int64_t start) { return least_of(start + r->size, r->lengths[row]); }
 
-// Behind the last place where a row's last tokens stood before (`decoding/lookup.py`), or -1.
-static int64_t source_of(const Round *r, int64_t row) {
-  int64_t n = r->n[row], width = r->lookup, bytes = width * sizeof(int64_t);
+// Behind the last place where a row's last tokens stood before (`decoding/lookup.py`), or -1; and how many of them did.
+static int64_t source_of(const Round *r, int64_t row, int64_t *matched) {
+  int64_t n = r->n[row], width = r->lookup, bytes = width * sizeof(int64_t), at;
   const int64_t *x = r->before + row * r->length;
   if (!width || !r->active[row]) return -1;
-  for (int64_t at = n - 1; at >= width; at--)
-    if (x[at - 1] == x[n - 1] && !memcmp(x + at - width, x + n - width, bytes)) return at;
-  return -1;
+  for (at = n - 1; at >= width; at--)
+    if (x[at - 1] == x[n - 1] && !memcmp(x + at - width, x + n - width, bytes)) break;
+  if (at < width) return -1;
+  for (*matched = width; *matched < least_of(at, r->copies) && x[at - 1 - *matched] == x[n - 1 - *matched];) ++*matched;
+  return at;
 }
 
-// How many places of a row are for drafts.
-static int64_t count_of(const Round *r, int64_t row, int64_t source) {
-  int64_t n = r->n[row];
-  if (!r->active[row] || !(r->window || source >= 0)) return 0;
-  if (source >= 0) return most(whole_of(r, row, new_start(r, row)) - n, 0);
-  return most(least_of(whole_of(r, row, start_of(r, row)) - n, r->most), 0);
+// How many drafts a row copies (`Plan.copied`): a window's, or as many as have matched already where the target is known
+// beyond that.
+static int64_t copies_of(const Round *r, int64_t row, int64_t matched) {
+  int64_t n = r->n[row], end = whole_of(r, row, new_start(r, row));
+  if (!r->canvas) end = most(end, least_of(n + least_of(matched, r->copies), r->lengths[row]));
+  return most(end - n, 0);
+}
+
+// And how many it makes.
+static int64_t drafts_in(const Round *r, int64_t row) {
+  return r->window ? most(least_of(whole_of(r, row, start_of(r, row)) - r->n[row], r->most), 0) : 0;
 }
 
 // Drafts that are copied from `source` on; a copy that comes to n copies itself.
-static void copy_drafts(const Round *r, int64_t row, int64_t source, int64_t count, int64_t places) {
-  Draft *d = r->draft;
+static void copy_drafts(const Round *r, int64_t row, int64_t source, int64_t count) {
   int64_t n = r->n[row], *x = r->x + row * r->length;
-  d->drafts[row] = count;
-  for (int64_t i = 0; i < count; i++) {
-    int64_t at = row * places + i, open = is_open(r, row, n + i);
-    d->given[at] = open ? -1 : x[n + i];
-    d->tokens[at] = x[source + i % (n - source)];
-    if (r->draft->temperature == 0) continue;
-    memset(d->q + at * d->vocabulary, 0, d->vocabulary * sizeof(double));
-    if (open) d->q[at * d->vocabulary + d->tokens[at]] = 1;
-  }
-}
-
-// q is zero again where nothing will be drawn.
-static void forget_copies(const Round *r, int64_t row, int64_t places) {
-  const Draft *d = r->draft;
-  for (int64_t at = row * places; r->draft->temperature > 0 && at < row * places + d->drafts[row]; at++)
-    d->q[at * d->vocabulary + d->tokens[at]] = 0;
+  for (int64_t i = 0; i < count; i++)
+    if (is_open(r, row, n + i)) x[n + i] = x[source + i % (n - source)];
 }
 
 typedef struct {
@@ -458,41 +471,45 @@ static void look_part(const void *of, int64_t thread, int64_t threads) {
     TOGETHER
     for (int64_t row = thread; row < r->rows; row += threads)
       if (w->renewed[row])
-        memcpy(r->draft->states + row * states, r->look->x + row * states, states * sizeof(float));
+        memcpy(r->draft->states + row * states, r->look->x + r->look->first[row] * r->window->width,
+               states * sizeof(float));
     TOGETHER
   }
   draft(&w->drafting, thread, threads);
 }
 
-// The drafts of the rows that are `looking`; says of each whether its window was read for that.
-static int drafts_of(const Round *r, int64_t count, const int64_t *counts, const int64_t *looking, int64_t *renewed) {
+// Drafts of so many places of each row, 0 where it makes none; says of each whether its window was read for that.
+static int drafts_of(const Round *r, const int64_t *counts, int64_t *renewed) {
   Pass *look = r->look;
   Draft *draft = r->draft;
-  int64_t width = r->window->width, threads = most(look->threads, draft->threads), any = 0;
+  int64_t width = r->window->width, threads = most(look->threads, draft->threads), count = 0;
+  for (int64_t row = 0; row < r->rows; row++) count = most(count, counts[row]);
   for (int64_t row = 0; row < r->rows; row++) {
-    int64_t start = start_of(r, row), n = least_of(r->n[row], r->length - 1), stands = r->active[row] ? n : 0;
-    renewed[row] = looking[row] && start != r->since[row], any += renewed[row];
-    for (int64_t i = 0, at = row * r->size; i < r->size; i++, at++) {
-      int64_t token = r->active[row] && start + i < r->lengths[row] ? r->x[row * r->length + start + i] : r->mask;
+    int64_t start = start_of(r, row), n = r->n[row];
+    renewed[row] = counts[row] && start != r->since[row];
+    look->first[row + 1] = look->first[row] + renewed[row] * r->size, look->until[row] = start;
+    if (!counts[row]) continue;
+    for (int64_t i = 0; i < r->size; i++) {
+      int64_t place = row * r->size + i, at = look->first[row] + i;
+      draft->before[place] = start + i <= n ? before(r, row, start + i) : r->bos;
+      draft->earlier[place] = start + i <= n ? before(r, row, start + i - 1) : r->bos;
+      if (!renewed[row]) continue;
+      int64_t token = start + i < r->lengths[row] ? r->x[row * r->length + start + i] : r->mask;
       memcpy(look->x + at * width, draft->embedding + token * width, width * sizeof(float));
       look->positions[at] = start + i;
-      draft->before[at] = start + i <= stands ? before(r, row, start + i) : r->bos;
-      draft->earlier[at] = start + i <= stands ? before(r, row, start + i - 1) : r->bos;
     }
-    for (int64_t i = 0; i < count; i++) {
-      int64_t at = r->n[row] + i, given = i < counts[row] && !is_open(r, row, at);
-      draft->given[row * count + i] = given ? r->x[row * r->length + at] : -1;
-    }
-    look->until[row] = start;
-    draft->first[row] = least_of(n - start, r->size - 1);  // a window of one has no draft behind what stands
+    for (int64_t i = 0; i < counts[row]; i++)
+      draft->given[row * count + i] = is_open(r, row, n + i) ? -1 : r->x[row * r->length + n + i];
+    draft->first[row] = n - start;
     if (renewed[row]) draft->heard[row] = 0;
-    if (!looking[row]) draft->heard[row] = draft->first[row];  // its place is written over
-    memcpy(draft->u + row * count, r->u + row * (2 * r->size + 1), count * sizeof(double));
+    memcpy(draft->u + row * count, r->u + row * (r->size + r->places + 1), count * sizeof(double));
   }
-  draft->count = count;
+  draft->count = count, draft->counts = counts;
   Looking w = {.round = r, .renewed = renewed};
-  if (any) w.window = running(r->window, look, threads);
-  if (any && !w.window.room) return -1;
+  if (look->first[r->rows]) {
+    w.window = running(r->window, look, threads);
+    if (!w.window.room) return -1;
+  }
   int bad = drafting(r->chain, draft, threads, &w.drafting);
   if (!bad) {
     share_out(look_part, &w, threads);
@@ -506,7 +523,7 @@ typedef struct {
   const Round *round;
   const int64_t *shown;
   const Drafted *drafted;  // [rows]
-  double *totals;          // [rows, wide]
+  double *totals;          // [places]
   int64_t wide;
 } Weighing;
 
@@ -517,8 +534,9 @@ static void weigh_part(const void *of, int64_t thread, int64_t threads) {
   int64_t V = r->head.out;
   Pieces left = pieces(r->rows * w->wide, thread, threads);
   for (int64_t each; (each = take(&left)) >= 0;) {
-    float *logits = r->logits + each * V;
-    if (r->n[each / w->wide] + each % w->wide >= w->shown[each / w->wide]) continue;
+    int64_t row = each / w->wide, i = each % w->wide, at = BEGIN(r->pass, row) + i;
+    float *logits = r->logits + at * V;
+    if (i >= COUNT(r->pass, row)) continue;
     int numbers = are_numbers(logits, V);
     for (int64_t i = 0; i < r->bans; i++) logits[r->banned[i]] = -INFINITY;
     if (!numbers) logits[0] = INFINITY;  // which is no top, whatever the others are
@@ -526,7 +544,7 @@ static void weigh_part(const void *of, int64_t thread, int64_t threads) {
     int sound = weigh(logits, V, r->draft->temperature);
     for (int64_t i = 0; i < r->bans; i++) logits[r->banned[i]] = 0;
     filter(r->draft, logits, V);
-    w->totals[each] = sound ? weight_of(logits, V) : NAN;
+    w->totals[at] = sound ? weight_of(logits, V) : NAN;
   }
 }
 
@@ -537,16 +555,13 @@ static void spare_part(const void *of, int64_t thread, int64_t threads) {
     if (each % w->wide && each % w->wide < w->drafted[each / w->wide].end) spare(&w->drafted[each / w->wide], each % w->wide);
 }
 
-// The position of a row's reading at a place of the round, for places that it has not as well.
-static int64_t at_of(const Round *r, int64_t row, int64_t i) { return least_of(r->n[row] + i, r->length - 1); }
-
 // Which slots of its canvas each place of a round sees, and where it stands there.
-static void place_on_canvas(const Round *r, int64_t wide) {
+static void place_on_canvas(const Round *r) {
   const Canvas *c = r->canvas;
   Fusing *p = c->fusing;
   for (int64_t row = 0; row < r->rows; row++)
-    for (int64_t i = 0, index = row * wide; i < wide; i++, index++) {
-      int64_t at = at_of(r, row, i), from = c->block ? at / c->block % 2 * c->block : 0;
+    for (int64_t i = 0, index = BEGIN(r->pass, row); i < COUNT(r->pass, row); i++, index++) {
+      int64_t at = r->n[row] + i, from = c->block ? at / c->block % 2 * c->block : 0;
       p->slot[index] = c->block ? from + at % c->block : at;
       p->from[index] = from;
       p->to[index] = c->block ? from + c->block : c->seen[row];
@@ -559,7 +574,7 @@ static int64_t missing_blocks(const Round *r, const int64_t *shown, int64_t next
   const Canvas *c = r->canvas;
   int64_t any = 0, k = c->block;
   for (int64_t row = 0; row < r->rows; row++) {
-    int64_t start = at_of(r, row, 0) / k * k, odd = (start / k + next) % 2, missing = 0;
+    int64_t start = r->n[row] / k * k, odd = (start / k + next) % 2, missing = 0;
     if (next && r->active[row] && start + k < shown[row])
       start += k, missing = 1;
     else if (!next)
@@ -569,8 +584,8 @@ static int64_t missing_blocks(const Round *r, const int64_t *shown, int64_t next
     if (missing) *held = start;
     c->into[row] = missing ? odd * k : -1;
     encoded[row] += missing, any += missing;
-    c->pass->until[row] = start;
-    for (int64_t i = 0; i < k; i++) c->pass->positions[row * k + i] = start + i;
+    c->pass->until[row] = start, c->pass->first[row + 1] = c->pass->first[row] + missing * k;
+    for (int64_t i = 0; i < missing * k; i++) c->pass->positions[c->pass->first[row] + i] = start + i;
   }
   return any;
 }
@@ -594,14 +609,14 @@ static void fused_part(Reading *w, int64_t thread, int64_t threads) {
     if (thread == 0) w->any = missing_blocks(r, w->weighing.shown, next, w->encoded);
     TOGETHER
     if (!w->any) continue;
-    for (int64_t m = thread; m < r->rows * k; m += threads) memcpy(c->pass->x + m * width, c->mask, width * sizeof(float));
+    for (int64_t m = thread; m < BEGIN(c->pass, r->rows); m += threads) memcpy(c->pass->x + m * width, c->mask, width * sizeof(float));
     TOGETHER
     run_part(&w->canvas, thread, threads);
     TOGETHER
     prepare_part(&w->preparing, thread, threads);
     for (int64_t row = thread; row < r->rows && c->fusion->own.panels; row += threads)
       if (c->into[row] >= 0)
-        memcpy(c->fusing->own + (row * slots + c->into[row]) * width, c->pass->x + row * k * width,
+        memcpy(c->fusing->own + (row * slots + c->into[row]) * width, c->pass->x + BEGIN(c->pass, row) * width,
                k * width * sizeof(float));
   }
   TOGETHER
@@ -630,66 +645,71 @@ static int ready_canvas(const Round *r, int64_t wide, int64_t threads, Reading *
   if (c->block)
     for (int64_t i = 0; i < 2 * r->rows; i++)  // what was read over drafts that did not stand
       if (c->start[i] >= r->held[i % r->rows]) c->start[i] = -1;
-  c->fusing->n = wide;
-  place_on_canvas(r, wide);
+  c->fusing->n = wide, c->fusing->first = r->pass->first;
+  place_on_canvas(r);
   w->fused = fusing(c->fusion, c->fusing, threads);
   if (!w->fused.both) return -1;
   if (!c->block) return 0;
   w->canvas = running(c->stack, c->pass, threads);
   if (!w->canvas.room) return -1;
   w->preparing = (Preparing){c->fusion, r->rows, c->block, c->pass->x, c->pass->positions, c->into, c->fusing->cos,
-                             c->fusing->sin, c->fusing->canvas, memory_of(r->rows * c->block * 2 * c->fusion->width)};
+                             c->fusing->sin, c->fusing->canvas, memory_of(r->rows * c->block * 2 * c->fusion->width),
+                             c->pass->first};
   return w->preparing.made ? 0 : -1;
 }
 
 // 0, or -1 where memory is short.
 int caddf_round(const Round *r) {
   Pass *pass = r->pass;
-  int64_t width = r->causal->width, V = r->head.out, count = 0, wide = 0, shown[r->rows], ends[r->rows], encoded[r->rows];
-  int64_t sources[r->rows], counts[r->rows], looking[r->rows], renewed[r->rows], looks = 0;
-  int64_t all = r->rows * r->length;
+  int64_t width = r->causal->width, V = r->head.out, wide = 0, matched = 0, shown[r->rows], ends[r->rows], encoded[r->rows];
+  int64_t copied[r->rows], counts[r->rows], renewed[r->rows], looks = 0, all = r->rows * r->length;
   memcpy(r->x, r->before, all * sizeof(int64_t));
   for (int64_t i = 0; i < all; i++) r->drafts[i] = r->mask;
   memset(r->fresh, 0, all), memset(r->corrected, 0, all);
   memset(r->work, 0, 6 * r->rows * sizeof(int64_t)), memset(encoded, 0, sizeof encoded);
   for (int64_t row = 0; row < r->rows; row++) {
-    counts[row] = count_of(r, row, sources[row] = r->size ? source_of(r, row) : -1);
-    count = most(count, counts[row]);
-    looks += looking[row] = counts[row] && sources[row] < 0, renewed[row] = 0;
+    int64_t source = r->size ? source_of(r, row, &matched) : -1;
+    copied[row] = source >= 0 ? copies_of(r, row, matched) : 0, renewed[row] = 0;
+    counts[row] = source < 0 && r->active[row] ? drafts_in(r, row) : 0, looks += counts[row];
+    if (copied[row]) copy_drafts(r, row, source, copied[row]);
   }
-  if (looks && drafts_of(r, count, counts, looking, renewed)) return -1;
+  if (looks && drafts_of(r, counts, renewed)) return -1;
+  int64_t count = looks ? r->draft->count : 0;
   for (int64_t row = 0; row < r->rows; row++) {
-    int64_t n = r->n[row], end = n, *x = r->x + row * r->length;
-    if (counts[row] && sources[row] >= 0) copy_drafts(r, row, sources[row], counts[row], count);
-    if (counts[row]) end = n + least_of(r->draft->drafts[row], counts[row]);
-    for (int64_t i = n; i < end; i++)
-      if (is_open(r, row, i)) r->drafts[row * r->length + i] = x[i] = r->draft->tokens[row * count + i - n];
-    ends[row] = end;
-    shown[row] = r->active[row] ? least_of(end + 1, r->lengths[row]) : n;
-    wide = most(wide, shown[row] - n);
+    int64_t n = r->n[row], *x = r->x + row * r->length;
+    ends[row] = n + (counts[row] ? r->draft->drafts[row] : copied[row]);
+    for (int64_t i = n; i < ends[row]; i++) {
+      if (!is_open(r, row, i)) continue;
+      if (counts[row]) x[i] = r->draft->tokens[row * count + i - n];
+      r->drafts[row * r->length + i] = x[i];
+    }
+    shown[row] = r->active[row] ? least_of(ends[row] + 1, r->lengths[row]) : n;
+    wide = most(wide, shown[row] - n), pass->first[row + 1] = pass->first[row] + shown[row] - n;
   }
 
   for (int64_t row = 0; row < r->rows; row++)
-    for (int64_t i = 0, index = row * wide; i < wide; i++, index++) {
-      int64_t at = at_of(r, row, i);
-      int real = r->active[row] && at < shown[row];
+    for (int64_t at = r->n[row], index = BEGIN(pass, row); at < shown[row]; at++, index++) {
       float *to = pass->x + index * width;
       pass->positions[index] = at;
-      memcpy(to, r->embedding + (real ? before(r, row, at) : r->bos) * width, width * sizeof(float));
-      if (r->shifted) add(to, r->shifted + (real ? before(r, row, at - 1) : r->bos) * width, width);
+      memcpy(to, r->embedding + before(r, row, at) * width, width * sizeof(float));
+      if (r->shifted) add(to, r->shifted + before(r, row, at - 1) * width, width);
       if (r->table) add(to, r->table + at * width, width);
     }
   pass->n = wide;
 
-  double temperature = r->draft->temperature, totals[r->rows * wide + 1], may[r->rows * (wide + 1)], rest[r->rows * wide + 1];
+  int64_t places = BEGIN(pass, r->rows);
+  double temperature = r->draft->temperature, totals[places + 1], may[places + r->rows], rest[places + 1];
   Drafted drafted[r->rows];
   for (int64_t row = 0; row < r->rows; row++) {
-    int64_t at = row * wide, end = temperature > 0 && r->active[row] ? ends[row] - r->n[row] : 0, of = row * count;
-    drafted[row] = (Drafted){r->logits + at * V, totals + at, r->draft->q + of * V, r->draft->tokens + of,
-                             r->draft->given + of, end, V, may + at + row, rest + at};
+    int64_t first = BEGIN(pass, row), end = temperature > 0 && r->active[row] ? ends[row] - r->n[row] : 0;
+    int64_t of = row * r->length + r->n[row];
+    drafted[row] = (Drafted){
+        .weights = r->logits + first * V, .totals = totals + first, .tokens = r->x + of, .before = r->before + of,
+        .q = counts[row] ? r->draft->q + row * count * V : NULL, .end = end, .vocabulary = V, .mask = r->mask,
+        .may = may + first + row, .rest = rest + first};
   }
   int64_t threads = most(pass->threads, r->head_threads);
-  Reading w = {.causal = running(r->causal, pass, threads), .head = {&r->head, r->rows * wide, pass->x, r->logits},
+  Reading w = {.causal = running(r->causal, pass, threads), .head = {&r->head, places, pass->x, r->logits},
                .weighing = {r, shown, drafted, totals, wide}, .encoded = encoded};
   int bad = !w.causal.room || (r->canvas && ready_canvas(r, wide, threads, &w));
   if (!bad) share_out(read_part, &w, threads);
@@ -699,18 +719,18 @@ int caddf_round(const Round *r) {
     int64_t n = r->n[row], end = ends[row] - n, stop = 0, token = 0, *x = r->x + row * r->length;
     r->next[row] = n, r->read[row] = r->held[row];
     if (!r->active[row]) continue;
-    const double *u = r->u + row * (2 * r->size + 1) + r->size;
-    float *weights = r->logits + row * wide * V;
+    const double *u = r->u + row * (r->size + r->places + 1) + r->size;
+    const float *logits = drafted[row].weights;
     double share = 1;
     if (temperature > 0) stop = verify(&drafted[row], u, &share);
     for (; temperature == 0 && stop < end; stop++) {
       if (!is_open(r, row, n + stop)) continue;
-      if (!isfinite(largest(weights + stop * V, V, &token)) || token != r->draft->tokens[row * count + stop]) break;
+      if (!isfinite(largest(logits + stop * V, V, &token)) || token != x[n + stop]) break;
     }
     int more = n + stop < shown[row] && is_open(r, row, n + stop);
-    if (more && temperature == 0) more = isfinite(largest(weights + stop * V, V, &token));
-    if (more && temperature > 0) more = isfinite(totals[row * wide + stop]);  // a broken model has nothing to be drawn
-    if (more && temperature > 0) token = following(&drafted[row], weights, stop, share, u[r->size]);
+    if (more && temperature == 0) more = isfinite(largest(logits + stop * V, V, &token));
+    if (more && temperature > 0) more = isfinite(drafted[row].totals[stop]);  // a broken model has nothing to be drawn
+    if (more && temperature > 0) token = following(&drafted[row], stop, share, u[r->places]);
     for (int64_t i = n; i < n + end; i++) {
       r->fresh[row * r->length + i] = i < n + stop && is_open(r, row, i);
       if (i >= n + stop && is_open(r, row, i)) x[i] = r->mask;
@@ -727,13 +747,11 @@ int caddf_round(const Round *r) {
     // Without caches each branch would read all up to the window's end, and up to the target's; a template whole.
     const Canvas *c = r->canvas;
     int64_t start = start_of(r, row), until = c && !c->block ? r->lengths[row] : 0, block = c ? c->block : 0;
-    int64_t copied = counts[row] && sources[row] >= 0, looked = renewed[row], whole = whole_of(r, row, start);
-    if (looking[row]) r->since[row] = start;
-    if (looks) r->draft->heard[row] = looking[row] ? r->draft->first[row] + least_of(end, stop + 1) : 0;
+    int64_t looked = renewed[row], whole = whole_of(r, row, start);
+    if (counts[row]) r->since[row] = start, r->draft->heard[row] = n - start + least_of(end, stop + 1);
     int64_t needed = shown[row] + (c ? most(shown[row], until) : 0) + (looked ? whole + most(whole, until) : 0);
     int64_t computed = shown[row] - n + (looked ? r->size : 0) + encoded[row] * block;
-    int64_t work[] = {1, looked + encoded[row], computed, needed, 1, copied};
-    if (copied) forget_copies(r, row, count);
+    int64_t work[] = {1, looked + encoded[row], computed, needed, 1, copied[row] > 0};
     for (int i = 0; i < 6; i++) r->work[i * r->rows + row] = work[i];
   }
   return 0;

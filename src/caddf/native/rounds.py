@@ -53,8 +53,9 @@ class Rounds:
         warp: Warp,
         over: Block | Canvas | None = None,
     ) -> None:
-        size = drafting.size
-        rows, places, self.size, self.caches = len(lengths), size + 1, size, caches
+        size, self.draws = drafting.size, drafting.uniforms
+        places = (size if over is not None else drafting.places) + 1  # over a canvas copies are a window's
+        rows, self.size, self.caches = len(lengths), size, caches
         model, branch, self.stacks, self.kept = native.model, native.branch, native.stacks.copy(), list[Any]()
         self.lengths, self.mask_id = self._keep(lengths.contiguous()), model.mask_id
         causal, head, table = self.stacks["causal"], cast(NativeHead, native.heads["causal"]), branch.table
@@ -66,7 +67,7 @@ class Rounds:
             rows, places, self._new(rows, places, causal.width), None, self._new(rows, places, dtype=torch.long), 0,
             address(turns[0]), address(turns[1]), cache_of(caches.causal), CCache(), None, 0,
             cache_of(caches.exchange), address(exchange_turns[0]), address(exchange_turns[1]),
-            threads_for(causal.weights.bytes, rows * places),
+            threads_for(causal.weights.bytes, rows * places), None, self._new(rows + 1, dtype=torch.long),
         )  # fmt: skip
         self.look, self.draft = CPass(), CDraft(vocabulary=model.vocab_size, **filters(warp))
         self.drafts = size > 0 and "draft" in model.heads
@@ -83,9 +84,9 @@ class Rounds:
             self._see(native, rows, over)
         self.given = CRound(
             rows=rows, size=size, mask=model.mask_id, bos=model.config.bos_id, lookup=drafting.lookup,
-            most=drafting.most, renew=drafting.renew, since=self._keep(torch.full((rows,), -1)).data_ptr(),
-            lengths=self.lengths.data_ptr(), causal=ctypes.addressof(causal.stack), head=read,
-            banned=banned.data_ptr(), bans=len(banned),
+            copies=drafting.copies, places=drafting.places, most=drafting.most, renew=drafting.renew,
+            since=self._keep(torch.full((rows,), -1)).data_ptr(), lengths=self.lengths.data_ptr(),
+            causal=ctypes.addressof(causal.stack), head=read, banned=banned.data_ptr(), bans=len(banned),
             head_threads=threads_for((4 >> read.type) * read.out * causal.width, rows * places),
             embedding=address(branch.embedding.weight), shifted=address(shifted),
             table=None if table is None else address(table.weight),
@@ -180,7 +181,7 @@ class Rounds:
             rows, size, self._new(rows, size, window.width), None, self._new(rows, size, dtype=torch.long), 0,
             address(turns[0]), address(turns[1]), CCache(self._new(*own), self._new(*own), size),
             cache_of(exchange), self._new(rows, dtype=torch.long), native.context, CCache(), None, None,
-            threads_for(window.weights.bytes, rows * size),
+            threads_for(window.weights.bytes, rows * size), None, self._new(rows + 1, dtype=torch.long),
         )  # fmt: skip
 
     def _keep(self, held: Any) -> Any:
@@ -216,7 +217,7 @@ class Rounds:
         rounds: int,
     ) -> Iterator[Round]:
         """So many rounds, or as many as it takes to the end, or to slots that are left for others to read."""
-        (count, length), given, draws = x.shape, self.given, 2 * self.size + 1
+        (count, length), given, draws = x.shape, self.given, self.draws
         x, n, rows, read = (tensor.contiguous() for tensor in (x, n, rows, read))
         tokens, marks = x.new_empty(rounds, 2, count, length), rows.new_empty(rounds, 2, count, length)
         numbers = n.new_empty(rounds, 8, count)

@@ -65,7 +65,7 @@ class CPass(ctypes.Structure):
         ("rows", _number), ("n", _number), ("x", _pointer), ("before", _pointer), ("positions", _pointer),
         ("alike", _number), ("cos", _pointer), ("sin", _pointer), ("own", CCache), ("source", CCache),
         ("until", _pointer), ("source_context", _number), ("exchange", CCache), ("exchange_cos", _pointer),
-        ("exchange_sin", _pointer), ("threads", _number), ("lengths", _pointer),
+        ("exchange_sin", _pointer), ("threads", _number), ("lengths", _pointer), ("first", _pointer),
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class CFusing(ctypes.Structure):
     _fields_ = (
         ("rows", _number), ("n", _number), ("x", _pointer), ("positions", _pointer), ("slot", _pointer),
         ("from", _pointer), ("to", _pointer), ("cos", _pointer), ("sin", _pointer), ("canvas", CCache),
-        ("own", _pointer), ("threads", _number),
+        ("own", _pointer), ("threads", _number), ("first", _pointer),
     )  # fmt: skip
 
 
@@ -94,6 +94,7 @@ class CPreparing(ctypes.Structure):
     _fields_ = (
         ("fusion", _pointer), ("rows", _number), ("n", _number), ("states", _pointer), ("positions", _pointer),
         ("into", _pointer), ("cos", _pointer), ("sin", _pointer), ("canvas", CCache), ("made", _pointer),
+        ("first", _pointer),
     )  # fmt: skip
 
 
@@ -101,7 +102,8 @@ class CDraft(ctypes.Structure):
     """Drafts of a chain."""
 
     _fields_ = (
-        ("rows", _number), ("width", _number), ("count", _number), ("states", _pointer), ("before", _pointer),
+        ("rows", _number), ("width", _number), ("count", _number), ("counts", _pointer), ("states", _pointer),
+        ("before", _pointer),
         ("earlier", _pointer), ("first", _pointer), ("heard", _pointer), ("u", _pointer), ("embedding", _pointer),
         ("shifted", _pointer), ("head", CMap), ("ids", _pointer), ("given", _pointer), ("banned", _pointer),
         ("bans", _number), ("vocabulary", _number), ("temperature", ctypes.c_double), ("least", ctypes.c_double),
@@ -125,13 +127,13 @@ class CRound(ctypes.Structure):
 
     _fields_ = (
         ("rows", _number), ("length", _number), ("size", _number), ("mask", _number), ("bos", _number),
-        ("lookup", _number), ("most", _number), ("renew", _number), ("since", _pointer), ("before", _pointer),
-        ("lengths", _pointer), ("n", _pointer), ("held", _pointer), ("active", _pointer), ("causal", _pointer),
-        ("window", _pointer), ("chain", _pointer), ("pass", _pointer), ("look", _pointer), ("draft", _pointer),
-        ("canvas", _pointer), ("head", CMap), ("banned", _pointer), ("bans", _number), ("head_threads", _number),
-        ("embedding", _pointer), ("shifted", _pointer), ("table", _pointer), ("logits", _pointer), ("u", _pointer),
-        ("x", _pointer), ("drafts", _pointer), ("fresh", _pointer), ("corrected", _pointer), ("next", _pointer),
-        ("read", _pointer), ("work", _pointer),
+        ("lookup", _number), ("copies", _number), ("most", _number), ("renew", _number), ("since", _pointer),
+        ("before", _pointer), ("lengths", _pointer), ("n", _pointer), ("held", _pointer), ("active", _pointer),
+        ("causal", _pointer), ("window", _pointer), ("chain", _pointer), ("pass", _pointer), ("look", _pointer),
+        ("draft", _pointer), ("canvas", _pointer), ("head", CMap), ("banned", _pointer), ("bans", _number),
+        ("head_threads", _number), ("embedding", _pointer), ("shifted", _pointer), ("table", _pointer),
+        ("logits", _pointer), ("u", _pointer), ("places", _number), ("x", _pointer), ("drafts", _pointer),
+        ("fresh", _pointer), ("corrected", _pointer), ("next", _pointer), ("read", _pointer), ("work", _pointer),
     )  # fmt: skip
 
 
