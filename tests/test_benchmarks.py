@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,8 @@ def test_copies_are_entered_for_trained_models_alone():
         (row.settings["target"], row.settings["lookup"], row.settings["drafts"]) for row in rows if row.model == dual
     ]
     assert found == [*itertools.product(("causal", "fused"), (0, 3), (5, 7))]
+    with pytest.raises(InputError, match="drafts is 9; it must be at most the block size, which is 8"):
+        entrants(roster, "speculative", [1], False, (0, 3), (5, 9))
     with pytest.raises(InputError, match=r"lookups is -1; it must be whole numbers of 0 or more"):
         whole_numbers("lookups", "-1", least=0)
     with pytest.raises(InputError, match=r"lookups is 3,0,3; each number is to be given once"):
@@ -393,6 +396,16 @@ def test_decode_leaves_json_markdown_and_a_plot(tmp_path):
             assert each[name] is None
     assert set(values["ratios"]) == {"ar_vs_transformers", "bandwidth_share", "cache_hits_any_order"}
     assert {"tokens_per_round", "caddf_vs_radd"} <= set(values["ratio_of"])
+    first, *rest = (each for each in values["rows"] if each["batch"] == 1)
+    assert first["over_first"] is None and first["over_one_at_a_time"] is None
+    for each in rest:
+        paired = [
+            a["tokens_per_second"] / b["tokens_per_second"]
+            for a, b in zip(each["rounds"], first["rounds"], strict=True)
+        ]
+        assert each["over_first"] == pytest.approx(statistics.median(paired), rel=1e-4)  # six digits are kept
+        drafted = each["decoder"] == "speculative" and each["target"] is not None
+        assert (each["over_one_at_a_time"] is not None) >= drafted
     assert "| gpt2 | transformers | causal | 1 |" in (tmp_path / "decode.md").read_text()
 
 

@@ -17,11 +17,12 @@ import torch
 import yaml
 
 import caddf
-import caddf.cli
 from caddf import display
 from caddf.checkpoint import named
 from caddf.cli import VERBS, main
+from caddf.commands import generating
 from caddf.decoding import DECODERS
+from caddf.training import TrainingError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(caddf.__file__).parents[1])}
 TRAIN = ["--model.size", "debug", "--device", "cpu", "--dtype", "float32", "--train.tensorboard", "false"]
@@ -620,7 +621,7 @@ def test_interrupted_among_imports_it_says_so_too():
         "    def find_spec(self, name, *_):\n"
         "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupting())\n"
-        "sys.argv = ['caddf', '--help']\n"
+        "sys.argv = ['caddf', 'methods']\n"
         "caddf.__main__.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -632,11 +633,11 @@ def test_interrupted_and_failed_are_told_apart(say, run, monkeypatch):
         def load(*arguments, **settings):
             raise error
 
-        monkeypatch.setattr(caddf.cli, "load", load)
+        monkeypatch.setattr(generating, "load", load)
         return ["generate", run, "--prompt", "a"]
 
     assert say(*raising(KeyboardInterrupt()), code=130).err == "caddf: interrupted\n"
-    assert say(*raising(caddf.cli.TrainingError("the loss is nan")), code=1).err == "caddf: the loss is nan\n"
+    assert say(*raising(TrainingError("the loss is nan")), code=1).err == "caddf: the loss is nan\n"
     with pytest.raises(OSError, match="no file of the user's"):
         main(raising(OSError("no file of the user's")))
 

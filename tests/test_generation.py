@@ -204,6 +204,11 @@ def test_another_methods_decoder_is_refused(model, given, sentence):
         generate(model, **given)
 
 
+def test_more_drafts_than_a_block_has(model):
+    with pytest.raises(InputError, match="drafts is 5; it must be at most the block size, which is 4"):
+        generate(model, "a", block_size=4, drafts=5)
+
+
 def test_a_model_that_reads_left_to_right_alone_says_so():
     settings, tokenizer = ModelSettings(size="debug", context=24), Tokenizer.plain_bytes()
     network = ARCHITECTURES["causal"].network(METHODS["gpt2"].configure(settings, tokenizer.vocab_size, 0))

@@ -32,6 +32,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return import_module("caddf.version").installed_version()
     if name not in _HOME:
         raise AttributeError(f"module 'caddf' has no attribute {name!r}")
     return getattr(import_module(f"caddf.{_HOME[name]}"), name)

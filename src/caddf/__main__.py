@@ -1,7 +1,6 @@
 """The `caddf` command, also as `python -m caddf`."""
 
 import os
-import signal
 import sys
 
 
@@ -14,19 +13,9 @@ def main() -> int:
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # Interrupted among imports, which take seconds, some of them would be tried again, and fail otherwise.
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop)
     from caddf.cli import main as run
 
-    signal.signal(signal.SIGINT, before)
     return run()
-
-
-def _stop(*_: object) -> None:
-    os.write(2, b"caddf: interrupted\n")
-    os._exit(130)  # nothing has been begun
 
 
 if __name__ == "__main__":

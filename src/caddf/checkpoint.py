@@ -13,7 +13,6 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from caddf.errors import InputError
 from caddf.quantise import integers
+from caddf.version import installed_version
 
 FORMAT = 1
 """Version of the model folder's layout; another one is refused."""
@@ -251,14 +251,6 @@ def _no_space(error: Exception) -> bool:
 def _first(names: list[str], count: int = 3) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
-
-
-def installed_version() -> str:
-    """The version of this package, `unknown` where it is run from a source tree that is not installed."""
-    try:
-        return version("caddf")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def check_writable(name: str, file: str | Path) -> None:

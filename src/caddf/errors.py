@@ -15,6 +15,10 @@ def at_least_one(**settings: int) -> None:
             raise InputError(f"{name} is {value}; it must be at least 1")
 
 
+class Failure(RuntimeError):
+    """What went wrong by itself while running: says where, and what to look at. The command line exits with 1."""
+
+
 @functools.cache
 def _choices(kind: type) -> dict[str, tuple[object, ...]]:
     hints = get_type_hints(kind)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from caddf.checkpoint import installed_version
+from caddf.version import installed_version
 
 
 def machine() -> dict[str, Any]:

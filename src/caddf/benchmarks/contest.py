@@ -179,6 +179,7 @@ def contest(results: Results, rows: Sequence[Entrant], roster: Roster, given: Co
         network = roster[entrant.model].network
         drafts = row["decoder"] in ("speculative", "block") or "causal" not in network.heads
         summarise(row, weights_read(network, row["target"] != "causal", drafts), speeds)
+    compare(results.values["rows"])
 
 
 def _tell(console: Console, line: str) -> None:
@@ -295,6 +296,26 @@ def _perplexities(results: Results, roster: Roster, given: Conditions, data: Tok
             _tell(console, f"{row['model']}: perplexity {known[place]:.2f} of the {row['target']} target")
         row["target_ppl"] = known[place]
         results.save()
+
+
+def compare(rows: Sequence[dict[str, Any]]) -> None:
+    """The columns of rows against others of their batch: the first, and the same model and target one at a time."""
+    for row in rows:
+        beside = [each for each in rows if each["batch"] == row["batch"]]
+        alone = [
+            each
+            for each in beside
+            if each["decoder"] == "autoregressive" and all(each[name] == row[name] for name in ("model", "target"))
+        ]
+        for name, other in (("over_first", beside[0]), ("over_one_at_a_time", alone[0] if alone else None)):
+            spread = None if other is None or other is row else faster(row, other)
+            row[name] = spread and spread.median
+            row[f"{name}_quartiles"] = spread and [spread.low, spread.high]
+
+
+def faster(fast: dict[str, Any], slow: dict[str, Any]) -> Spread:
+    """How many times as fast one row is as another, within each round."""
+    return Spread.ratio(*([each["tokens_per_second"] for each in row["rounds"]] for row in (fast, slow)))
 
 
 def summarise(row: dict[str, Any], read: dict[str, int], bandwidths: Sequence[float]) -> None:

@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from caddf.benchmarks.contest import Conditions, contest, whole_numbers
-from caddf.benchmarks.measure import Spread
+from caddf.benchmarks.contest import Conditions, contest, faster, whole_numbers
 from caddf.benchmarks.results import Results, Told, dots, number, put
 from caddf.benchmarks.roster import TRANSFORMERS, decoders_of, entrants, name_of, named_runs, needs
 from caddf.decoding import Speculative
@@ -27,6 +26,8 @@ COLUMNS = {
     "target": "the distribution that it draws from exactly: the causal head, or the fused one in blocks",
     "batch": "",
     "tokens/s": "new tokens of the whole batch a second, prompts read included: median (quartiles)",
+    "x first": "speed over that of the batch's first row, within each round: median (quartiles)",
+    "x one at a time": "the same over the model's own `autoregressive`, with the same target",
     "per evaluation": "new tokens of a row per causal pass; a diffusion pass counts at its floating-point operations",
     "per round": "new tokens of a row per round",
     "copied": "share of the rounds whose drafts were copied from the text itself (lookup)",
@@ -136,14 +137,15 @@ def about(values: dict[str, Any]) -> str:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the Markdown table."""
-    low, high = row["tokens_per_second_quartiles"]
     settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
     return [
         row["model"],
         f"{row['decoder']} ({settings})" if settings else row["decoder"],
         row["target"] or "",
         str(row["batch"]),
-        f"{number(row['tokens_per_second'])} ({number(low)} to {number(high)})",
+        spread(row, "tokens_per_second"),
+        spread(row, "over_first"),
+        spread(row, "over_one_at_a_time"),
         number(row["tokens_per_evaluation"]),
         number(row["tokens_per_round"]),
         "" if not row.get("copied_share") else f"{row['copied_share']:.0%}",
@@ -156,6 +158,13 @@ def cells(row: dict[str, Any]) -> list[str]:
         number(row["entropy"]),
         number(row["target_ppl"]),
     ]
+
+
+def spread(row: dict[str, Any], name: str) -> str:
+    """A median with its quartiles; nothing where the row has none."""
+    if row.get(name) is None:
+        return ""
+    return f"{number(row[name])} ({' to '.join(map(number, row[f'{name}_quartiles']))})"
 
 
 def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -239,8 +248,8 @@ def _speed(row: dict[str, Any]) -> float:
 
 
 def _faster(fast: dict[str, Any], slow: dict[str, Any]) -> Told:
-    spread = Spread.ratio(*([each["tokens_per_second"] for each in row["rounds"]] for row in (fast, slow)))
-    return Told(f"{fast['label']} / {slow['label']}", spread.median, (spread.low, spread.high))
+    ratio = faster(fast, slow)
+    return Told(f"{fast['label']} / {slow['label']}", ratio.median, (ratio.low, ratio.high))
 
 
 def _no_worse(ours: Sequence[dict[str, Any]], slow: dict[str, Any]) -> Told:

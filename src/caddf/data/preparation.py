@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from caddf.checkpoint import atomic_folder, installed_version, write_json_atomic
+from caddf.checkpoint import atomic_folder, write_json_atomic
 from caddf.data.named import named
 from caddf.data.sources import Source
 from caddf.data.token_set import FORMAT, MANIFEST, SPLITS, VERSION, TokenSet, tokens_path
 from caddf.errors import InputError
 from caddf.tokenizer import Tokenizer, bpe_size, pieces
+from caddf.version import installed_version
 
 HELD_OUT = 0.05
 """Share of the documents that `input` alone gives to validation, and again to test."""

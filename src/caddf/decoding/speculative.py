@@ -28,7 +28,7 @@ class Speculative:
     target: `causal` (the causal branch's own head) or `fused` (in blocks of `block_size`, each fused with its
         all-masked start; templates always). Where windows slide (`plan`) a round that is accepted whole adds a token.
     block_size: k; not set, the model's own.
-    drafts: of a chain, in a round at most; not set, two thirds of k.
+    drafts: of a chain, in a round at most, and at most k; not set, two thirds of k.
     renew: a chain, which hears what has come to stand in its window, drafts from it in later rounds too, as long as so
         many places are left; not set, half of a round's drafts. With k each round has a window of its own.
     lookup: where so many last tokens have stood before, drafts are copied from behind them, and the diffusion branch is
@@ -58,8 +58,10 @@ class Speculative:
                 raise InputError(f"{name} is {value}; it must be at least 1, or not set")
 
     def drafting(self, size: int) -> Drafting:
-        """How rounds are drafted in windows of `size`."""
-        most = min(self.drafts or max(2 * size // 3, 1), size)
+        """How rounds are drafted in windows of `size`; raises `InputError` where they have no room for `drafts`."""
+        most = self.drafts or max(2 * size // 3, 1)
+        if most > size:
+            raise InputError(f"drafts is {self.drafts}; it must be at most the block size, which is {size}")
         renew, copies = self.renew or (most + 1) // 2, self.copies or 4 * size
         return Drafting(size, most, renew, self.least, self.lookup, copies)
 

@@ -12,10 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.categorical import RowGenerators, Warp, inverse_cdf
+from caddf.errors import Failure
 from caddf.interface import AnyOrder, LanguageModel
 
 
-class DecodingError(RuntimeError):
+class DecodingError(Failure):
     """Decoding went wrong by itself: says where, and what to look at."""
 
 

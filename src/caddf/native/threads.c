@@ -3,12 +3,13 @@
 // They are OpenMP's, whose runtime torch has loaded already: threads of our own would contend with those for the cores.
 // They wait for each other in a way of ours. A thread looks again and again for a moment, since most waits are shorter
 // than falling asleep, and then sleeps: where another program has taken a core, looking on would only keep the one from
-// running that is waited for.
+// running that is waited for. Where that goes on, fewer threads are faster (`welcome`).
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -29,6 +30,7 @@ typedef struct {  // of the threads at work
   _Alignas(64) Word phase;  // how often they have waited for each other
   Word sleepers;
   _Alignas(64) Word arrived;
+  _Atomic int64_t slept;  // nanoseconds, of all together
   Share *shares;
 } Meeting;
 
@@ -47,6 +49,12 @@ static inline void pause_a_moment(void) {
 #endif
 }
 
+static int64_t now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
 // Returns once the phase is not `old`.
 static void await(Meeting *m, uint32_t old) {
   int64_t looks = patience.waits++ % ANEW ? patience.looks : MOST_LOOKS;
@@ -58,6 +66,7 @@ static void await(Meeting *m, uint32_t old) {
     pause_a_moment();
   }
   patience.looks = looks / 2 > LEAST_LOOKS ? looks / 2 : LEAST_LOOKS;
+  int64_t asleep = now();
 #ifdef __linux__
   atomic_fetch_add(&m->sleepers, 1);
   while (atomic_load(&m->phase) == old) syscall(SYS_futex, &m->phase, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
@@ -65,6 +74,7 @@ static void await(Meeting *m, uint32_t old) {
 #else
   while (atomic_load(&m->phase) == old) sched_yield();
 #endif
+  atomic_fetch_add(&m->slept, now() - asleep);
 }
 
 // Returns once all threads of the work are here.
@@ -118,6 +128,35 @@ static int64_t take(Pieces *p) {
 }
 
 typedef void Work(const void *of, int64_t thread, int64_t threads);
+// How many of `threads` are worth waiting for. Where they waited for more than half of a while, for one whose core another
+// program has, and of the next, too, one fewer works for some time, twice as long each time; then it is tried again.
+enum { WHILE = 20 * 1000000, HOLD = 50 * 1000000, LONGEST = 1600 * 1000000 };  // nanoseconds
+static struct {
+  _Atomic int64_t absent, until, hold, worked, waited, crowded;
+} crowd = {.hold = HOLD};
+
+static int64_t welcome(int64_t threads) {
+  int64_t absent = atomic_load(&crowd.absent);
+  if (absent && now() >= atomic_load(&crowd.until) && atomic_compare_exchange_strong(&crowd.absent, &absent, absent - 1))
+    absent--, atomic_store(&crowd.until, now() + HOLD), atomic_store(&crowd.worked, 0), atomic_store(&crowd.waited, 0);
+  return threads - absent > 1 ? threads - absent : 1;
+}
+
+// Several threads worked for so long, and waited so long of that.
+static void worked(int64_t nanoseconds, int64_t waiting) {
+  int64_t all = atomic_fetch_add(&crowd.worked, nanoseconds) + nanoseconds;
+  int64_t waited = atomic_fetch_add(&crowd.waited, waiting) + waiting;
+  if (all < WHILE) return;
+  atomic_store(&crowd.worked, 0), atomic_store(&crowd.waited, 0);
+  int64_t hold = atomic_load(&crowd.hold);
+  if (2 * waited > all && atomic_fetch_add(&crowd.crowded, 1)) {
+    atomic_fetch_add(&crowd.absent, 1), atomic_store(&crowd.until, now() + hold);
+    atomic_store(&crowd.hold, 2 * hold < LONGEST ? 2 * hold : LONGEST);
+  } else if (2 * waited <= all) {
+    atomic_store(&crowd.crowded, 0), atomic_store(&crowd.hold, hold / 2 > HOLD ? hold / 2 : HOLD);
+  }
+}
+
 #ifdef _OPENMP
 static int forked;  // a forked process has none of its parent's threads, for which OpenMP would wait
 static void alone_again(void) { forked = 1; }
@@ -129,16 +168,22 @@ static void share_out(Work *work, const void *of, int64_t threads) {
 #ifdef _OPENMP
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   pthread_once(&once, watch_forks);
+  if (threads > 1 && !forked) threads = welcome(threads);
   if (threads > 1 && !forked) {
+    int64_t begun = now(), entered = begun, left = begun;  // OpenMP waits before, and behind
     Share shares[threads];
     memset(shares, 0, sizeof shares);
     Meeting m = {.shares = shares};
 #pragma omp parallel num_threads((int)threads)
     {
+      if (omp_get_thread_num() == 0) entered = now();
       meeting = &m, turn = 0;
       work(of, omp_get_thread_num(), omp_get_num_threads());
       together(omp_get_num_threads());  // sooner than OpenMP's own waiting, which looks on for long
+      if (omp_get_thread_num() == 0) left = now();
     }
+    int64_t ended = now();
+    worked(ended - begun, entered - begun + ended - left + atomic_load(&m.slept) / (threads - 1));
     return;
   }
 #endif

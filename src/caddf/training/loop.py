@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from caddf.data.loader import Position
-from caddf.errors import InputError
+from caddf.errors import Failure, InputError
 from caddf.objectives.loss import Objective
 from caddf.training import ema
 from caddf.training.config import ResolvedTrainConfig
@@ -32,7 +32,7 @@ from caddf.training.optimizer import build_optimizer, learning_rate_at
 from caddf.training.state import Checkpoints, Progress, TrainingState
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Failure):
     """Training went wrong by itself (loss or gradient not finite): says where, and what to try."""
 
 

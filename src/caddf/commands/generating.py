@@ -1,0 +1,94 @@
+"""`caddf generate`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from caddf import display, generation
+from caddf.checkpoint import check_writable
+from caddf.commands.options import json_option, model_options
+from caddf.compile import Compile
+from caddf.decoding import DECODERS
+from caddf.errors import InputError
+from caddf.generation import NEW
+from caddf.samples import Recording
+from caddf.settings import add_choices, options, parse
+from caddf.text_model import load
+
+
+def generate(parser: ArgumentParser, arguments: list[str]) -> int:
+    """Runs `caddf generate` and returns its exit code."""
+    add = parser.add_argument
+    add("model", type=str, help="a run, a model folder, or OWNER/NAME on the hub")
+    add("--prompt", type=str, action="append", metavar="TEXT", help="text to continue; again for a batch")
+    add("--template", type=str, action="append", metavar="TEXT",
+        help="text with holes to fill, 'def f(x):[MASK:24]return y'; again for a batch")  # fmt: skip
+    add("--decoder", type=str | None, metavar="NAME",
+        help=f"{', '.join(DECODERS)}; not set, the method's (CAD-DF: speculative)")  # fmt: skip
+    for name, kind, default, text in (
+        ("temperature", float, 1.0, "0 is greedy"),
+        ("top-k", int, 0, "draw from the k most probable tokens; 0 is off"),
+        ("top-p", float, 1.0, "draw from the fewest tokens that hold this probability; 1 is off"),
+        ("min-p", float, 0.0, "drop tokens below this share of the most probable one; 0 is off"),
+    ):
+        add(f"--{name}", type=kind, default=default, metavar=kind.__name__.upper(), help=text)
+    add(
+        "--max-new-tokens", type=int | None, metavar="INT", help=f"length of a prompt's continuation, in tokens ({NEW})"
+    )
+    add("--stop", type=str, action="append", metavar="TEXT", help="text that ends a prompt's row; again for more")
+    add("--batch", type=int, default=1, metavar="INT",
+        help="rows for a single prompt or template; row r draws from seed + r")  # fmt: skip
+    add("--show", action="store_true", help="show the canvas as it fills")
+    add("--record", type=str | None, metavar="FILE", help="keep every frame as JSON, for caddf report")
+    model_options(parser)
+    add("--compile", type=Compile, default="auto", metavar="{auto,always,never}",
+        help="decoding by compiled kernels on a CPU, CUDA graphs on a GPU; auto: where the model suits")  # fmt: skip
+    json_option(parser)
+    add_choices(parser, "settings of some decoders; not set, the decoder's own default", DECODERS, skip=("until",))
+    values = parse(parser, arguments)
+    if values.batch < 1:
+        raise InputError(f"batch is {values.batch}; it must be at least 1")
+    if values.record is not None:
+        check_writable("record", values.record)
+    texts = {name: values[name] for name in ("prompt", "template") if values[name] is not None}
+    if values.batch > 1 and sum(map(len, texts.values())) != 1:
+        raise InputError(f"batch is {values.batch}, which repeats one prompt or template; give exactly one")
+    settings: dict[str, Any] = {}
+    for decoder in DECODERS.values():
+        settings |= options(decoder, values)
+    model = load(
+        values.model, device=values.device, dtype=values.dtype, quantize=values.quantize, compile=values.compile
+    )
+    frames = generation.generate(
+        model,
+        **{name: given * values.batch for name, given in texts.items()},
+        decoder=values.decoder,
+        max_new_tokens=values.max_new_tokens,
+        temperature=values.temperature,
+        top_k=values.top_k,
+        top_p=values.top_p,
+        min_p=values.min_p,
+        seed=values.seed,
+        stop=values.stop or (),
+        **settings,
+    )
+    if values.record is not None:
+        recording = Recording()
+        last = display.watch(recording.of(frames), values.show)
+        recording.save(
+            Path(values.record), model=Path(values.model).name, decoder=values.decoder or model.decoder,
+            seed=values.seed, command=shlex.join(["caddf", "generate", *arguments]),
+        )  # fmt: skip
+    else:
+        last = display.watch(frames, values.show)
+    if values.json:
+        results = last.results()
+        print(json.dumps(results[0] if len(results) == 1 else results))
+    else:
+        display.generation(display.output(), last)
+    return 0
