@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,10 +122,11 @@ class Entry:
     folded: bool = False
 
 
-def report(folder: Path, page: Path) -> Results:
+def report(folder: Path, page: Path, progress: Callable[[int, int], None] | None = None) -> Results:
     """Writes the page from the files in `folder`, and the figures beside the files they are drawn from.
 
-    Raises `InputError` where there is no such folder, or matplotlib is missing.
+    `progress` hears how many of the files are drawn. Raises `InputError` where there is no such folder, or matplotlib
+    is missing.
     """
     needs("matplotlib")
     results = Results.read(folder, page)
@@ -132,7 +134,13 @@ def report(folder: Path, page: Path) -> Results:
         loader=PackageLoader("caddf"), autoescape=select_autoescape(), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    fitting = partial(_fitting, unread=results.unread)
+    drawn, files = count(1), len(results.sources) - len(results.losses)
+
+    def tell() -> None:
+        if progress is not None:
+            progress(next(drawn), files)
+
+    fitting = partial(_fitting, unread=results.unread, tell=tell)
     sections = {
         "Tables": _by_name(TABLES, results.tables, "table", partial(_table, page=page), fitting),
         "Benchmarks": _by_name(_titles(), results.benchmarks, "benchmark", partial(_benchmark, page=page), fitting),
@@ -152,7 +160,9 @@ def _titles() -> dict[str, str]:
     return {name: title for name, (title, _) in BENCHMARKS.items()}
 
 
-def _fitting(build: Callable[[Source], T], sources: Iterable[Source], unread: dict[str, str]) -> list[T]:
+def _fitting(
+    build: Callable[[Source], T], sources: Iterable[Source], unread: dict[str, str], tell: Callable[[], None]
+) -> list[T]:
     """What is built of each source; one of another version, or edited, is unread, and the rest stands."""
     built = []
     for source in sources:
@@ -160,6 +170,7 @@ def _fitting(build: Callable[[Source], T], sources: Iterable[Source], unread: di
             built.append(build(source))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             unread[source.link] = f"does not fit this version ({type(error).__name__}: {error})"
+        tell()
     return built
 
 

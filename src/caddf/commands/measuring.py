@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from caddf import benchmarks
+from caddf import benchmarks, display
 from caddf.benchmarks.results import Results
 from caddf.checkpoint import check_writable, write_json_atomic
 from caddf.commands.options import json_option
@@ -107,7 +107,8 @@ def report(parser: ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("-o", "--out", type=str, default="report.html", metavar="FILE", help="the page")
     values = parse(parser, arguments)
     check_writable("out", values.out)
-    shown = write_page(Path(values.results), Path(values.out))
+    with display.bar("drawing", "files") as progress:
+        shown = write_page(Path(values.results), Path(values.out), progress)
     for link, why in shown.unread.items():
         print(f"not shown: {link}: {why}", file=sys.stderr)
     print(values.out)
