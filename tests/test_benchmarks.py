@@ -213,7 +213,9 @@ def test_copies_are_entered_for_trained_models_alone():
         (row.settings["target"], row.settings["lookup"], row.settings["drafts"]) for row in rows if row.model == dual
     ]
     assert found == [*itertools.product(("causal", "fused"), (0, 3), (5, 7))]
-    with pytest.raises(InputError, match="drafts is 9; it must be at most the block size, which is 8"):
+    with pytest.raises(
+        InputError, match="drafts holds 9; it must be at most the block size, which is 8 in caddf-lambda-dce"
+    ):
         entrants(roster, "speculative", [1], False, (0, 3), (5, 9))
     with pytest.raises(InputError, match=r"lookups is -1; it must be whole numbers of 0 or more"):
         whole_numbers("lookups", "-1", least=0)

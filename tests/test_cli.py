@@ -613,13 +613,15 @@ def test_a_temporary_file_is_called_by_what_it_will_be():
         assert named(path) == name
 
 
-def test_interrupted_among_imports_it_says_so_too():
+@pytest.mark.parametrize("module", ["torch", "caddf.errors"])
+def test_interrupted_among_imports_it_says_so_too(module):
     """Before the command line itself is there to catch it."""
     code = (
         "import os, signal, sys, caddf.__main__\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background is born without
         "class Interrupting:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        if name == '{module}': os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupting())\n"
         "sys.argv = ['caddf', 'methods']\n"
         "caddf.__main__.main()\n"

@@ -107,6 +107,7 @@ KINDS = {
     "copies": (dual, Speculative(lookup=1)),
     "long copies": (dual, Speculative(block_size=2, lookup=1, copies=12)),
     "long copies of a model of one branch": (gpt2, Speculative(block_size=2, lookup=1)),
+    "long copies of more than the context": (learned, Speculative(block_size=2, lookup=1, copies=64)),
     "few copies, unsure": (small, Speculative(block_size=2, lookup=1, least=0.2)),
     "copies of a model of one branch": (gpt2, Speculative(lookup=1)),
     "surer drafts": (dual, Speculative(least=0.6)),
@@ -147,7 +148,8 @@ def test_a_round_is_what_its_steps_are(kind, prompt, name, rounds):
         x = torch.where(x == V, V, x[:, torch.arange(T) % 3])
     one = written(model, decoder, x, **given)
     assert "long" not in kind or not prompt or int((one[0].drafts != V).sum(1).max()) >= 8
-    assert len(one) - len(rounds) <= 1 and len({*rounds}) > 1  # all of them but where a prompt is read
+    assert len(one) - len(rounds) <= 1  # all of them but where a prompt is read
+    assert len({*rounds}) > 1 or "more than the context" in kind
     rounds.clear()
     assert_alike(one, written(plain, decoder, x, **given))
     assert not rounds

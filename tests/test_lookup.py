@@ -175,5 +175,7 @@ def test_what_cannot_be():
         Speculative(lookup=-1)
     with pytest.raises(InputError, match="copies is 0; it must be at least 1, or not set"):
         Speculative(copies=0)
+    with pytest.raises(InputError, match="copies is 65; it must be at most 64"):
+        Speculative(copies=65)
     with pytest.raises(InputError, match="nothing to draft with but lookup, which is 0"):
         written(gpt2(5, 30, 4), Speculative(lookup=0), torch.full((1, 4), 5))

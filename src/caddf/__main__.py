@@ -3,6 +3,8 @@
 import os
 import sys
 
+from caddf.interrupted import stopping
+
 
 def main() -> int:
     """Runs the command line with threads that soon sleep while they wait, and without the hub library's warnings.
@@ -13,8 +15,8 @@ def main() -> int:
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    from caddf.cli import main as run
-
+    with stopping():
+        from caddf.cli import main as run
     return run()
 
 

@@ -6,16 +6,13 @@ Results go to standard output, all else to standard error. Of the package that i
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
 from caddf.commands import INTERRUPTED
 from caddf.errors import Failure, InputError
+from caddf.interrupted import stopping
 from caddf.version import installed_version
 
 GROUPS = ("data", "benchmark")
@@ -72,29 +69,10 @@ def main(argv: list[str] | None = None) -> int:
 def _run(verb: Verb, name: str, arguments: list[str]) -> int:
     """Runs a verb with the arguments behind it."""
     module, _, function = verb.run.partition(":")
-    with _stopping():
+    with stopping():
         run = getattr(import_module(f"caddf.commands.{module}"), function)
         from caddf.settings import new_parser
     return int(run(new_parser(f"caddf {name}", verb.takes, verb.about), arguments))
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    """Ends the process at once where it is interrupted among imports, some of which would be tried again, and fail."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, _stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _stop(*_: object) -> None:
-    os.write(2, b"caddf: interrupted\n")
-    os._exit(INTERRUPTED)  # nothing has been begun
 
 
 def _verbs(group: str) -> dict[str, Verb]:

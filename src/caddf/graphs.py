@@ -30,7 +30,7 @@ from caddf.models.layers import TiedEmbedding, head_log_probs, over_all
 from caddf.models.states import Canvas, States
 
 MOST = 256
-"""Places of all rows of a round, each of which has probabilities of all tokens."""
+"""Places of all rows of a round, each of which has probabilities of all tokens; where rows copy they may be more."""
 NARROWEST, STEP = 128, 256
 """Slots that the narrowest graph attends to (others: twice as many, and so on), and of which caches hold a multiple."""
 IDLE = 4
@@ -231,14 +231,14 @@ class Engine:
             self.copies.copy_(copies)
             self.matched.copy_(matched)
             looking = rows & (matched == 0)
+        far = rows & (self.matched >= how.size) if how.lookup else torch.zeros_like(rows)
         if not self.drafts:
-            return False, False, bool((rows & (self.matched >= how.size)).any())
+            return False, False, bool(how.lookup) and bool(far.any())
         held = (self.since >= 0) & (self.since + how.size - n >= how.renew)
         torch.where(held, self.since, (n - 1).clamp(min=0), out=self.start)
         torch.logical_and(looking, torch.minimum(self.start + how.size, self.lengths) > n, out=self.looking)
         torch.logical_and(self.looking, self.start != self.since, out=self.renewed)
         self.since.copy_(torch.where(self.looking, self.start, self.since))
-        far = rows & (self.matched >= how.size)
         looks, renews, wide = torch.stack([self.looking.any(), self.renewed.any(), far.any()]).tolist()
         return looks, renews, wide
 
@@ -292,7 +292,7 @@ class Engine:
         on are read like the others.
         """
         rows, lengths, how, size = self.rows, self.lengths, self.how, self.how.size
-        count = how.places if wide else size if opening else max(size - 1, 0)
+        count = min(how.places, self.shape.length) if wide else size if opening else max(size - 1, 0)
         if not how.lookup:
             count = min(count, how.most)
         n = self.n.clamp(max=upto - 1)

@@ -177,8 +177,8 @@ Uniforms = Callable[[Bool[Tensor, " B"], int], Float[Tensor, "B m"]]
 
 Rounds = Callable[[Int[Tensor, "B T"], Int[Tensor, " B"], Bool[Tensor, " B"], Int[Tensor, " B"], Uniforms], Round]
 """`(tokens, n, rows, read, uniforms)`: one round of `rows`, of which n are the first open positions and the slots below
-`read` hold, all before n among them; the next goes on from what it leaves. It takes 2k + 1 uniforms of each row: k for
-drafts, k for their verification, one for the token behind."""
+`read` hold, all before n among them; the next goes on from what it leaves. It takes `Drafting.uniforms` numbers of each
+row: for its drafts, for what stands of drafts, and for the token behind."""
 
 
 class BlockReader(LanguageModel, Protocol):

@@ -16,7 +16,7 @@ import torch
 
 from caddf.benchmarks.hub_gpt2 import TransformersGenerate, copyable
 from caddf.compile import Compile, compiled
-from caddf.decoding import DECODERS, Decoder, Speculative
+from caddf.decoding import DECODERS, Decoder
 from caddf.errors import InputError
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
 from caddf.models.config import ModelConfig
@@ -265,8 +265,11 @@ def _of_dual(
 ) -> list[Entrant]:
     method = contestant.method
     if decoder == "speculative" and lookups and contestant.tokenizer:
-        for most in drafts:
-            Speculative(drafts=most).drafting(contestant.network.block_size)
+        size = contestant.network.block_size
+        if max(drafts, default=0) > size:
+            raise InputError(
+                f"drafts holds {max(drafts)}; it must be at most the block size, which is {size} in {name}"
+            )
         each = product(("causal", "fused"), lookups, [{"drafts": most} for most in drafts] or [{}])
         return [Entrant(name, method, decoder, {"target": target, "lookup": n} | most) for target, n, most in each]
     if decoder in TARGETED:

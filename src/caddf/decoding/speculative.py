@@ -20,6 +20,9 @@ from caddf.decoding.verification import at_place, residual, verify
 from caddf.errors import InputError
 from caddf.interface import Drafting, LanguageModel
 
+MOST_COPIES = 64
+"""Each has room for what the target says of all tokens, in every row."""
+
 
 @dataclass(frozen=True)
 class Speculative:
@@ -34,7 +37,7 @@ class Speculative:
     lookup: where so many last tokens have stood before, drafts are copied from behind them, and the diffusion branch is
         not read; 0: never. A model that has nothing to draft with copies, or writes one token a round.
     copies: copied drafts of a round at most, which are as many as tokens have matched, and at least what a window has;
-        not set, four times k. With the fused target a round copies a window's.
+        not set, four times k; 64 at most. With the fused target a round copies a window's.
     least: drafts are verified while the product of their largest draft probabilities is at least this; 0 verifies all.
     cache: false reads whole rows each time, for comparison.
     """
@@ -57,12 +60,15 @@ class Speculative:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1, or not set")
 
+        if self.copies is not None and self.copies > MOST_COPIES:
+            raise InputError(f"copies is {self.copies}; it must be at most {MOST_COPIES}")
+
     def drafting(self, size: int) -> Drafting:
         """How rounds are drafted in windows of `size`; raises `InputError` where they have no room for `drafts`."""
         most = self.drafts or max(2 * size // 3, 1)
         if most > size:
             raise InputError(f"drafts is {self.drafts}; it must be at most the block size, which is {size}")
-        renew, copies = self.renew or (most + 1) // 2, self.copies or 4 * size
+        renew, copies = self.renew or (most + 1) // 2, self.copies or min(4 * size, MOST_COPIES)
         return Drafting(size, most, renew, self.least, self.lookup, copies)
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:

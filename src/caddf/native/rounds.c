@@ -378,8 +378,7 @@ typedef struct {
   int64_t *into;               // [rows]
 } Canvas;
 
-// Rows that do not go on, and places that a row has not while a wider one has, are read as if they held other tokens:
-// what comes of it is seen by nothing, and what a row holds beyond its end is not looked at.
+// Rows that do not go on are not read, and what a row holds beyond its end is not looked at.
 typedef struct {  // a round: a window of drafts that starts at the last token that stands, and the target's reading of them
   int64_t rows, length, size, mask, bos;  // size 0: one token of each row, and no drafts
   int64_t lookup, copies;                 // drafts are copied where so many last tokens have stood before (0: never), at

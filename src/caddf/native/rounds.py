@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 MOST = 96
-"""Places of all rows of a round, each of which keeps room for the probabilities of all tokens."""
+"""Places of all rows of a round, each of which keeps room for what the heads say of all tokens; copies aside."""
 AHEAD, MOST_AHEAD = 0.02, 16
 """For how many seconds a single row goes ahead, and for how many rounds at most."""
 

@@ -152,7 +152,7 @@ static void worked(int64_t nanoseconds, int64_t waiting) {
   if (2 * waited > all && atomic_fetch_add(&crowd.crowded, 1)) {
     atomic_fetch_add(&crowd.absent, 1), atomic_store(&crowd.until, now() + hold);
     atomic_store(&crowd.hold, 2 * hold < LONGEST ? 2 * hold : LONGEST);
-  } else if (2 * waited <= all) {
+  } else if (2 * waited <= all && !atomic_load(&crowd.absent)) {
     atomic_store(&crowd.crowded, 0), atomic_store(&crowd.hold, hold / 2 > HOLD ? hold / 2 : HOLD);
   }
 }
