@@ -10,9 +10,8 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 
-from caddf.commands import INTERRUPTED
 from caddf.errors import Failure, InputError
-from caddf.interrupted import stopping
+from caddf.interrupted import INTERRUPTED, stopping
 from caddf.version import installed_version
 
 GROUPS = ("data", "benchmark")

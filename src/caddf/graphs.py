@@ -231,9 +231,9 @@ class Engine:
             self.copies.copy_(copies)
             self.matched.copy_(matched)
             looking = rows & (matched == 0)
-        far = rows & (self.matched >= how.size) if how.lookup else torch.zeros_like(rows)
+        far = rows & (self.matched >= how.size)
         if not self.drafts:
-            return False, False, bool(how.lookup) and bool(far.any())
+            return False, False, bool(how.lookup and far.any())
         held = (self.since >= 0) & (self.since + how.size - n >= how.renew)
         torch.where(held, self.since, (n - 1).clamp(min=0), out=self.start)
         torch.logical_and(looking, torch.minimum(self.start + how.size, self.lengths) > n, out=self.looking)

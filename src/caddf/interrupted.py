@@ -6,6 +6,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
+
 
 @contextmanager
 def stopping() -> Iterator[None]:
@@ -23,4 +26,4 @@ def stopping() -> Iterator[None]:
 
 def _stop(*_: object) -> None:
     os.write(2, b"caddf: interrupted\n")
-    os._exit(130)  # nothing has been begun
+    os._exit(INTERRUPTED)  # nothing has been begun

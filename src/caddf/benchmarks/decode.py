@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from caddf.benchmarks.contest import Conditions, contest, faster, whole_numbers
-from caddf.benchmarks.results import Results, Told, dots, number, put
+from caddf.benchmarks.results import Results, Told, dots, number, put, spread
 from caddf.benchmarks.roster import TRANSFORMERS, decoders_of, entrants, name_of, named_runs, needs
 from caddf.decoding import Speculative
 
@@ -143,9 +143,9 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['decoder']} ({settings})" if settings else row["decoder"],
         row["target"] or "",
         str(row["batch"]),
-        spread(row, "tokens_per_second"),
-        spread(row, "over_first"),
-        spread(row, "over_one_at_a_time"),
+        spread(row["tokens_per_second"], row["tokens_per_second_quartiles"]),
+        spread(row["over_first"], row["over_first_quartiles"]),
+        spread(row["over_one_at_a_time"], row["over_one_at_a_time_quartiles"]),
         number(row["tokens_per_evaluation"]),
         number(row["tokens_per_round"]),
         "" if not row.get("copied_share") else f"{row['copied_share']:.0%}",
@@ -158,13 +158,6 @@ def cells(row: dict[str, Any]) -> list[str]:
         number(row["entropy"]),
         number(row["target_ppl"]),
     ]
-
-
-def spread(row: dict[str, Any], name: str) -> str:
-    """A median with its quartiles; nothing where the row has none."""
-    if row.get(name) is None:
-        return ""
-    return f"{number(row[name])} ({' to '.join(map(number, row[f'{name}_quartiles']))})"
 
 
 def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:

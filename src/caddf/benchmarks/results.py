@@ -121,6 +121,14 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{float(f'{value:.{digits}g}'):g}"
 
 
+def spread(median: float | None, quartiles: Sequence[float] | None) -> str:
+    """For a table: a median with its quartiles, where there are any."""
+    if median is None or quartiles is None:
+        return number(median)
+    low, high = quartiles
+    return f"{number(median)} ({number(low)} to {number(high)})"
+
+
 def within(value: float, error: float | None) -> str:
     """For a table: a figure with its standard error, where there is one."""
     return number(value) + ("" if error is None else f" ± {number(error, 2)}")

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from caddf.benchmarks.contest import whole_numbers
 from caddf.benchmarks.measure import Spread, in_turns, now
-from caddf.benchmarks.results import Results, Told, number, put
+from caddf.benchmarks.results import Results, Told, number, put, spread
 from caddf.benchmarks.roster import TARGETED, Contestant, Entrant, Roster, entrants, needs
 from caddf.benchmarks.trial import Prompts, task_of, weights_read
 from caddf.decoding import Task
@@ -196,12 +196,11 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Told]:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the Markdown table."""
-    low, high = row["seconds_per_token_quartiles"]
     return [
         row["method"],
         row["decoder"],
         str(row["context"]),
-        f"{number(1e3 * row['seconds_per_token'])} ({number(1e3 * low)} to {number(1e3 * high)})",
+        spread(1e3 * row["seconds_per_token"], [1e3 * each for each in row["seconds_per_token_quartiles"]]),
         number(1e3 * row["seconds_per_round"]),
         number(row["tokens_per_round"]),
         number(row["bytes_per_round"] / 2**20),

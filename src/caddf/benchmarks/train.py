@@ -17,7 +17,7 @@ from torch import Tensor
 
 from caddf.benchmarks.contest import whole_numbers
 from caddf.benchmarks.measure import Spread, allocated, fresh, in_turns, now, resident
-from caddf.benchmarks.results import Results, Told, dots, number, put
+from caddf.benchmarks.results import Results, Told, dots, put, spread
 from caddf.benchmarks.roster import needs
 from caddf.errors import InputError
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
@@ -263,12 +263,11 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Told]:
 
 def cells(row: dict[str, Any], length: int) -> list[str]:
     """A row of the Markdown table."""
-    low, high = row["tokens_per_second_quartiles"]
     return [
         row["method"],
         row["variant"],
         f"{row['batch']} x {length}",
-        f"{number(row['tokens_per_second'])} ({number(low)} to {number(high)})",
+        spread(row["tokens_per_second"], row["tokens_per_second_quartiles"]),
         "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}",
         f"{row['parameters']:,}",
     ]

@@ -8,9 +8,9 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from caddf.commands import INTERRUPTED
 from caddf.errors import InputError
 from caddf.experiment import METHODS
+from caddf.interrupted import INTERRUPTED
 from caddf.run_options import add_sections, parse_given, read_given, run_settings
 from caddf.running import TrainingDType, resume, start
 from caddf.training.config import Device

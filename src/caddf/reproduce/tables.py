@@ -8,7 +8,7 @@ from statistics import stdev
 from typing import Any, Protocol
 
 from caddf.benchmarks.measure import Spread
-from caddf.benchmarks.results import number, within
+from caddf.benchmarks.results import number, spread, within
 from caddf.benchmarks.roster import name_of, needs
 from caddf.checkpoint import read_json
 from caddf.errors import InputError
@@ -338,7 +338,7 @@ class Ablations:
                 _times(row["diffusion_ratio"]), f"{row['mtp_accuracy']:.1%}",
                 "" if row["mtp_agreement"] is None else f"{row['mtp_agreement']:.1%}",
                 within(row["tokens_per_round"], row["tokens_per_round_error"]), speed(row),
-                "" if low_high is None else _spread(row["ratio"], low_high),
+                "" if low_high is None else spread(row["ratio"], low_high),
             ])  # fmt: skip
         return values["about"], columns, rows
 
@@ -396,12 +396,7 @@ def decoder(row: Values) -> str:
 
 def speed(row: Values) -> str:
     """Tokens a second of the whole batch."""
-    return _spread(row["tokens_per_second"], row["tokens_per_second_quartiles"])
-
-
-def _spread(median: float, quartiles: list[float]) -> str:
-    low, high = quartiles
-    return f"{number(median)} ({number(low)} to {number(high)})"
+    return spread(row["tokens_per_second"], row["tokens_per_second_quartiles"])
 
 
 def _ppl(likelihood: Values | None) -> Values | None:
