@@ -1,6 +1,7 @@
 """What a GPU computes is what a CPU computes. Everything here needs one, and is skipped elsewhere."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings
 from caddf.graphs import Graphs
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
+from caddf.objectives.reading import read
+from caddf.training.compiling import RecordedSteps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 V = 83
@@ -86,3 +89,41 @@ def test_rounds_as_graphs_are_their_steps(decoder, warp):
     assert not model.graphs.failed
     (engine,) = model.graphs.idle
     assert len(engine.graphs) > 1
+
+
+@pytest.mark.parametrize("method", ["caddf-lambda-dce", "gpt2", "radd-lambda-dce", "bd3lm"])
+def test_recorded_steps_are_the_steps(method):
+    """Losses and gradients of batches of several shapes, in float32; a recording serves those that come after it."""
+    kind = METHODS[method]
+    config = kind.configure(ModelSettings(size="debug"), 256, 0)
+    torch.manual_seed(0)
+    plain = ARCHITECTURES[kind.architecture].network(config).cuda()
+    model = copy.deepcopy(plain)
+    objective = kind.build(kind.settings(**kind.defaults), config)
+    recorded = RecordedSteps(partial(objective.readings, model), partial(losses, model), list(model.parameters()))
+    model.compiled_training = True
+    noise = torch.Generator().manual_seed(2)
+    for step in range(12):
+        x = torch.randint(256, (8, config.context), generator=torch.Generator().manual_seed(step)).cuda()
+        state = noise.get_state()
+        total, parts = recorded(x, noise)
+        again = torch.Generator()
+        again.set_state(state)
+        loss = objective(plain, x, again)
+        loss.total.backward()
+        assert total.item() == pytest.approx(loss.total.item(), rel=1e-5)
+        assert {name: part.item() for name, part in parts.items()} == pytest.approx(
+            {name: part.item() for name, part in loss.parts.items()}, rel=1e-4
+        )
+        for one, two in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (one.grad is None) == (two.grad is None)
+            if two.grad is not None:
+                assert (one.grad - two.grad).norm() <= 1e-4 * two.grad.norm() + 1e-8
+            one.grad = two.grad = None
+    assert recorded.recordings and not recorded.failed
+
+
+def losses(model, readings):
+    """A loss and its parts, as the trainer reads them."""
+    loss = read(model, readings)
+    return loss.total, loss.parts

@@ -106,6 +106,18 @@ class KVCache:
         """Keys and values of the slots from `since` to `upto - 1`, without a copy."""
         return self.keys[layer, :, :, since:upto], self.values[layer, :, :, since:upto]
 
+    def extended(
+        self,
+        layer: int,
+        where: slice | Int[Tensor, "B n"],
+        upto: int,
+        since: int,
+        new: tuple[Float[Tensor, "B H n size"], Float[Tensor, "B H n size"]],
+    ) -> tuple[Float[Tensor, "B H m size"], Float[Tensor, "B H m size"]]:
+        """Writes `new`, and reads what is there from `since` to `upto - 1` now."""
+        self.write(layer, where, *new)
+        return self.read(layer, upto, since)
+
     def turn(self, slots: Slots) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
         """Cosines and sines of the angles at `slots`, `[1 or B, 1, n, size]`."""
         assert self.turns is not None

@@ -88,12 +88,9 @@ class DualBranch(OverCaches):
             raise InputError("prefix and canvas differ under AnyOrder; there both are x_t (eq. 5)")
         inputs = self.shift(prefix)
         positions = torch.arange(prefix.shape[1], device=prefix.device)
-        h_trans = None
+        slots, h_trans = Slots(positions, 0, len(positions)), None
         if self.causal is not None:
-            if caches is None:
-                h_trans = self.causal(inputs, positions)
-            else:
-                h_trans = self._read(inputs, Slots.of(positions), caches)
+            h_trans = self.causal(inputs, slots) if caches is None else self._read(inputs, slots, caches)
         seen = self._canvas(prefix, canvas, pattern, h_trans)
         chained = self.chain is not None and isinstance(pattern, Block)
         draft = self._drafts(seen, prefix, pattern) if isinstance(pattern, Block) else seen.states
@@ -148,13 +145,14 @@ class DualBranch(OverCaches):
         if self.chain is None:
             return h_cad
         index, size = pattern.index(positions), min(pattern.size, len(positions))
+        count = (len(positions) - 1 - pattern.offset) // pattern.size - (-pattern.offset) // pattern.size + 1
         place = (index - index[0]) * size + positions - pattern.start(positions)
 
         def blocks(x: Float[Tensor, "B L d"]) -> Float[Tensor, "N k d"]:
-            whole = x.new_zeros(len(x), size * int(index[-1] - index[0] + 1), x.shape[-1])
+            whole = x.new_zeros(len(x), size * count, x.shape[-1])
             return whole.index_copy(1, place, x).view(-1, size, x.shape[-1])
 
-        drafts = self.chain(blocks(h_cad), blocks(self._heard(prefix, positions)))
+        drafts = self.chain(blocks(h_cad), blocks(self._heard(prefix, Slots(positions, 0, len(positions)))))
         return drafts.view(len(h_cad), -1, h_cad.shape[-1])[:, place]
 
     def _fused(
@@ -168,7 +166,8 @@ class DualBranch(OverCaches):
             visible = seen.visible
             if visible is not None:  # later blocks read these states: they may hold clean blocks, and no block's canvas
                 visible = visible & (torch.arange(visible.shape[1], device=visible.device) < len(positions))
-            h_trans = self.causal(inputs, positions, source=(seen.states, self.causal.rotary(seen.positions), visible))
+            slots = Slots(positions, 0, len(positions))
+            h_trans = self.causal(inputs, slots, source=(seen.states, self.causal.rotary(seen.positions), visible))
         return self._cross(h_trans, positions, self.causal.rotary(positions), seen)
 
     # Heads.

@@ -5,6 +5,8 @@ Slot i reads token i-1 (BOS for i = 0) and carries position i, the position that
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from caddf.caches import KVCache, Slots
 from caddf.errors import InputError
 from caddf.models.config import BranchConfig
-from caddf.models.layers import KeysValues, Layer, Layers, Rotation, TiedEmbedding, among, initialise, rotation
+from caddf.models.layers import Layer, Layers, Rotation, TiedEmbedding, among, initialise, rotation
 
 
 def tokens_before(tokens: Int[Tensor, "B T"], slots: Slots, bos_id: int, by: int = 1) -> Int[Tensor, "B n"]:
@@ -102,15 +104,11 @@ class CausalBranch(nn.Module):
         visible = visible if visible is None else among(x.new_zeros(()), visible)  # once, and not by every layer
         since = slots.since(self.context) if cache is not None else 0
         for i, layer in enumerate(self.layers):
-            h = layer.attention_norm(x)
-            keys_values: KeysValues = layer.attention.keys_values(h, turn)
+            kept, crossed = None, None
             if cache is not None:
-                cache.write(i, slots.where, *keys_values)
-                keys_values = cache.read(i, slots.upto, since)
-            x = x + layer.attention(h, turn, keys_values, visible, causal=causal)
+                kept = partial(cache.extended, i, slots.where, slots.upto, since)
             if source is not None:
                 states, source_turn, seen = source
-                looked_up = layer.cross.keys_values(states, source_turn)
-                x = x + layer.cross(layer.cross_norm(x), self.rotary(slots.positions), looked_up, seen)
-            x = x + layer.mlp(layer.mlp_norm(x))
+                crossed = (self.rotary(slots.positions), layer.cross.keys_values(states, source_turn), seen)
+            x = layer(x, turn, visible, causal, kept=kept, crossed=crossed)
         return self.norm(x)

@@ -76,10 +76,8 @@ class CausalModel(nn.Module):
         if not isinstance(pattern, Infill | Block):
             raise InputError("a causal model reads left to right; it has no any-order reading")
         inputs = F.pad(prefix[:, :-1], (1, 0), value=self.config.bos_id)
-        positions = torch.arange(prefix.shape[1], device=prefix.device)
-        if caches is None:
-            return States(None, None, self.causal(inputs, positions)), None
-        return States(None, None, self.causal(inputs, positions, caches.causal)), caches
+        slots = Slots(torch.arange(prefix.shape[1], device=prefix.device), 0, prefix.shape[1])
+        return States(None, None, self.causal(inputs, slots, None if caches is None else caches.causal)), caches
 
     def incremental(self, pattern: Pattern) -> bool:
         """No canvas to encode: only the causal head reads over caches."""

@@ -111,12 +111,11 @@ class DiffusionBranch(nn.Module):
         turn = positions if isinstance(positions, tuple) else self.rotary(positions)
         time = None if self.level is None or level is None else self.level(level)
         for i, layer in enumerate(self.layers):
-            shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-                (None, None, 1, None, None, 1) if time is None else self.modulations[i](time)
+            x = layer(
+                x,
+                turn,
+                visible,
+                crossed=(turn, exchange[i], exchanged) if exchange else None,
+                modulation=None if time is None else self.modulations[i](time),
             )
-            h = modulate(layer.attention_norm(x), shift, scale)
-            x = x + gate * layer.attention(h, turn, layer.attention.keys_values(h, turn), visible)
-            if exchange:
-                x = x + layer.cross(layer.cross_norm(x), turn, exchange[i], exchanged)
-            x = x + mlp_gate * layer.mlp(modulate(layer.mlp_norm(x), mlp_shift, mlp_scale))
         return modulate(self.norm(x), *((None, None) if time is None else self.last_modulation(time)))

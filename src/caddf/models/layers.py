@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from functools import partial
 from typing import Literal, cast
 
@@ -22,6 +22,10 @@ Rotation = tuple[Tensor, Tensor]
 """Cosines and (first half negated) sines `[B or 1, 1, n, size]` of the angles of a row of positions."""
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values `[B, H, m, size]`."""
+Visible = Bool[Tensor, "..."] | Float[Tensor, "..."] | None
+"""What queries see of keys, `[n, m]` or `[B, 1 or H, n, m]`."""
+Crossed = tuple[Rotation, KeysValues, Visible]
+"""What a layer's cross-attention reads: its queries' rotation, keys and values, and what it sees of them."""
 Readout = Tensor | nn.Module
 """What makes logits of states: output embeddings `[V, D]`, or a map in their place that has a length, V."""
 LevelScale = Literal["log", "linear"]
@@ -97,7 +101,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "B n D"],
         turn: Rotation | None,
         keys_values: KeysValues,
-        visible: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
+        visible: Visible = None,
         causal: bool = False,
     ) -> Float[Tensor, "B n D"]:
         """Each of x's n states reads the keys that `visible` (`[n, m]` or `[B, 1 or H, n, m]`) shows it."""
@@ -149,6 +153,32 @@ class Layer(nn.Module):
             self.cross = Attention(width, heads, source_width, bias=bias)
         self.mlp_norm = norm()
         self.mlp = MLP(width, 4 * width, width, bias=bias or mlp_bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B n D"],
+        turn: Rotation | None,
+        visible: Visible = None,
+        causal: bool = False,
+        *,
+        kept: Callable[[KeysValues], KeysValues] | None = None,
+        crossed: Crossed | None = None,
+        modulation: tuple[Float[Tensor, "B 1 D"], ...] | None = None,
+    ) -> Float[Tensor, "B n D"]:
+        """The residual stream behind this layer, of positions turned by `turn` that see what `visible` shows them.
+
+        `kept` takes the keys and values of these positions and gives those to be read: a cache. `crossed` is what
+        cross-attention reads. `modulation`: shift, scale and gate of attention, then of the MLP.
+        """
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation or (None, None, 1, None, None, 1)
+        h = modulate(self.attention_norm(x), shift, scale)
+        keys_values = self.attention.keys_values(h, turn)
+        if kept is not None:
+            keys_values = kept(keys_values)
+        x = x + gate * self.attention(h, turn, keys_values, visible, causal)
+        if crossed is not None:
+            x = x + self.cross(self.cross_norm(x), *crossed)
+        return x + mlp_gate * self.mlp(modulate(self.mlp_norm(x), mlp_shift, mlp_scale))
 
 
 class TiedEmbedding(nn.Module):

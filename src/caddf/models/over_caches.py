@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -251,14 +252,17 @@ class OverCaches(nn.Module):
         return whole.rounds(lengths, drafting, caches, warp=warp, over=over)
 
     def before(
-        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"], by: int = 1
+        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots, by: int = 1
     ) -> Int[Tensor, "B n"]:
         """The token `by` places before each of `positions` (BOS before the first): what slots at them read."""
-        slots = Slots.of(positions) if positions.ndim == 1 else Slots(positions, None, 0)
+        if isinstance(positions, Slots):
+            slots = positions
+        else:
+            slots = Slots.of(positions) if positions.ndim == 1 else Slots(positions, None, 0)
         return tokens_before(tokens, slots, self.config.bos_id, by)
 
     def _heard(
-        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"]
+        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots
     ) -> Float[Tensor, "B n d"]:
         """What the chain hears at `positions`."""
         assert self.chain is not None
@@ -311,8 +315,5 @@ class OverCaches(nn.Module):
         visible = (pattern.index(slots) <= pattern.index(at)) & (slots > at - self.config.context)
         seen = self.diffusion.seen(positions, slots, visible)
         for i, layer in enumerate(self.diffusion.layers):
-            h = layer.attention_norm(x)
-            cache.write(i, positions, *layer.attention.keys_values(h, turn))
-            x = x + layer.attention(h, turn, cache.read(i, upto), seen)
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x = layer(x, turn, seen, kept=partial(cache.extended, i, positions, upto, 0))
         return States(None, self.diffusion.norm(x), None)

@@ -179,9 +179,7 @@ class Plaid(nn.Module):
             x = x + self.estimate((estimate * math.sqrt(width)).to(kind)) + self.time(self._waves(level).to(kind))
         turn = rotation(torch.arange(z.shape[1], device=z.device), self.config.branch.width // self.config.branch.heads)
         for layer in self.layers:
-            h = layer.attention_norm(x)
-            x = x + layer.attention(h, turn, layer.attention.keys_values(h, turn))
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x = layer(x, turn)
         exact = torch.promote_types(kind, torch.float32)
         features = torch.cat([self.norm(x).to(exact), (signal.sqrt() / noise * z).to(exact)], -1)
         embeddings = embeddings.to(exact)

@@ -8,17 +8,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from caddf.interface import Infill, LanguageModel
-from caddf.objectives.heads import Term, score
-from caddf.objectives.loss import Loss, weights_like
+from caddf.interface import Head, Infill, LanguageModel
+from caddf.objectives.heads import Term
+from caddf.objectives.loss import weights_like
+from caddf.objectives.reading import ByReadings, Reading
 
 
 @dataclass(frozen=True)
-class AutoregressiveLoss:
-    """-sum log p_causal(x_i | x_<i), at every position."""
+class AutoregressiveLoss(ByReadings):
+    """-sum log p_causal(x_i | x_<i), at every position: the mean over tokens."""
 
-    def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
-        """The mean over tokens; nothing is drawn."""
-        states, _ = model(x0, torch.full_like(x0, model.mask_id), Infill())
-        total = score(model, states, x0, {"causal": Term(weights_like(x0, 1.0))}).total
-        return Loss(total, {"causal": total.detach()})
+    def readings(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> list[Reading]:
+        """One; nothing is drawn."""
+        terms: dict[Head, Term] = {"causal": Term(weights_like(x0, 1.0))}
+        return [Reading(x0, x0, torch.full_like(x0, model.mask_id), Infill(), terms, {"causal": "causal"})]

@@ -9,13 +9,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from caddf.errors import InputError
-from caddf.interface import Block, LanguageModel
-from caddf.objectives.heads import Term, score
-from caddf.objectives.loss import Loss, Times, draw_times, weights_like
+from caddf.interface import Block, Head, LanguageModel
+from caddf.objectives.heads import Term
+from caddf.objectives.loss import Times, draw_times, weights_like
+from caddf.objectives.reading import ByReadings, Reading
 
 
 @dataclass(frozen=True)
-class BlockDiffusion:
+class BlockDiffusion(ByReadings):
     """Sum over blocks b of E_lambda [ 1/lambda * sum over masked i of b of -log q(x0_i | x_<b, x_lambda of b) ].
 
     One pass over `[x0 ; x_t]`, lambda drawn for each block by itself (Arriola et al. 2025). Clipped, it is U[beta,
@@ -41,8 +42,8 @@ class BlockDiffusion:
                 "0 <= beta <= omega <= 1, and omega above 0"
             )
 
-    def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
-        """The mean over tokens."""
+    def readings(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> list[Reading]:
+        """One, scored by the mean over tokens."""
         if model.chained:
             raise InputError("draft is chained; block diffusion needs a factorised draft head")
         pattern = Block(model.block_size if self.block_size is None else self.block_size)
@@ -50,7 +51,6 @@ class BlockDiffusion:
         times = draw_times(len(x0) * (int(block[-1]) + 1), self.times, generator).view(len(x0), -1)
         rate = (self.beta + (self.omega - self.beta) * times)[:, block]
         masked = (torch.rand(x0.shape, generator=generator, dtype=torch.float64) < rate).to(x0.device)
-        states, _ = model(x0, torch.where(masked, model.mask_id, x0), pattern)
-        weights = masked * weights_like(x0, 1 / rate)
-        total = score(model, states, x0, {"draft": Term(weights)}).total
-        return Loss(total, {"block_diffusion": total.detach()})
+        canvas = torch.where(masked, model.mask_id, x0)
+        terms: dict[Head, Term] = {"draft": Term(masked * weights_like(x0, 1 / rate))}
+        return [Reading(x0, x0, canvas, pattern, terms, {"draft": "block_diffusion"})]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, LanguageModel
-from caddf.objectives.heads import Term, score
+from caddf.objectives.heads import Term
 from caddf.objectives.loss import Loss, Times, draw_times, nats_at, weights_like
+from caddf.objectives.reading import ByReadings, Reading
 from caddf.schedules import LogLinear, Schedule
 
 
-class Denoising(ABC):
+class Denoising(ByReadings):
     """E [ weight * sum over masked i of -log q(x0_i | x_t) ]: the forms differ in how x_t and its weight are drawn."""
 
     @abstractmethod
@@ -32,13 +33,12 @@ class Denoising(ABC):
         nats = nats_at(model, states, x_t == model.mask_id, x0, model.denoiser)
         return weight[:, None].to(nats) * nats
 
-    def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
-        """The mean over tokens."""
+    def readings(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> list[Reading]:
+        """One, scored by the mean over tokens."""
         x_t, weight = self.draw(x0, model.mask_id, generator)
-        states, _ = model(x_t, x_t, AnyOrder())
         weights = (x_t == model.mask_id) * weights_like(x0, weight[:, None])
-        total = score(model, states, x0, {model.denoiser: Term(weights)}).total
-        return Loss(total, {"denoise": total.detach()})
+        terms = {model.denoiser: Term(weights)}
+        return [Reading(x0, x_t, x_t, AnyOrder(), terms, {model.denoiser: "denoise"})]
 
 
 @dataclass(frozen=True)

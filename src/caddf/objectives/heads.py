@@ -6,9 +6,10 @@ them. Kept for the backward pass are the gradients of states and tables alone (a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -54,24 +55,28 @@ def score(
     """
     if getattr(model, "projection", None) is None:
         return _by_log_probs(model, states, x0, terms, distillation)
+    compiled = getattr(model, "compiled_training", False)
     weights = {head: term.weights.flatten() for head, term in terms.items()}
-    where = {head: weight.nonzero()[:, 0] for head, weight in weights.items()}
-    if distillation is not None:  # the head that drafts are compared with is read where they are
-        source = distillation.source
-        weights.setdefault(source, torch.zeros_like(weights["draft"]))
-        where[source] = ((weights[source] != 0) | (weights["draft"] != 0)).nonzero()[:, 0]
+    if distillation is not None:
+        weights.setdefault(distillation.source, torch.zeros_like(weights["draft"]))
+    where: dict[Head, Tensor | None] = dict.fromkeys(weights)
+    if not compiled:  # there all is read, so that nothing waits for a count, and shapes stay what they are
+        where = {head: weight.nonzero()[:, 0] for head, weight in weights.items()}
+        if distillation is not None:  # the head that drafts are compared with is read where they are
+            source = distillation.source
+            where[source] = ((weights[source] != 0) | (weights["draft"] != 0)).nonzero()[:, 0]
     heads: dict[str, _Rows] = {}
     tensors: list[Tensor | None] = []
     for head, at in where.items():
         read: Projection = model.projection(states, head)  # type: ignore[attr-defined]
         flat = read.states.flatten(0, 1)
-        tensors += [flat if len(at) == len(flat) else flat[at], read.tokens, read.bias]
-        targets = x0.flatten()[at]
+        tensors += [flat if at is None or len(at) == len(flat) else flat[at], read.tokens, read.bias]
+        targets, weight = (each if at is None else each[at] for each in (x0.flatten(), weights[head]))
         if read.small is not None:
             targets = torch.searchsorted(read.small, targets).clamp(max=len(read.small) - 1)
         coefficient = terms[head].coefficient if head in terms else 0.0
-        heads[head] = _Rows(at, targets, weights[head][at], coefficient, read.small)
-    total, values = _Score.apply(heads, distillation, torch.is_grad_enabled(), *tensors)
+        heads[head] = _Rows(at, targets, weight, coefficient, read.small)
+    total, values = _Score.apply(heads, distillation, torch.is_grad_enabled(), compiled, *tensors)
     parts = dict(zip([*heads, "distill"], values.unbind(), strict=True))
     return Scores(total, {name: parts[name] for name in [*terms, *(["distill"] if distillation is not None else [])]})
 
@@ -104,9 +109,12 @@ def _by_log_probs(
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a head scores: flat positions in order, the tokens there, weights, and which tokens it has where not all."""
+    """What a head scores: flat positions in order, the tokens there, weights, and which tokens it has where not all.
 
-    where: Int[Tensor, " N"]
+    Without `where`: all positions.
+    """
+
+    where: Int[Tensor, " N"] | None
     targets: Int[Tensor, " N"]
     weights: Float[Tensor, " N"]
     coefficient: float
@@ -114,13 +122,19 @@ class _Rows:
 
 
 class _Work:
-    """A head's rows as they are scored, and the gradients that come of it."""
+    """A head's rows as they are scored, and the gradients that come of it.
 
-    def __init__(self, rows: _Rows, states: Tensor, tokens: Tensor, bias: Tensor | None, learns: bool) -> None:
+    Not compiled, log-probabilities are made in place, in room that the next chunk takes; compiled, logits stay what
+    they are, and are normalised where they are used.
+    """
+
+    def __init__(
+        self, rows: _Rows, states: Tensor, tokens: Tensor, bias: Tensor | None, learns: bool, compiled: bool
+    ) -> None:
         device = states.device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
         exact = torch.promote_types(kind, torch.float32)
-        self.rows, self.learns = rows, learns
+        self.rows, self.learns, self.compiled = rows, learns, compiled
         self.states, self.tokens, self.bias = states.to(kind), tokens.to(kind), bias
         self.weights, self.value = rows.weights.to(exact), states.new_zeros((), dtype=exact)
         self.gradients: tuple[Tensor, Tensor, Tensor | None] | None = None
@@ -129,16 +143,18 @@ class _Work:
             self.gradients = torch.empty_like(self.states), torch.zeros_like(tokens), into
         self.size = max(FEWEST, (ELEMENTS if device == "cpu" else LAUNCHED) // len(tokens))
         self.room = states.new_empty(min(self.size, len(states)), len(tokens), dtype=kind)
-        self.exact = self.room if kind == exact else torch.empty_like(self.room, dtype=exact)
+        self.exact = self.room if kind == exact or compiled else torch.empty_like(self.room, dtype=exact)
 
     def chunks(self) -> Iterator[slice]:
         """The rows, a few at a time."""
         return (slice(i, min(i + self.size, len(self.states))) for i in range(0, len(self.states), self.size))
 
-    def log_probs(self, rows: slice) -> Float[Tensor, "n V"]:
-        """Of a chunk, in room that the next one takes."""
+    def read(self, rows: slice) -> Float[Tensor, "n V"]:
+        """A chunk's log-probabilities (compiled: logits), in room that the next one takes."""
         n = rows.stop - rows.start
         logits = torch.mm(self.states[rows], self.tokens.t(), out=self.room[:n])
+        if self.compiled:
+            return logits if self.bias is None else logits.add_(self.bias)
         if self.exact is not self.room:
             logits = self.exact[:n].copy_(logits)
         if self.bias is not None:
@@ -158,36 +174,106 @@ class _Work:
         else:
             tokens += gradient.t() @ self.states[rows]
 
-    def entropy(self, rows: slice, log_p: Float[Tensor, "n V"]) -> Int[Tensor, "n 1"]:
-        """Adds the chunk's cross-entropy to the value; the targets, as an index."""
-        targets = self.rows.targets[rows, None]
-        self.value -= (self.weights[rows] * log_p.gather(1, targets)[:, 0]).sum()
-        return targets
+    def score(self, rows: slice, read: Float[Tensor, "n V"]) -> None:
+        """Cross-entropy of the tokens that stand there. Overwrites what was read."""
+        weights, learns = self.weights[rows, None], self.learns
+        entropy = _made(_entropy, self.compiled)
+        value, gradient = entropy(read, self.rows.targets[rows, None], weights, weights * self.rows.coefficient, learns)
+        self.value += value
+        if gradient is not None:
+            self.learn(rows, gradient)
 
-    def score(self, rows: slice, log_p: Float[Tensor, "n V"]) -> None:
-        """Cross-entropy of the tokens that stand there: its gradient is p less their indicator. Overwrites log p."""
-        targets, weights = self.entropy(rows, log_p), self.weights[rows, None] * self.rows.coefficient
-        if self.learns:
-            self.learn(rows, log_p.exp_().mul_(weights).scatter_add_(1, targets, -weights))
-
-    def distil(self, source: Int[Tensor, " m"], log_p: Float[Tensor, "m V"], how: Distillation) -> Float[Tensor, ""]:
-        """Of the drafts at those among the positions `source` that they have; the sum of their divergence from p."""
-        first, last = torch.searchsorted(self.rows.where, source[[0, -1]] + torch.tensor([0, 1]).to(source)).tolist()
-        gap, size = self.value.new_zeros(()), self.size
-        for rows in (slice(i, min(i + size, last)) for i in range(first, last, size)):
-            at = torch.searchsorted(source, self.rows.where[rows])
-            log_q, log_t = self.log_probs(rows), log_p if len(at) == len(log_p) else log_p[at]
-            if self.rows.small is not None:
-                log_t = log_t[:, self.rows.small]
-            targets, weights = self.entropy(rows, log_q), self.weights[rows, None]
-            gaps, gradient = _divergence(log_t, log_q, how)
-            gap += (self.weights[rows] * gaps).sum()
-            if self.learns:
-                if how.share < 1:
-                    rest = log_q.exp_().scatter_add_(1, targets, -torch.ones_like(weights))
-                    gradient.mul_(how.share).add_(rest, alpha=1 - how.share)
-                self.learn(rows, gradient.mul_(weights * self.rows.coefficient))
+    def distil(
+        self, drafts: slice, source: Int[Tensor, " m"] | None, read: Float[Tensor, "m V"], how: Distillation
+    ) -> Float[Tensor, ""]:
+        """Of the rows `drafts`; the sum of their divergence from p, which is `read` at `source`, or at their own."""
+        gap, size, divergences = self.value.new_zeros(()), self.size, _made(_distilled, self.compiled)
+        for rows in (slice(i, min(i + size, drafts.stop)) for i in range(drafts.start, drafts.stop, size)):
+            own = self.read(rows)
+            if source is None or self.rows.where is None:
+                given = read[rows.start - drafts.start : rows.stop - drafts.start]
+            else:
+                at = torch.searchsorted(source, self.rows.where[rows])
+                given = read if len(at) == len(read) else read[at]
+            targets, weights = self.rows.targets[rows, None], self.weights[rows, None]
+            scaled, small = weights * self.rows.coefficient, self.rows.small
+            value, gaps, gradient = divergences(given, own, targets, weights, scaled, small, how, self.learns)
+            self.value += value
+            gap += gaps
+            if gradient is not None:
+                self.learn(rows, gradient)
         return gap
+
+
+def _firsts(drafts: Int[Tensor, " n"] | None, source: Int[Tensor, " m"] | None, chunks: list[slice]) -> list[int]:
+    """The first of `drafts`, whose positions are all in `source`, in each of its chunks, and their number."""
+    if drafts is None or source is None:
+        return [0, *(chunk.stop for chunk in chunks)]
+    starts = torch.tensor([chunk.start for chunk in chunks], dtype=torch.long, device=source.device)
+    return [*torch.searchsorted(drafts, source[starts]).tolist(), len(drafts)]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _made(function: Function, compiled: bool) -> Function:
+    """`function`, or what torch's compiler makes of it."""
+    return cast(Function, _compiled(function)) if compiled else function
+
+
+_compiled = functools.cache(torch.compile)
+
+
+def _log_p(read: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+    """Log-probabilities of what was read, which it is already where nothing is compiled."""
+    if not torch.compiler.is_compiling():
+        return read
+    return torch.log_softmax(read.to(torch.promote_types(read.dtype, torch.float32)), -1)
+
+
+def _less(p: Float[Tensor, "n V"], targets: Int[Tensor, "n 1"], weights: Float[Tensor, "n 1"]) -> Float[Tensor, "n V"]:
+    """`p` less `weights` at the targets; overwrites it where nothing is compiled."""
+    if not torch.compiler.is_compiling():
+        return p.scatter_add_(1, targets, -weights)
+    return p - torch.where(torch.arange(p.shape[1], device=p.device) == targets, weights, 0)
+
+
+def _entropy(
+    read: Float[Tensor, "n V"],
+    targets: Int[Tensor, "n 1"],
+    weights: Float[Tensor, "n 1"],
+    scaled: Float[Tensor, "n 1"],
+    learns: bool,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n V"] | None]:
+    """A cross-entropy, and `scaled` times its gradient: p less the indicator of the targets."""
+    log_p = _log_p(read)
+    value = -(weights * log_p.gather(1, targets)).sum()
+    return value, _less(log_p.exp_().mul_(scaled), targets, scaled).to(read.dtype) if learns else None
+
+
+def _distilled(
+    source: Float[Tensor, "n V"],
+    read: Float[Tensor, "n v"],
+    targets: Int[Tensor, "n 1"],
+    weights: Float[Tensor, "n 1"],
+    scaled: Float[Tensor, "n 1"],
+    small: Int[Tensor, " v"] | None,
+    how: Distillation,
+    learns: bool,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "n v"] | None]:
+    """Cross-entropy and divergence from `source` of drafts, and `scaled` times the gradient of their mixture."""
+    log_q, log_t = _log_p(read), _log_p(source)
+    if small is not None:
+        log_t = log_t[:, small]
+    value = -(weights * log_q.gather(1, targets)).sum()
+    gaps, gradient = _divergence(log_t, log_q, how)
+    gap = (weights[:, 0] * gaps).sum()
+    if not learns:
+        return value, gap, None
+    if how.share < 1:
+        rest = _less(log_q.exp_(), targets, torch.ones_like(weights))
+        gradient.mul_(how.share).add_(rest, alpha=1 - how.share)
+    return value, gap, gradient.mul_(scaled).to(read.dtype)
 
 
 def _divergence(
@@ -212,6 +298,7 @@ class _Score(torch.autograd.Function):
         heads: dict[str, _Rows],
         distillation: Distillation | None,
         learning: bool,
+        compiled: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """`tensors` are states at each head's positions, its table and its bias, head by head."""
@@ -219,8 +306,8 @@ class _Score(torch.autograd.Function):
         for i, (name, rows) in enumerate(heads.items()):
             states, tokens, bias = tensors[3 * i : 3 * i + 3]
             assert states is not None and tokens is not None
-            wanted = any(ctx.needs_input_grad[3 + 3 * i : 6 + 3 * i])
-            work[name] = _Work(rows, states, tokens, bias, learning and wanted and rows.coefficient != 0)
+            learns = learning and rows.coefficient != 0 and any(ctx.needs_input_grad[4 + 3 * i : 7 + 3 * i])
+            work[name] = _Work(rows, states, tokens, bias, learns, compiled)
         drafts = None if distillation is None else work["draft"]
         kinds = [each.value.dtype for each in work.values()]
         gap = torch.zeros((), dtype=kinds[0], device=tensors[0].device)  # type: ignore[union-attr]
@@ -228,11 +315,16 @@ class _Score(torch.autograd.Function):
             for name, head in work.items():
                 if head is drafts:
                     continue
-                for chunk in head.chunks():
-                    log_p = head.log_probs(chunk)
-                    if drafts is not None and distillation is not None and name == distillation.source:
-                        gap = gap + drafts.distil(head.rows.where[chunk], log_p, distillation)
-                    head.score(chunk, log_p)
+                chunks = list(head.chunks())
+                verifies = distillation is not None and name == distillation.source
+                firsts = _firsts(work["draft"].rows.where, head.rows.where, chunks) if verifies else []
+                for i, chunk in enumerate(chunks):
+                    read = head.read(chunk)
+                    if drafts is not None and distillation is not None and verifies:
+                        of, places = slice(firsts[i], firsts[i + 1]), head.rows.where
+                        places = None if places is None else places[chunk]
+                        gap = gap + drafts.distil(of, places, read, distillation)
+                    head.score(chunk, read)
         total, share = torch.zeros_like(gap), 0.0 if distillation is None else distillation.share
         for head in work.values():
             own = share if head is drafts else 0.0
@@ -248,6 +340,7 @@ class _Score(torch.autograd.Function):
         """The gradients, times that of the total."""
         each = (gradient for head in ctx.gradients for gradient in head)
         return (
+            None,
             None,
             None,
             None,

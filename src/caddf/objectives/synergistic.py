@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +15,9 @@ from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, Block, Infill, LanguageModel, Pattern
 from caddf.objectives.distillation import Distillation, Divergence
 from caddf.objectives.forms import Form, ScheduleName, denoising
-from caddf.objectives.heads import Term, score
-from caddf.objectives.loss import Loss, Times, weights_like
+from caddf.objectives.heads import Term
+from caddf.objectives.loss import Times, weights_like
+from caddf.objectives.reading import ByReadings, Reading
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,19 @@ class SynergisticConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; a weight must be 0 or more")
 
 
-class Synergistic:
+class Synergistic(ByReadings):
     """The mixture of `config`; a model's draft head is trained on every row, its causal head wherever the prefix is x0.
 
     Only masked positions are scored by the fused and the draft head: an unmasked token is in its own `h_cad`, and
-    scoring it would train copying.
+    scoring it would train copying. The loss is the mean over rows of each reading's (nats per token).
     """
 
     def __init__(self, config: SynergisticConfig, block_size: int) -> None:
         self.config, self.block_size = config, block_size
         self.denoising = denoising(config.denoising, config.schedule, config.times)
 
-    def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
-        """The mean over rows of each reading's loss (nats per token)."""
+    def readings(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> list[Reading]:
+        """One of each kind that has rows."""
         config, none = self.config, x0[:0]
         share = config.denoise if config.infill + config.block else 1.0
         denoised, infilled, blocks = x0[len(x0) - _rounded(len(x0) * share, generator) :], none, none
@@ -96,28 +98,25 @@ class Synergistic:
             infilled, blocks = x0[:count], x0[count:]
         if "fused" not in model.heads:  # nothing reads left to right: what would be infilled is denoised
             denoised, infilled = torch.cat([infilled, denoised]), none
-        total = torch.zeros((), device=x0.device)
-        parts: dict[str, Tensor] = {}
-        for reading, rows in ((self._denoise, denoised), (self._infill, infilled), (self._block, blocks)):
-            if len(rows):
-                loss = reading(model, rows, generator)
-                total = total + loss.total * (len(rows) / len(x0))
-                parts |= loss.parts
-        return Loss(total, parts)
+        return [
+            dataclasses.replace(reading(model, rows, generator), share=len(rows) / len(x0))
+            for reading, rows in ((self._denoise, denoised), (self._infill, infilled), (self._block, blocks))
+            if len(rows)
+        ]
 
-    def _denoise(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
+    def _denoise(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Reading:
         """Eq. 5: `prefix = x_t`, weighted as the denoising loss says."""
         x_t, weight = self.denoising.draw(x0, model.mask_id, generator)
-        return self._score(model, x0, x_t, x_t, AnyOrder(), "denoise", weight)
+        return self._reading(model, x0, x_t, x_t, AnyOrder(), "denoise", weight)
 
-    def _infill(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
+    def _infill(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Reading:
         """Eq. 6: `prefix = x0`, the canvas masked at a random rate or wholly."""
         rate = torch.rand(len(x0), generator=generator, dtype=torch.float64)
         whole = torch.rand(len(x0), generator=generator) < self.config.all_masked
         canvas = mask_tokens(x0, torch.where(whole, 1.0, rate), model.mask_id, generator)
-        return self._score(model, x0, x0, canvas, Infill(), "infill")
+        return self._reading(model, x0, x0, canvas, Infill(), "infill")
 
-    def _block(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
+    def _block(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Reading:
         """Eq. 6 in blocks: each all masked, or but for its first j tokens, j ~ U{1..k-1} (or up to `revealed_most`)."""
         config, pattern, positions = self.config, Block(self.block_size), torch.arange(x0.shape[1])
         index, shape = pattern.index(positions), (len(x0), -(-x0.shape[1] // self.block_size))
@@ -127,9 +126,9 @@ class Synergistic:
         nth = positions - pattern.start(positions) - count[:, index]
         canvas = torch.where((nth < 0).to(x0.device), x0, model.mask_id)
         decay = config.draft_decay ** nth.clamp(min=0).double()
-        return self._score(model, x0, x0, canvas, pattern, "block", drafts=decay)
+        return self._reading(model, x0, x0, canvas, pattern, "block", drafts=decay)
 
-    def _score(
+    def _reading(
         self,
         model: LanguageModel,
         x0: Int[Tensor, "B L"],
@@ -139,13 +138,12 @@ class Synergistic:
         name: str,
         weight: Float[Tensor, " B"] | None = None,
         drafts: Float[Tensor, "B L"] | None = None,
-    ) -> Loss:
-        """Each head's loss in one reading; without `weight`, the mean over the masked positions.
+    ) -> Reading:
+        """What each head is scored on in one reading; without `weight`, the mean over the masked positions.
 
         `drafts` are the weights of a block's drafts in theirs.
         """
         config = self.config
-        states, _ = model(prefix, canvas, pattern)
         masked, everywhere = canvas == model.mask_id, weights_like(x0, 1.0)
 
         def mean(each: Bool[Tensor, "B L"] | Float[Tensor, "B L"] = masked) -> Float[Tensor, "B L"]:
@@ -160,15 +158,15 @@ class Synergistic:
         if model.denoiser != "draft":
             each = masked if drafts is None else masked * drafts.to(everywhere)
             small = getattr(model, "draft_tokens", None)
-            if small is not None and states.chained:  # what a small vocabulary does not have is not scored
+            if small is not None and model.chained and isinstance(pattern, Block):  # what it lacks is not scored
                 each = each * torch.isin(x0, small)
             terms["draft"], names["draft"] = Term(mean(each), config.draft_weight), f"{name}_draft"
             if drafts is not None and config.distill:
                 distillation = Distillation(config.distill, config.distill_from, config.distill_form)
         if "causal" in model.heads and not isinstance(pattern, AnyOrder):
             terms["causal"], names["causal"] = Term(everywhere, config.causal_weight), f"{name}_causal"
-        scores = score(model, states, x0, terms, distillation)
-        return Loss(scores.total, {names.get(head, f"{name}_{head}"): part for head, part in scores.parts.items()})
+        names = {head: names.get(head, f"{name}_{head}") for head in (*terms, "distill")}
+        return Reading(x0, prefix, canvas, pattern, terms, names, distillation)
 
 
 def _rounded(count: float, generator: torch.Generator) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from caddf.errors import InputError
 from caddf.models.config import Preset
+from caddf.training.compiling import CompileSteps
 from caddf.training.optimizer import OptimizerName
 
 Precision = Literal["auto", "bf16", "fp32", "fp64"]
@@ -33,6 +34,7 @@ class TrainConfig:
     seed: of the objective's draws.
     precision: of the passes; bf16 is autocast over float32 parameters, and what auto takes on hardware that has it.
     device: where the model is trained; auto takes a GPU where there is one.
+    compile: whether steps are compiled by PyTorch, which takes a minute or two at the start; auto does on a GPU.
     log_every: updates between two lines of the metrics.
     evaluate_every: updates between two evaluations; 0 is never; not set, as checkpoint_every.
     sample_every: updates between two samples of text; 0 is never; not set, as checkpoint_every.
@@ -54,6 +56,7 @@ class TrainConfig:
     seed: int = 0
     precision: Precision = "auto"
     device: Device = "auto"
+    compile: CompileSteps = "auto"
     log_every: int = 10
     evaluate_every: int | None = None
     sample_every: int | None = None
@@ -74,6 +77,7 @@ class TrainConfig:
         self._check("optimizer", lambda value: value in ("adamw", "muon"), "adamw or muon")
         self._check("precision", lambda value: value in ("auto", "bf16", "fp32", "fp64"), "auto, bf16, fp32 or fp64")
         self._check("device", lambda value: value in ("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps")
+        self._check("compile", lambda value: value in ("auto", "always", "never"), "auto, always or never")
         if self.steps is not None and self.warmup is not None and self.warmup > self.steps:
             raise InputError(f"train.warmup is {self.warmup}; it must be at most train.steps, {self.steps}")
         if self.batch_size is not None and self.batch_size % self.accumulation:

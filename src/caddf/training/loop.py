@@ -7,13 +7,13 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from caddf.data.loader import Position
 from caddf.errors import Failure, InputError
 from caddf.objectives.loss import Objective
+from caddf.objectives.reading import ByReadings, Reading, read
 from caddf.training import ema
+from caddf.training.compiling import Losses, RecordedSteps, as_it_is, compiled_steps, compiles
 from caddf.training.config import ResolvedTrainConfig
 from caddf.training.log import RunLog
 from caddf.training.optimizer import build_optimizer, learning_rate_at
@@ -98,7 +100,8 @@ def train(
 
     if config.precision == "fp64":
         model.double()
-    update = accelerator.prepare(_Pass(model, objective, _bf16(config, accelerator.device)))
+    one = _Pass(model, objective, _bf16(config, accelerator.device))
+    update = accelerator.prepare(one)
     update.train()
     optimizer = build_optimizer(model, config.learning_rate, config.weight_decay, name=config.optimizer)
     generator = torch.Generator().manual_seed(config.seed + 1_000_003 * rank)  # no process has another seed's noise
@@ -120,7 +123,11 @@ def train(
     begun = time.monotonic() - state.progress.elapsed
     run.mkdir(parents=True, exist_ok=True)
     log = RunLog(run, accelerator, console or Console(stderr=True), state.progress.step, config.steps)
-    with log, _stop_signals() as stop:
+    compiled = compiles(config.compile, accelerator.device)
+    recorded = None
+    if compiled and one.readable and accelerator.device.type == "cuda" and world == config.accumulation == 1:
+        recorded = RecordedSteps(one.readings, one.read, list(model.parameters()))
+    with log, compiled_steps(model) if compiled else nullcontext(), _stop_signals() as stop:
         if not resume:
             save()
         stopping = False
@@ -130,12 +137,14 @@ def train(
             rate = learning_rate_at(step, config.learning_rate, config.steps, config.warmup, config.min_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
-            measures, position = _gradient(accelerator, update, batches, state.progress.position, generator, config)
-            if not (math.isfinite(measures["loss"]) and math.isfinite(measures["grad_norm"])):
-                raise TrainingError(_not_finite(step, rate, measures, checkpoints.folder(checkpoints.steps()[-1])))
+            position = state.progress.position
+            measured, count, position = _gradient(accelerator, update, recorded, batches, position, generator, config)
             optimizer.step()
             optimizer.zero_grad()
             state.average = ema.updated(state.average, model, step, config.ema)
+            measures = {**_numbers(measured), "tokens": count}  # waits for the device, which has its work by now
+            if not (math.isfinite(measures["loss"]) and math.isfinite(measures["grad_norm"])):
+                raise TrainingError(_not_finite(step, rate, measures, checkpoints.folder(checkpoints.steps()[-1])))
 
             now = time.monotonic()
             measures["seconds"] = now - started
@@ -150,7 +159,7 @@ def train(
                 log.write({"step": step, "validation": nll, "tokens": state.progress.tokens})
                 log.say(f"step {step}/{config.steps}  validation {nll:.4f} nats/token")
             if sample is not None and accelerator.is_main_process and _due(step, config.sample_every, config.steps):
-                with ema.averaged(model, state.average) as smooth, torch.no_grad():
+                with ema.averaged(model, state.average) as smooth, torch.no_grad(), as_it_is():
                     text = sample(smooth)
                 log.write({"step": step, "sample": text})
                 log.say(f"step {step}/{config.steps}  sample\n{text}")
@@ -170,40 +179,65 @@ class _Pass(nn.Module):
         super().__init__()
         self.model, self.objective, self.bf16 = model, objective, bf16
 
-    def forward(self, tokens: Int[Tensor, "B L"], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, tokens: Int[Tensor, "B L"], generator: torch.Generator) -> Losses:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.objective(self.model, tokens, generator)  # type: ignore[arg-type]
+        return loss.total, loss.parts
+
+    @property
+    def readable(self) -> bool:
+        """Whether the objective says what it reads before it is read."""
+        return isinstance(self.objective, ByReadings)
+
+    def readings(self, tokens: Int[Tensor, "B L"], generator: torch.Generator) -> list[Reading]:
+        """What it reads."""
+        return cast(ByReadings, self.objective).readings(self.model, tokens, generator)  # type: ignore[arg-type]
+
+    def read(self, readings: Sequence[Reading]) -> Losses:
+        """The same of what an objective has drawn."""
+        with torch.autocast(readings[0].x0.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = read(self.model, readings)  # type: ignore[arg-type]
         return loss.total, loss.parts
 
 
 def _gradient(
     accelerator: Accelerator,
     update: nn.Module,
+    recorded: RecordedSteps | None,
     batches: Batches,
     position: Position,
     generator: torch.Generator,
     config: ResolvedTrainConfig,
-) -> tuple[dict[str, float], Position]:
-    """The clipped gradient of one update, left in the parameters; what was measured, and the next position.
+) -> tuple[dict[str, Tensor], int, Position]:
+    """The clipped gradient of one update, left in the parameters; what was measured, tokens, and the next position.
 
     Loss and tokens are those of all processes, the `parts/` this process's.
     """
     losses, parts, count = [], dict[str, list[Tensor]](), 0
     for i in range(config.accumulation):
         tokens, position = batches.take(position, accelerator.process_index, accelerator.num_processes)
-        last = i == config.accumulation - 1
-        with nullcontext() if last else accelerator.no_sync(update):
-            loss, named = update(tokens.to(accelerator.device), generator)
-            accelerator.backward(loss / config.accumulation)
+        tokens = tokens.to(accelerator.device)
+        if recorded is None:
+            last = i == config.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(update):
+                loss, named = update(tokens, generator)
+                accelerator.backward(loss / config.accumulation)
+        else:
+            loss, named = recorded(tokens, generator)
         losses.append(loss.detach())
         for name, part in named.items():
             parts.setdefault(name, []).append(part)
         count += tokens.numel() * accelerator.num_processes
     norm = accelerator.clip_grad_norm_(update.parameters(), config.clip or math.inf)
     loss = accelerator.reduce(torch.stack(losses).mean(), "mean")
-    measures = {"loss": loss, "grad_norm": norm, "tokens": count}
-    measures |= {f"parts/{name}": torch.stack(values).mean() for name, values in parts.items()}
-    return {name: float(value) for name, value in measures.items()}, position
+    means = {f"parts/{name}": torch.stack(values).mean() for name, values in parts.items()}
+    return {"loss": loss, "grad_norm": norm, **means}, count, position
+
+
+def _numbers(measures: dict[str, Tensor]) -> dict[str, float]:
+    """What was measured, brought from the device at one go."""
+    values = torch.stack([torch.as_tensor(each).detach().double() for each in measures.values()])
+    return dict(zip(measures, values.tolist(), strict=True))
 
 
 def _row(progress: Progress, rate: float) -> dict[str, Any]:
@@ -223,7 +257,7 @@ def _row(progress: Progress, rate: float) -> dict[str, Any]:
 
 def _validation(accelerator: Accelerator, state: TrainingState, validate: Callable[[nn.Module], float]) -> float:
     """`validate` on the averaged weights; the mean over the processes, so that all agree on what is best."""
-    with ema.averaged(state.model, state.average) as smooth, torch.no_grad():
+    with ema.averaged(state.model, state.average) as smooth, torch.no_grad(), as_it_is():
         nll = validate(smooth)
     return fmean(gather_object([nll]))
 

@@ -48,7 +48,7 @@ class Muon(AdamW):
     """Momentum made orthogonal for the groups marked `matrix`, AdamW for the others (Jordan et al. 2024).
 
     A step of a matrix has the root mean square that AdamW's have, so that both take one learning rate and one decay
-    (Liu et al. 2025, eq. 4). Arithmetic is in the parameters' precision: on a CPU bfloat16 is slow.
+    (Liu et al. 2025, eq. 4). Float32 is turned in bfloat16 on a GPU, as there, and as it is elsewhere.
     """
 
     momentum = 0.95
@@ -81,7 +81,9 @@ class Muon(AdamW):
             averages = [self.state[each]["exp_avg"] for each in these]
             torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
             ahead = torch._foreach_lerp(gradients, averages, self.momentum)  # Nesterov's
-            directions = orthogonal(torch.stack(ahead)).unbind()
+            stacked = torch.stack(ahead)
+            half = stacked.is_cuda and stacked.dtype == torch.float32
+            directions = orthogonal(stacked.bfloat16() if half else stacked).to(stacked.dtype).unbind()
             torch._foreach_mul_(these, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(these, directions, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
