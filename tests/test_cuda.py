@@ -101,7 +101,7 @@ def test_recorded_steps_are_the_steps(method):
     model = copy.deepcopy(plain)
     objective = kind.build(kind.settings(**kind.defaults), config)
     recorded = RecordedSteps(partial(objective.readings, model), partial(losses, model), list(model.parameters()))
-    model.compiled_training = True
+    model.compiled_training = "inductor"
     noise = torch.Generator().manual_seed(2)
     for step in range(12):
         x = torch.randint(256, (8, config.context), generator=torch.Generator().manual_seed(step)).cuda()

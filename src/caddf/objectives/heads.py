@@ -55,12 +55,12 @@ def score(
     """
     if getattr(model, "projection", None) is None:
         return _by_log_probs(model, states, x0, terms, distillation)
-    compiled = getattr(model, "compiled_training", False)
+    compiled: str | None = getattr(model, "compiled_training", None)
     weights = {head: term.weights.flatten() for head, term in terms.items()}
     if distillation is not None:
         weights.setdefault(distillation.source, torch.zeros_like(weights["draft"]))
     where: dict[Head, Tensor | None] = dict.fromkeys(weights)
-    if not compiled:  # there all is read, so that nothing waits for a count, and shapes stay what they are
+    if compiled is None:  # elsewhere all is read, so that nothing waits for a count, and shapes stay what they are
         where = {head: weight.nonzero()[:, 0] for head, weight in weights.items()}
         if distillation is not None:  # the head that drafts are compared with is read where they are
             source = distillation.source
@@ -129,7 +129,7 @@ class _Work:
     """
 
     def __init__(
-        self, rows: _Rows, states: Tensor, tokens: Tensor, bias: Tensor | None, learns: bool, compiled: bool
+        self, rows: _Rows, states: Tensor, tokens: Tensor, bias: Tensor | None, learns: bool, compiled: str | None
     ) -> None:
         device = states.device.type
         kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
@@ -143,7 +143,7 @@ class _Work:
             self.gradients = torch.empty_like(self.states), torch.zeros_like(tokens), into
         self.size = max(FEWEST, (ELEMENTS if device == "cpu" else LAUNCHED) // len(tokens))
         self.room = states.new_empty(min(self.size, len(states)), len(tokens), dtype=kind)
-        self.exact = self.room if kind == exact or compiled else torch.empty_like(self.room, dtype=exact)
+        self.exact = self.room if kind == exact or compiled is not None else torch.empty_like(self.room, dtype=exact)
 
     def chunks(self) -> Iterator[slice]:
         """The rows, a few at a time."""
@@ -153,7 +153,7 @@ class _Work:
         """A chunk's log-probabilities (compiled: logits), in room that the next one takes."""
         n = rows.stop - rows.start
         logits = torch.mm(self.states[rows], self.tokens.t(), out=self.room[:n])
-        if self.compiled:
+        if self.compiled is not None:
             return logits if self.bias is None else logits.add_(self.bias)
         if self.exact is not self.room:
             logits = self.exact[:n].copy_(logits)
@@ -216,9 +216,9 @@ def _firsts(drafts: Int[Tensor, " n"] | None, source: Int[Tensor, " m"] | None, 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _made(function: Function, compiled: bool) -> Function:
-    """`function`, or what torch's compiler makes of it."""
-    return cast(Function, _compiled(function)) if compiled else function
+def _made(function: Function, compiled: str | None) -> Function:
+    """`function`, or what that backend of torch's compiler makes of it."""
+    return function if compiled is None else cast(Function, _compiled(function, backend=compiled))
 
 
 _compiled = functools.cache(torch.compile)
@@ -298,7 +298,7 @@ class _Score(torch.autograd.Function):
         heads: dict[str, _Rows],
         distillation: Distillation | None,
         learning: bool,
-        compiled: bool,
+        compiled: str | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """`tensors` are states at each head's positions, its table and its bias, head by head."""

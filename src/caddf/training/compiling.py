@@ -9,7 +9,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -37,21 +37,22 @@ def compiles(when: CompileSteps, device: torch.device) -> bool:
 
 
 @contextmanager
-def compiled_steps(model: nn.Module) -> Iterator[None]:
+def compiled_steps(model: nn.Module, backend: str = "inductor") -> Iterator[None]:
     """Within, `model` is read by compiled layers, and an objective scores it by compiled losses.
 
-    Batches of any number of rows go through one compilation. What the compiler fails at is read as it is.
+    Batches of any number of rows go through one compilation. What the compiler fails at is read as it is. `backend` is
+    one of torch's.
     """
     layers = [module for module in model.modules() if isinstance(module, (Layer, CrossFusion, Mixer, DraftChain))]
     switched: Any = model
     with torch._dynamo.config.patch(suppress_errors=True):
         for layer in layers:
-            layer.compile(dynamic=True)
-        switched.compiled_training = True
+            layer.compile(dynamic=True, backend=backend)
+        switched.compiled_training = backend
         try:
             yield
         finally:
-            switched.compiled_training = False
+            switched.compiled_training = None
             for layer in layers:
                 layer._compiled_call_impl = None
 
@@ -172,7 +173,8 @@ def shape_of(readings: Sequence[Reading], tensors: Sequence[Tensor]) -> tuple[An
     number = {id(tensor): i for i, tensor in enumerate(tensors)}
     kinds = tuple(
         (
-            reading.pattern,
+            type(reading.pattern),
+            astuple(reading.pattern),
             reading.share,
             reading.distillation,
             tuple((head, term.coefficient) for head, term in reading.terms.items()),
