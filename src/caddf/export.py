@@ -74,7 +74,7 @@ def export(source: str, settings: ExportSettings) -> Path:
     tables = [_evaluation(Path(file), own) for file in settings.evaluations]
     before = None if data is None else _measured(model, data, settings.windows)
     with atomic_folder(out, replace=settings.overwrite) as partial:
-        about = {**model.about, "model": model.model.config.to_dict(), "stages": _stages(folder)}
+        about = {**model.about, "model": model.model.config.to_dict(), "stages": _stages(folder), **_trained(folder)}
         save_model(partial, rounded(model.model.state_dict(), settings.dtype), about)
         model.tokenizer.save(partial)
         changes = []
@@ -125,13 +125,12 @@ def _evaluation(file: Path, model: Values) -> Values:
 
 def _facts(model: TextModel, folder: Path) -> Values:
     """What the files in and about `folder` say of the model: its sizes, and, of a run, how it was trained."""
-    trained, stages = _settings_of(folder), _stages(folder)
+    stages = _stages(folder)
     return {
         "model": model,
         "method": model.method,
         "accounts": accounts(model.model),
-        "progress": _progress_of(folder),
-        "data": None if trained is None else _training_data(Path(trained.data)),
+        **_trained(folder),
         "stages": stages,
         "read": sum(stage["progress"]["tokens"] for stage in stages if stage["progress"]),
     }
@@ -146,6 +145,17 @@ def _settings_of(folder: Path) -> RunSettings | None:
 def _progress_of(folder: Path) -> Values | None:
     file = folder / "training.json"
     return read_json(file) if file.is_file() else None
+
+
+def _trained(folder: Path) -> dict[str, Values | None]:
+    """How far a checkpoint's run had come, and on what data. An exported model says it itself."""
+    trained, file = _settings_of(folder), folder / "config.json"
+    if trained is None:
+        said = read_json(file) if file.is_file() else {}
+        return {name: said.get(name) for name in ("progress", "trained_on")}
+    whole, names = _progress_of(folder), ("step", "tokens", "elapsed", "best_step", "best_nll")
+    progress = None if whole is None else {name: whole[name] for name in names}
+    return {"progress": progress, "trained_on": _training_data(Path(trained.data))}
 
 
 def _stages(folder: Path) -> list[Values]:
