@@ -170,15 +170,15 @@ class Layer(nn.Module):
         `kept` takes the keys and values of these positions and gives those to be read: a cache. `crossed` is what
         cross-attention reads. `modulation`: shift, scale and gate of attention, then of the MLP.
         """
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation or (None, None, 1, None, None, 1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation or (None,) * 6
         h = modulate(self.attention_norm(x), shift, scale)
         keys_values = self.attention.keys_values(h, turn)
         if kept is not None:
             keys_values = kept(keys_values)
-        x = x + gate * self.attention(h, turn, keys_values, visible, causal)
+        x = x + gated(self.attention(h, turn, keys_values, visible, causal), gate)
         if crossed is not None:
             x = x + self.cross(self.cross_norm(x), *crossed)
-        return x + mlp_gate * self.mlp(modulate(self.mlp_norm(x), mlp_shift, mlp_scale))
+        return x + gated(self.mlp(modulate(self.mlp_norm(x), mlp_shift, mlp_scale)), mlp_gate)
 
 
 class TiedEmbedding(nn.Module):
@@ -272,6 +272,11 @@ def modulate(
 ) -> Float[Tensor, "B n D"]:
     """x shifted and scaled, or as it is without a level."""
     return x if shift is None or scale is None else x * (1 + scale) + shift
+
+
+def gated(x: Float[Tensor, "B n D"], gate: Float[Tensor, "B 1 D"] | None) -> Float[Tensor, "B n D"]:
+    """x times its gate, or as it is without a level."""
+    return x if gate is None else gate * x
 
 
 class Layers(nn.ModuleList):
