@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from caddf.checkpoint import read_json
+from caddf.checkpoint import read_json, write_json_atomic
 from caddf.errors import InputError
 from caddf.experiment import METHODS, ModelSettings, network_of
 from caddf.models.config import PRESETS
@@ -16,6 +16,7 @@ from caddf.report import report
 from caddf.reproduce import SETS, TABLES, ReproduceSettings, reproduce
 from caddf.reproduce.plan import Job, Variant, Workshop
 from caddf.reproduce.tables import Ablations
+from caddf.text_model import fingerprint, load
 
 QUIET = Console(quiet=True)
 
@@ -127,8 +128,9 @@ def test_pieces_made_otherwise_are_refused_before_any_work(made, others, said, j
 def test_an_evaluation_of_another_run_is_refused(made):
     """A run that was removed and made anew leaves evaluations of the one before."""
     settings, _ = made
-    weights = Workshop(settings).run(Variant("gpt2", "gpt2")) / "checkpoints" / "latest" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    shop, variant = Workshop(settings), Variant("gpt2", "gpt2")
+    assert shop.trained(variant)["weights"] == fingerprint(load(shop.run(variant)).model)
+    write_json_atomic(shop.run(variant) / "done.json", {**shop.trained(variant), "weights": "0" * 16})
     with pytest.raises(InputError, match=r"evaluations/gpt2-0 was made of another run than .*gpt2-0 is now; remove it"):
         reproduce("table1", settings, QUIET)
 
@@ -247,6 +249,13 @@ def test_efficiency_is_measured_of_the_trained_methods(settings, tmp_path, monke
     assert "| radd-ao | ancestral (steps 16) | 1 |" in (out / "table.md").read_text()
     jobs.clear()
     reproduce("table3", only, QUIET)
+    assert not jobs
+    file = next(Workshop(only).folder.glob("decode/*/decode.json"))
+    decoded = read_json(file)
+    decoded["rows"][2]["weights"] = "0" * 16
+    write_json_atomic(file, decoded)
+    with pytest.raises(InputError, match="decode/.* was made of another radd-ao than any run is now; remove it"):
+        reproduce("table3", only, QUIET)
     assert not jobs
 
 

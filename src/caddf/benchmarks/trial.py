@@ -152,7 +152,7 @@ def weights_held(network: Network) -> int:
 
 
 def bandwidth_share(read: dict[str, int], figures: dict[str, float], bandwidth: float) -> float:
-    """Bytes of weights read in all passes, over what the memory could have delivered meanwhile (SPEC 7's limit)."""
+    """Bytes of weights read in all passes, over what the memory could have delivered meanwhile."""
     passes = {"causal": figures["passes_causal"], "diffusion": figures["passes_diffusion"]}
     return sum(passes[branch] * size for branch, size in read.items()) / (figures["seconds"] * bandwidth)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from caddf.experiment import METHODS, ModelSettings, Size
 from caddf.models.accounts import accounts
 from caddf.running import OWN, RunSettings, ValidationSettings, resume, start
 from caddf.scoring import evaluate
-from caddf.text_model import check_seed, load
+from caddf.text_model import check_seed, fingerprint, load
 from caddf.training import TrainConfig
 
 SETS = {
@@ -160,24 +159,25 @@ class Workshop:
             for name in SETS:
                 if (file := self.evaluation(variant, name)).exists():
                     measured = read_json(file)
-                    self._check_source(file.parent, variant, measured.get("run"), weights[variant.name])
+                    self._check_source(file.parent, variant, measured.get("weights"), weights[variant.name])
                     protocol = measured.get("protocol", {})
                     made = {"windows": protocol.get("max_windows"), "samples": measured.get("samples")}
                     same(file, {"windows": given.windows, "samples": given.samples}, made)
 
-        for about in (self.folder / "decode").glob(f"*-{given.seed}/runs.json"):
-            made = read_json(about)
-            for variant in variants:
-                if variant.name in made:
-                    self._check_source(about.parent, variant, made[variant.name], weights[variant.name])
+        if None not in weights.values():
+            there = {read_json(done).get("weights") for done in (self.folder / "runs").glob("*/done.json")}
+            for file in (self.folder / "decode").glob(f"*-{given.seed}/decode.json"):
+                for row in read_json(file)["rows"]:
+                    if row.get("weights") not in there:
+                        raise InputError(
+                            f"{file.parent} was made of another {row['model']} than any run is now; remove it, "
+                            "or give another --work"
+                        )
 
     def weights(self, variant: Variant) -> str | None:
-        """By what a run that is done is told from another: its weights, as they lie on the disk."""
-        file = self.run(variant) / "checkpoints" / "latest" / "model.safetensors"
-        if not (self.run(variant) / "done.json").exists():
-            return None
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        """The fingerprint of the weights of a run that is done."""
+        done = self.run(variant) / "done.json"
+        return read_json(done).get("weights") if done.exists() else None
 
     def _check_source(self, place: Path, variant: Variant, made: str | None, weights: str | None) -> None:
         """Raises `InputError` where `place` was made of other weights than those of the run that is there."""
@@ -242,8 +242,15 @@ class Workshop:
         result = resume(run, console) if run.exists() else start(self._run_settings(variant), run, console)
         if not result.interrupted:
             resolved = RunSettings.load(run).train.resolved(ModelSettings(self.settings.scale).preset)
-            about = {"steps": result.step, "tokens": result.tokens, "batch_size": resolved.batch_size}
-            write_json_atomic(product, {**about, "learning_rate": resolved.learning_rate, "seconds": result.elapsed})
+            about = {
+                "steps": result.step,
+                "tokens": result.tokens,
+                "batch_size": resolved.batch_size,
+                "learning_rate": resolved.learning_rate,
+                "seconds": result.elapsed,
+                "weights": fingerprint(load(run).model),
+            }
+            write_json_atomic(product, about)
         return not result.interrupted
 
     def _run_settings(self, variant: Variant) -> RunSettings:
@@ -271,8 +278,7 @@ class Workshop:
         )  # fmt: skip
         evaluated = evaluate(model, TokenSet.open(self.folder / "data" / name), split="test", settings=measured)
         product.parent.mkdir(parents=True, exist_ok=True)
-        about = {"accounts": accounts(model.model), "run": self.weights(variant)}
-        write_json_atomic(product, {**evaluated, **about})
+        write_json_atomic(product, {**evaluated, "accounts": accounts(model.model)})
         return True
 
     def _decode(self, variants: dict[str, Variant], out: Path, settings: dict[str, Any], console: Console) -> bool:
@@ -291,8 +297,6 @@ class Workshop:
             out=str(out),
             **settings,
         )
-        out.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(out / "runs.json", {variant.name: self.weights(variant) for variant in variants.values()})
         decode(whole, console)
         return True
 
