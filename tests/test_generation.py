@@ -127,6 +127,7 @@ def test_left_to_right_goes_beyond_the_context(model):
         ({"template": "[MASK:0]"}, "it must lie between 1 and 32"),
         ({"template": "[MASK:2]", "max_new_tokens": 3}, "max_new_tokens is set, beside a template, whose holes say"),
         ({"template": "[MASK:2]", "stop": "x"}, "stop is set, beside a template"),
+        ({"template": "[MASK:2]", "target": "causal"}, "target is causal, beside a template"),
         ({"template": f"[MASK:{10**12}]"}, "it must lie between 1 and 32"),
         ({"template": "[MASK:30]abc"}, "the template has 33 tokens; it must fit the context, 32"),
         ({"prompt": "a" * 32}, "the prompt has 32 tokens; it must be shorter than the context, 32"),

@@ -237,6 +237,8 @@ def generate(
     for name, set_ in (("max_new_tokens", max_new_tokens is not None), ("stop", bool(stop))):
         if set_ and template is not None:
             raise InputError(f"{name} is set, beside a template, whose holes say what is written; leave it out")
+    if template is not None and settings.get("target") == "causal":
+        raise InputError("target is causal, beside a template, of which it sees nothing behind a hole; leave it out")
     new = NEW if max_new_tokens is None else max_new_tokens
     if new < 1:
         raise InputError(f"max_new_tokens is {new}; it must be at least 1")
