@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from caddf.errors import InputError
 from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, LanguageModel
 from caddf.objectives.heads import Term
@@ -84,6 +85,12 @@ class TimeDCE(Denoising):
         nats = nats_at(model, states, where, x0, model.denoiser)
         term = where * self.schedule.score_factor(t).log()[:, None].to(nats)
         return self.schedule.weight(t)[:, None].to(nats) * (nats - term)
+
+    def readings(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> list[Reading]:
+        """One, as of all denoising; raises `InputError` with the time term, which no head is scored for."""
+        if self.time_term:
+            raise InputError("time_term is true, which is no cross-entropy of what is read; leave it out")
+        return super().readings(model, x0, generator)
 
     def __call__(self, model: LanguageModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
         """The mean over tokens, with the time term where it is asked for."""
