@@ -254,7 +254,7 @@ def test_efficiency_is_measured_of_the_trained_methods(settings, tmp_path, monke
     decoded = read_json(file)
     decoded["rows"][2]["weights"] = "0" * 16
     write_json_atomic(file, decoded)
-    with pytest.raises(InputError, match="decode/.* was made of another radd-ao than any run is now; remove it"):
+    with pytest.raises(InputError, match=r"decode/.* was made of another radd-ao than any run is now; remove it"):
         reproduce("table3", only, QUIET)
     assert not jobs
 

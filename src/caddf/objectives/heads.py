@@ -176,9 +176,9 @@ class _Work:
 
     def score(self, rows: slice, read: Float[Tensor, "n V"]) -> None:
         """Cross-entropy of the tokens that stand there. Overwrites what was read."""
-        weights, learns = self.weights[rows, None], self.learns
-        entropy = _made(_entropy, self.compiled)
-        value, gradient = entropy(read, self.rows.targets[rows, None], weights, weights * self.rows.coefficient, learns)
+        targets, weights = self.rows.targets[rows, None], self.weights[rows, None]
+        scaled, logits = weights * self.rows.coefficient, self.compiled is not None
+        value, gradient = _made(_entropy, self.compiled)(read, targets, weights, scaled, logits, self.learns)
         self.value += value
         if gradient is not None:
             self.learn(rows, gradient)
@@ -197,7 +197,9 @@ class _Work:
                 given = read if len(at) == len(read) else read[at]
             targets, weights = self.rows.targets[rows, None], self.weights[rows, None]
             scaled, small = weights * self.rows.coefficient, self.rows.small
-            value, gaps, gradient = divergences(given, own, targets, weights, scaled, small, how, self.learns)
+            value, gaps, gradient = divergences(
+                given, own, targets, weights, scaled, small, how, self.compiled is not None, self.learns
+            )
             self.value += value
             gap += gaps
             if gradient is not None:
@@ -224,15 +226,15 @@ def _made(function: Function, compiled: str | None) -> Function:
 _compiled = functools.cache(torch.compile)
 
 
-def _log_p(read: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
-    """Log-probabilities of what was read, which it is already where nothing is compiled."""
-    if not torch.compiler.is_compiling():
+def _log_p(read: Float[Tensor, "n V"], logits: bool) -> Float[Tensor, "n V"]:
+    """Log-probabilities of what was read."""
+    if not logits:
         return read
     return torch.log_softmax(read.to(torch.promote_types(read.dtype, torch.float32)), -1)
 
 
 def _less(p: Float[Tensor, "n V"], targets: Int[Tensor, "n 1"], weights: Float[Tensor, "n 1"]) -> Float[Tensor, "n V"]:
-    """`p` less `weights` at the targets; overwrites it where nothing is compiled."""
+    """`p` less `weights` at the targets; may overwrite it."""
     if not torch.compiler.is_compiling():
         return p.scatter_add_(1, targets, -weights)
     return p - torch.where(torch.arange(p.shape[1], device=p.device) == targets, weights, 0)
@@ -243,10 +245,14 @@ def _entropy(
     targets: Int[Tensor, "n 1"],
     weights: Float[Tensor, "n 1"],
     scaled: Float[Tensor, "n 1"],
+    logits: bool,
     learns: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n V"] | None]:
-    """A cross-entropy, and `scaled` times its gradient: p less the indicator of the targets."""
-    log_p = _log_p(read)
+    """A cross-entropy, and `scaled` times its gradient: p less the indicator of the targets.
+
+    `read` is log-probabilities, which may be overwritten, or `logits`.
+    """
+    log_p = _log_p(read, logits)
     value = -(weights * log_p.gather(1, targets)).sum()
     return value, _less(log_p.exp_().mul_(scaled), targets, scaled).to(read.dtype) if learns else None
 
@@ -259,10 +265,14 @@ def _distilled(
     scaled: Float[Tensor, "n 1"],
     small: Int[Tensor, " v"] | None,
     how: Distillation,
+    logits: bool,
     learns: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "n v"] | None]:
-    """Cross-entropy and divergence from `source` of drafts, and `scaled` times the gradient of their mixture."""
-    log_q, log_t = _log_p(read), _log_p(source)
+    """Cross-entropy and divergence from `source` of drafts, and `scaled` times the gradient of their mixture.
+
+    `read` and `source` are log-probabilities, of which `read` may be overwritten, or `logits`.
+    """
+    log_q, log_t = _log_p(read, logits), _log_p(source, logits)
     if small is not None:
         log_t = log_t[:, small]
     value = -(weights * log_q.gather(1, targets)).sum()
