@@ -33,6 +33,11 @@ class Slots:
         first = int(positions[0])
         return cls(positions, first, first + len(positions))
 
+    @classmethod
+    def whole(cls, positions: Int[Tensor, " n"]) -> Slots:
+        """Those at `positions`, which are 0 to n - 1: no number is asked of the device."""
+        return cls(positions, 0, len(positions))
+
     @property
     def where(self) -> slice | Int[Tensor, "B n"]:
         """Where a cache holds them."""

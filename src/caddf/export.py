@@ -74,7 +74,7 @@ def export(source: str, settings: ExportSettings) -> Path:
     tables = [_evaluation(Path(file), own) for file in settings.evaluations]
     before = None if data is None else _measured(model, data, settings.windows)
     with atomic_folder(out, replace=settings.overwrite) as partial:
-        about = {**model.about, "model": model.model.config.to_dict(), "stages": _stages(folder), **_trained(folder)}
+        about = {**model.about, "model": model.model.config.to_dict(), "stages": _stages(folder)}
         save_model(partial, rounded(model.model.state_dict(), settings.dtype), about)
         model.tokenizer.save(partial)
         changes = []
@@ -126,11 +126,13 @@ def _evaluation(file: Path, model: Values) -> Values:
 def _facts(model: TextModel, folder: Path) -> Values:
     """What the files in and about `folder` say of the model: its sizes, and, of a run, how it was trained."""
     stages = _stages(folder)
+    last = stages[-1] if stages else {}
     return {
         "model": model,
         "method": model.method,
         "accounts": accounts(model.model),
-        **_trained(folder),
+        "progress": _progress_of(folder) or last.get("progress"),
+        "trained_on": last.get("trained_on"),
         "stages": stages,
         "read": sum(stage["progress"]["tokens"] for stage in stages if stage["progress"]),
     }
@@ -145,17 +147,6 @@ def _settings_of(folder: Path) -> RunSettings | None:
 def _progress_of(folder: Path) -> Values | None:
     file = folder / "training.json"
     return read_json(file) if file.is_file() else None
-
-
-def _trained(folder: Path) -> dict[str, Values | None]:
-    """How far a checkpoint's run had come, and on what data. An exported model says it itself."""
-    trained, file = _settings_of(folder), folder / "config.json"
-    if trained is None:
-        said = read_json(file) if file.is_file() else {}
-        return {name: said.get(name) for name in ("progress", "trained_on")}
-    whole, names = _progress_of(folder), ("step", "tokens", "elapsed", "best_step", "best_nll")
-    progress = None if whole is None else {name: whole[name] for name in names}
-    return {"progress": progress, "trained_on": _training_data(Path(trained.data))}
 
 
 def _stages(folder: Path) -> list[Values]:
@@ -173,9 +164,10 @@ def _stages(folder: Path) -> list[Values]:
     # Paths say where a run was, not what it is: each is called by its place.
     number, source = len(before) + 1, None if trained.init_from is None else f"RUN{len(before)}"
     named_so = dataclasses.replace(trained, init_from=source if before else trained.init_from)
-    whole = _progress_of(folder)
-    progress = None if whole is None else {name: whole[name] for name in ("step", "tokens", "elapsed")}
-    return [*before, {"command": training_command(named_so, f"RUN{number}"), "progress": progress}]
+    whole, names = _progress_of(folder), ("step", "tokens", "elapsed", "best_step", "best_nll")
+    progress = None if whole is None else {name: whole[name] for name in names}
+    about = {"progress": progress, "trained_on": _training_data(Path(trained.data))}
+    return [*before, {"command": training_command(named_so, f"RUN{number}"), **about}]
 
 
 def _training_data(folder: Path) -> Values | None:

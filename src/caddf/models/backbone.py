@@ -88,7 +88,7 @@ class DualBranch(OverCaches):
             raise InputError("prefix and canvas differ under AnyOrder; there both are x_t (eq. 5)")
         inputs = self.shift(prefix)
         positions = torch.arange(prefix.shape[1], device=prefix.device)
-        slots, h_trans = Slots(positions, 0, len(positions)), None
+        slots, h_trans = Slots.whole(positions), None
         if self.causal is not None:
             h_trans = self.causal(inputs, slots) if caches is None else self._read(inputs, slots, caches)
         seen = self._canvas(prefix, canvas, pattern, h_trans)
@@ -152,7 +152,7 @@ class DualBranch(OverCaches):
             whole = x.new_zeros(len(x), size * count, x.shape[-1])
             return whole.index_copy(1, place, x).view(-1, size, x.shape[-1])
 
-        drafts = self.chain(blocks(h_cad), blocks(self._heard(prefix, Slots(positions, 0, len(positions)))))
+        drafts = self.chain(blocks(h_cad), blocks(self._heard(prefix, Slots.whole(positions))))
         return drafts.view(len(h_cad), -1, h_cad.shape[-1])[:, place]
 
     def _fused(
@@ -166,7 +166,7 @@ class DualBranch(OverCaches):
             visible = seen.visible
             if visible is not None:  # later blocks read these states: they may hold clean blocks, and no block's canvas
                 visible = visible & (torch.arange(visible.shape[1], device=visible.device) < len(positions))
-            slots = Slots(positions, 0, len(positions))
+            slots = Slots.whole(positions)
             h_trans = self.causal(inputs, slots, source=(seen.states, self.causal.rotary(seen.positions), visible))
         return self._cross(h_trans, positions, self.causal.rotary(positions), seen)
 

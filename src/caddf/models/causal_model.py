@@ -76,7 +76,7 @@ class CausalModel(nn.Module):
         if not isinstance(pattern, Infill | Block):
             raise InputError("a causal model reads left to right; it has no any-order reading")
         inputs = F.pad(prefix[:, :-1], (1, 0), value=self.config.bos_id)
-        slots = Slots(torch.arange(prefix.shape[1], device=prefix.device), 0, prefix.shape[1])
+        slots = Slots.whole(torch.arange(prefix.shape[1], device=prefix.device))
         return States(None, None, self.causal(inputs, slots, None if caches is None else caches.causal)), caches
 
     def incremental(self, pattern: Pattern) -> bool:

@@ -57,9 +57,9 @@ class DraftChain(nn.Module):
         """
         slots = places if isinstance(places, Slots) else Slots.of(places)
         x, h = self._join(h_cad, before)
-        cache.write(0, slots.where, *self.layer.attention.keys_values(h, turn := cache.turn(slots)))
-        seen, visible = cache.read(0, slots.upto), slots.visible(cache.length)
-        return self._out(x + self.layer.attention(h, turn, seen, visible))
+        keys_values = self.layer.attention.keys_values(h, turn := cache.turn(slots))
+        seen = cache.extended(0, slots.where, slots.upto, 0, keys_values)
+        return self._out(x + self.layer.attention(h, turn, seen, slots.visible(cache.length)))
 
     def _rotary(self, places: Int[Tensor, "..."]) -> Rotation:
         return rotation(places, self.config.width // self.config.heads)

@@ -46,13 +46,17 @@ def draw_times(rows: int, times: Times, generator: torch.Generator) -> Float[Ten
     return 1 - u.clamp(max=1 - 2**-53)  # rounding may reach 1, and t = 0 has no weight
 
 
+def finest(device: torch.device) -> torch.dtype:
+    """Float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def weights_like(x0: Int[Tensor, "B L"], weights: Tensor | float) -> Float[Tensor, "B L"]:
     """`weights`, which may be one for each row, as those of all positions, over their number: sums become means.
 
     In float64 where the device has it.
     """
-    kind = torch.float32 if x0.device.type == "mps" else torch.float64
-    given = torch.as_tensor(weights, dtype=kind).to(x0.device)
+    given = torch.as_tensor(weights, dtype=finest(x0.device)).to(x0.device)
     return (given / x0.numel()).expand(x0.shape)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from caddf.data.loader import Position
 from caddf.errors import Failure, InputError
-from caddf.objectives.loss import Objective
+from caddf.objectives.loss import Objective, finest
 from caddf.objectives.reading import ByReadings, Reading, read
 from caddf.training import ema
 from caddf.training.compiling import Losses, RecordedSteps, as_it_is, compiled_steps, compiles
@@ -236,7 +236,8 @@ def _gradient(
 
 def _numbers(measures: dict[str, Tensor]) -> dict[str, float]:
     """What was measured, brought from the device at one go."""
-    values = torch.stack([torch.as_tensor(each).detach().double() for each in measures.values()])
+    kind = finest(measures["loss"].device)
+    values = torch.stack([each.detach().to(kind) for each in measures.values()])
     return dict(zip(measures, values.tolist(), strict=True))
 
 
