@@ -1,14 +1,19 @@
 """The tables: from nothing, in pieces, and never twice."""
 
 import json
+import os
+import signal
+import threading
+import time
 from io import StringIO
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from caddf.checkpoint import read_json, write_json_atomic
-from caddf.errors import InputError
+from caddf.errors import Failure, InputError
 from caddf.experiment import METHODS, ModelSettings, network_of
 from caddf.models.config import PRESETS
 from caddf.models.matching import TOLERANCE, count
@@ -16,6 +21,7 @@ from caddf.report import report
 from caddf.reproduce import SETS, TABLES, ReproduceSettings, reproduce
 from caddf.reproduce.plan import Job, Variant, Workshop
 from caddf.reproduce.tables import Ablations
+from caddf.reproduce.workers import side_by_side
 from caddf.text_model import fingerprint, load
 
 QUIET = Console(quiet=True)
@@ -43,6 +49,7 @@ def settings(tmp_path, monkeypatch):
         prompts="one.txt",
         batch="1",
         repeats=2,
+        workers=1,
         device="cpu",
     )
 
@@ -314,7 +321,9 @@ def test_the_time_left_is_told_kind_by_kind(monkeypatch, tmp_path):
     )
     monkeypatch.setitem(TABLES, "table1", table)
     monkeypatch.setattr("caddf.reproduce.making.write", lambda *given: None)
-    reproduce("table1", ReproduceSettings(work=str(tmp_path), out=str(tmp_path)), Console(file=said, width=200))
+    reproduce(
+        "table1", ReproduceSettings(work=str(tmp_path), out=str(tmp_path), workers=1), Console(file=said, width=200)
+    )
     assert said.getvalue().splitlines() == [
         "[1/5] train it",
         "[2/5] train it, about 60 min with the 1 behind it",
@@ -322,3 +331,74 @@ def test_the_time_left_is_told_kind_by_kind(monkeypatch, tmp_path):
         "[4/5] evaluate it",
         "[5/5] evaluate it, about 2 min",
     ]
+
+
+def test_workers_make_the_same_table(settings, tmp_path, monkeypatch):
+    monkeypatch.delitem(SETS, "two.txt")
+    one = reproduce("table1", settings, QUIET)
+    several = with_methods(
+        settings, settings.methods, workers=2, work=str(tmp_path / "more"), out=str(tmp_path / "out")
+    )
+    other = reproduce("table1", several, QUIET)
+    trained = [
+        {run.parent.name: read_json(run)["weights"] for run in (tmp_path / work).glob("debug/runs/*/done.json")}
+        for work in ("runs/reproduce", "more")
+    ]
+    assert len(trained[0]) == 2 and trained[0] == trained[1]
+    tables = [json.loads((out / "table.json").read_text()) for out in (one, other)]
+    for table in tables:
+        del table["machine"]
+        for row in table["rows"]:
+            del row["training"]["seconds"]
+    assert tables[0] == tables[1]
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Workers find the jobs of these tests."""
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+
+
+def waits(console):
+    time.sleep(60)
+    return True
+
+
+def fails(console):
+    raise InputError(f"threads is {torch.get_num_threads()}")
+
+
+def dies(console):
+    os._exit(5)
+
+
+@pytest.mark.parametrize(
+    ("job", "kind", "said"),
+    [(fails, InputError, "threads is 1"), (dies, Failure, "trains: its process ended with 5: see above")],
+)
+def test_what_a_worker_says_is_raised_and_the_others_stop(tmp_path, found, job, kind, said):
+    jobs = [Job("trains", tmp_path / "a", "train", job), Job("waits", tmp_path / "b", "train", waits)]
+    begun = time.monotonic()
+    with pytest.raises(kind, match=said):
+        side_by_side(jobs, 2, lambda job: None, lambda job: None)
+    assert time.monotonic() - begun < 50
+
+
+def test_an_interruption_reaches_the_workers(tmp_path, found):
+    jobs = [Job(name, tmp_path / name, "train", waits) for name in ("a", "b", "c")]
+    begun = []
+
+    def begins(job):
+        begun.append(job)
+        if len(begun) == 2:
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side(jobs, 2, begins, lambda job: None)
+    assert begun == jobs[:2]
+
+
+def test_a_gpu_has_one_worker(settings, monkeypatch):
+    monkeypatch.setattr("caddf.reproduce.making.resolve_device", lambda device: torch.device("cuda"))
+    with pytest.raises(InputError, match="workers is 2; on cuda it must be 1"):
+        reproduce("table1", with_methods(settings, "gpt2", workers=2), QUIET)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.console import Console
 
 from caddf.checkpoint import write_json_atomic, write_text_atomic
 from caddf.errors import InputError
 from caddf.machine import machine
-from caddf.reproduce.plan import ReproduceSettings, Variant, Workshop
+from caddf.reproduce.plan import Job, ReproduceSettings, Variant, Workshop
 from caddf.reproduce.tables import TABLES, Table
+from caddf.reproduce.workers import one_thread, side_by_side
+from caddf.text_model import resolve_device
 
 
 def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path:
@@ -37,27 +43,66 @@ def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path
     out = Path(settings.out or f"results/{table}-{settings.scale}")
     wanted = (job for job in made.plan(shop, chosen) if settings.only in ("all", job.kind))
     left = [job for job in wanted if not job.product.exists()]
-    seconds: dict[str, list[float]] = {}
-    for done, job in enumerate(left):
-        alike = sum(other.kind == job.kind for other in left[done:])
-        said = f"[{done + 1}/{len(left)}] {job.about}"
-        if job.kind in seconds:
-            more = f"about {max(1, round(alike * fmean(seconds[job.kind]) / 60))} min"
-            said += f", {more} with the {alike - 1} behind it" if alike > 1 else f", {more}"
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
-        begun = time.monotonic()
-        if not job.do(console):
-            return out
-        seconds.setdefault(job.kind, []).append(time.monotonic() - begun)
-    write(made, chosen, shop, out)
+    if _all_done(left, _workers(settings), console):
+        write(made, chosen, shop, out)
     return out
+
+
+ALONE = ("train", "evaluate")
+"""Kinds of jobs that are of one thread on a CPU, and may go side by side."""
+
+
+def _workers(settings: ReproduceSettings) -> int | None:
+    """How many jobs go side by side; None on a GPU, which one at a time has to itself. Raises `InputError`."""
+    device = resolve_device(settings.device)
+    if device.type == "cpu":
+        return settings.workers or torch.get_num_threads()
+    if settings.workers not in (None, 1):
+        raise InputError(f"workers is {settings.workers}; on {device} it must be 1: one training has the GPU to itself")
+    return None
+
+
+def _all_done(jobs: Sequence[Job], workers: int | None, console: Console) -> bool:
+    """Does `jobs`, kind by kind; False where one was interrupted."""
+    seconds: dict[str, list[float]] = {}
+    begun: dict[Job, float] = {}
+
+    def begins(job: Job) -> None:
+        alike = [other for other in jobs[len(begun) :] if other.kind == job.kind]
+        said = f"[{len(begun) + 1}/{len(jobs)}] {job.about}"
+        if job.kind in seconds:
+            together = min(len(alike), (workers or 1) if job.kind in ALONE else 1)
+            more = f"about {max(1, round(len(alike) * fmean(seconds[job.kind]) / together / 60))} min"
+            said += f", {more} with the {len(alike) - 1} behind it" if len(alike) > 1 else f", {more}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        begun[job] = time.monotonic()
+
+    def ends(job: Job) -> None:
+        seconds.setdefault(job.kind, []).append(time.monotonic() - begun[job])
+
+    def here(job: Job) -> bool:
+        begins(job)
+        with one_thread() if workers and job.kind in ALONE else nullcontext():
+            done = job.do(console)
+        ends(job)
+        return done
+
+    for kind, group in groupby(jobs, key=lambda job: job.kind):
+        alike = list(group)
+        if workers and min(workers, len(alike)) > 1 and kind in ALONE:
+            done = side_by_side(alike, workers, begins, ends)
+        else:
+            done = all(here(job) for job in alike)
+        if not done:
+            return False
+    return True
 
 
 def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -> None:
     """The table from what is there, in three forms."""
     settings = asdict(shop.settings)
-    for place in ("data_root", "work", "out"):
-        del settings[place]
+    for name in ("data_root", "work", "out", "workers"):  # of this machine, and no figure's
+        del settings[name]
     if settings["judge"] is not None:
         settings["judge"] = Path(settings["judge"]).name
     values = {"table": table.name, "settings": settings, "machine": machine(), **table.values(shop, chosen)}

@@ -59,6 +59,8 @@ class ReproduceSettings:
     batch: rows decoded together, as in 1,8; each size is measured (table3, table4).
     repeats: rounds in which every decoder runs once (table3, table4).
     only: do the data, training, evaluation or decoding part alone; the table is written from what is there.
+    workers: trainings and evaluations side by side, each of one thread on a CPU, so that no figure depends on how many
+        there are; not set, as many as PyTorch has threads, and one on a GPU.
     device: auto (a GPU where there is one), cpu, cuda or mps.
     seed: of the weights, the order of the data, and all draws.
     """
@@ -78,6 +80,7 @@ class ReproduceSettings:
     batch: str = "1"
     repeats: int = 5
     only: Literal["all", "data", "train", "evaluate", "decode", "table"] = "all"
+    workers: int | None = None
     device: str = "auto"
     seed: int = 0
 
@@ -85,7 +88,8 @@ class ReproduceSettings:
         for name, value in DEMO.items() if self.scale == "demo" else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        at_least_one(windows=self.windows, samples=self.samples, repeats=self.repeats)
+        given = {"windows": self.windows, "samples": self.samples, "repeats": self.repeats, "workers": self.workers}
+        at_least_one(**{name: value for name, value in given.items() if value is not None})
         TrainConfig(steps=self.steps, batch_size=self.batch_size)  # raises
         check_seed(self.seed)
 
