@@ -657,36 +657,47 @@ static int ready_canvas(const Round *r, int64_t wide, int64_t threads, Reading *
   return w->preparing.made ? 0 : -1;
 }
 
-// 0, or -1 where memory is short.
-int caddf_round(const Round *r) {
-  Pass *pass = r->pass;
-  int64_t width = r->causal->width, V = r->head.out, wide = 0, matched = 0, shown[r->rows], ends[r->rows], encoded[r->rows];
-  int64_t copied[r->rows], counts[r->rows], renewed[r->rows], looks = 0, all = r->rows * r->length;
+// What a round has proposed, of each row.
+typedef struct {
+  int64_t *copied, *counts;    // drafts that are copied, or that it makes itself at most
+  int64_t *renewed, *encoded;  // whether its window was read, and how many blocks of its canvas
+  int64_t *ends, *shown;       // where its drafts end, and how far the target reads
+} Proposed;
+
+// Drafts in `x` and `drafts`. 0, or -1 where memory is short.
+static int propose(const Round *r, const Proposed *p) {
+  int64_t matched = 0, looks = 0, all = r->rows * r->length;
   memcpy(r->x, r->before, all * sizeof(int64_t));
   for (int64_t i = 0; i < all; i++) r->drafts[i] = r->mask;
-  memset(r->fresh, 0, all), memset(r->corrected, 0, all);
-  memset(r->work, 0, 6 * r->rows * sizeof(int64_t)), memset(encoded, 0, sizeof encoded);
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t source = r->size ? source_of(r, row, &matched) : -1;
-    copied[row] = source >= 0 ? copies_of(r, row, matched) : 0, renewed[row] = 0;
-    counts[row] = source < 0 && r->active[row] ? drafts_in(r, row) : 0, looks += counts[row];
-    if (copied[row]) copy_drafts(r, row, source, copied[row]);
+    p->copied[row] = source >= 0 ? copies_of(r, row, matched) : 0, p->renewed[row] = p->encoded[row] = 0;
+    p->counts[row] = source < 0 && r->active[row] ? drafts_in(r, row) : 0, looks += p->counts[row];
+    if (p->copied[row]) copy_drafts(r, row, source, p->copied[row]);
   }
-  if (looks && drafts_of(r, counts, renewed)) return -1;
+  if (looks && drafts_of(r, p->counts, p->renewed)) return -1;
   int64_t count = looks ? r->draft->count : 0;
   for (int64_t row = 0; row < r->rows; row++) {
     int64_t n = r->n[row], *x = r->x + row * r->length;
-    ends[row] = n + (counts[row] ? r->draft->drafts[row] : copied[row]);
-    for (int64_t i = n; i < ends[row]; i++) {
+    p->ends[row] = n + (p->counts[row] ? r->draft->drafts[row] : p->copied[row]);
+    for (int64_t i = n; i < p->ends[row]; i++) {
       if (!is_open(r, row, i)) continue;
-      if (counts[row]) x[i] = r->draft->tokens[row * count + i - n];
+      if (p->counts[row]) x[i] = r->draft->tokens[row * count + i - n];
       r->drafts[row * r->length + i] = x[i];
     }
-    shown[row] = r->active[row] ? least_of(ends[row] + 1, r->lengths[row]) : n;
-    wide = most(wide, shown[row] - n), pass->first[row + 1] = pass->first[row] + shown[row] - n;
+    p->shown[row] = r->active[row] ? least_of(p->ends[row] + 1, r->lengths[row]) : n;
   }
+  return 0;
+}
 
-  for (int64_t row = 0; row < r->rows; row++)
+// Readies the pass over all places from n on that the target reads: what the causal branch is given there.
+static void embed_places(const Round *r, const int64_t *shown) {
+  Pass *pass = r->pass;
+  int64_t width = r->causal->width;
+  pass->n = 0;
+  for (int64_t row = 0; row < r->rows; row++) {
+    pass->n = most(pass->n, shown[row] - r->n[row]);
+    pass->first[row + 1] = pass->first[row] + shown[row] - r->n[row];
     for (int64_t at = r->n[row], index = BEGIN(pass, row); at < shown[row]; at++, index++) {
       float *to = pass->x + index * width;
       pass->positions[index] = at;
@@ -694,64 +705,101 @@ int caddf_round(const Round *r) {
       if (r->shifted) add(to, r->shifted + before(r, row, at - 1) * width, width);
       if (r->table) add(to, r->table + at * width, width);
     }
-  pass->n = wide;
+  }
+}
 
-  int64_t places = BEGIN(pass, r->rows);
-  double temperature = r->draft->temperature, totals[places + 1], may[places + r->rows], rest[places + 1];
-  Drafted drafted[r->rows];
-  for (int64_t row = 0; row < r->rows; row++) {
-    int64_t first = BEGIN(pass, row), end = temperature > 0 && r->active[row] ? ends[row] - r->n[row] : 0;
+// How many of a row's drafts stand, and the token behind them, -1 where there is none.
+static int64_t settled(const Round *r, int64_t row, const Drafted *d, int64_t end, int64_t shown, int64_t *token) {
+  int64_t n = r->n[row], V = r->head.out, stop = 0, top = 0;
+  const int64_t *x = r->x + row * r->length;
+  const float *logits = d->weights;
+  *token = -1;
+  if (r->draft->temperature == 0) {
+    for (; stop < end; stop++) {
+      if (!is_open(r, row, n + stop)) continue;
+      if (!isfinite(largest(logits + stop * V, V, &top)) || top != x[n + stop]) break;
+    }
+    int more = n + stop < shown && is_open(r, row, n + stop);
+    if (more && isfinite(largest(logits + stop * V, V, &top))) *token = top;
+    return stop;
+  }
+  const double *u = r->u + row * (r->size + r->places + 1) + r->size;
+  double share = 1;
+  stop = verify(d, u, &share);
+  int more = n + stop < shown && is_open(r, row, n + stop);
+  if (more && isfinite(d->totals[stop])) *token = following(d, stop, share, u[r->places]);  // else nothing can be drawn
+  return stop;
+}
+
+// What a row is after its round, of which `stop` of `end` drafts stand.
+static void settle(const Round *r, int64_t row, int64_t stop, int64_t end, int64_t token) {
+  int64_t n = r->n[row], at = row * r->length + n;
+  for (int64_t i = 0; i < end; i++) {
+    if (!is_open(r, row, n + i)) continue;
+    r->fresh[at + i] = i < stop;
+    if (i >= stop) r->x[at + i] = r->mask;
+  }
+  if (token >= 0) {
+    r->x[at + stop] = token;
+    r->fresh[at + stop] = 1;
+    r->corrected[at + stop] = stop < end;
+  }
+  int64_t next = n + stop + (token >= 0);
+  while (next < r->lengths[row] && !is_open(r, row, next)) next++;
+  r->next[row] = next < r->lengths[row] ? next : r->length;
+}
+
+// What a row's round took. Without caches each branch would read all up to the window's end, and up to the target's; a
+// template whole.
+static void count_work(const Round *r, const Proposed *p, int64_t row) {
+  const Canvas *c = r->canvas;
+  int64_t n = r->n[row], shown = p->shown[row], looked = p->renewed[row], block = c ? c->block : 0;
+  int64_t until = c && !c->block ? r->lengths[row] : 0, whole = whole_of(r, row, start_of(r, row));
+  int64_t needed = shown + (c ? most(shown, until) : 0) + (looked ? whole + most(whole, until) : 0);
+  int64_t computed = shown - n + (looked ? r->size : 0) + p->encoded[row] * block;
+  int64_t work[] = {1, looked + p->encoded[row], computed, needed, 1, p->copied[row] > 0};
+  for (int i = 0; i < 6; i++) r->work[i * r->rows + row] = work[i];
+}
+
+// 0, or -1 where memory is short.
+int caddf_round(const Round *r) {
+  Pass *pass = r->pass;
+  int64_t V = r->head.out, rows = r->rows, all = rows * r->length, of_rows[6][rows];
+  Proposed p = {of_rows[0], of_rows[1], of_rows[2], of_rows[3], of_rows[4], of_rows[5]};
+  memset(r->fresh, 0, all), memset(r->corrected, 0, all);
+  memset(r->work, 0, 6 * rows * sizeof(int64_t));
+  if (propose(r, &p)) return -1;
+  embed_places(r, p.shown);
+
+  int64_t places = BEGIN(pass, rows);
+  double temperature = r->draft->temperature, totals[places + 1], may[places + rows], rest[places + 1];
+  Drafted drafted[rows];
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t first = BEGIN(pass, row), end = temperature > 0 && r->active[row] ? p.ends[row] - r->n[row] : 0;
     int64_t of = row * r->length + r->n[row];
     drafted[row] = (Drafted){
         .weights = r->logits + first * V, .totals = totals + first, .tokens = r->x + of, .before = r->before + of,
-        .q = counts[row] ? r->draft->q + row * count * V : NULL, .end = end, .vocabulary = V, .mask = r->mask,
+        .q = p.counts[row] ? r->draft->q + row * r->draft->count * V : NULL, .end = end, .vocabulary = V, .mask = r->mask,
         .may = may + first + row, .rest = rest + first};
   }
   int64_t threads = most(pass->threads, r->head_threads);
   Reading w = {.causal = running(r->causal, pass, threads), .head = {&r->head, places, pass->x, r->logits},
-               .weighing = {r, shown, drafted, totals, wide}, .encoded = encoded};
-  int bad = !w.causal.room || (r->canvas && ready_canvas(r, wide, threads, &w));
+               .weighing = {r, p.shown, drafted, totals, pass->n}, .encoded = p.encoded};
+  int bad = !w.causal.room || (r->canvas && ready_canvas(r, pass->n, threads, &w));
   if (!bad) share_out(read_part, &w, threads);
   free(w.causal.room), free(w.canvas.room), free(w.preparing.made), free(w.fused.both);
   if (bad) return -1;
-  for (int64_t row = 0; row < r->rows; row++) {
-    int64_t n = r->n[row], end = ends[row] - n, stop = 0, token = 0, *x = r->x + row * r->length;
-    r->next[row] = n, r->read[row] = r->held[row];
+
+  for (int64_t row = 0; row < rows; row++) {
+    r->next[row] = r->n[row], r->read[row] = r->held[row];
     if (!r->active[row]) continue;
-    const double *u = r->u + row * (r->size + r->places + 1) + r->size;
-    const float *logits = drafted[row].weights;
-    double share = 1;
-    if (temperature > 0) stop = verify(&drafted[row], u, &share);
-    for (; temperature == 0 && stop < end; stop++) {
-      if (!is_open(r, row, n + stop)) continue;
-      if (!isfinite(largest(logits + stop * V, V, &token)) || token != x[n + stop]) break;
-    }
-    int more = n + stop < shown[row] && is_open(r, row, n + stop);
-    if (more && temperature == 0) more = isfinite(largest(logits + stop * V, V, &token));
-    if (more && temperature > 0) more = isfinite(drafted[row].totals[stop]);  // a broken model has nothing to be drawn
-    if (more && temperature > 0) token = following(&drafted[row], stop, share, u[r->places]);
-    for (int64_t i = n; i < n + end; i++) {
-      r->fresh[row * r->length + i] = i < n + stop && is_open(r, row, i);
-      if (i >= n + stop && is_open(r, row, i)) x[i] = r->mask;
-    }
-    if (more) {
-      x[n + stop] = token;
-      r->fresh[row * r->length + n + stop] = 1;
-      r->corrected[row * r->length + n + stop] = stop < end;
-    }
-    int64_t next = n + stop + more;
-    while (next < r->lengths[row] && !is_open(r, row, next)) next++;
-    r->next[row] = next < r->lengths[row] ? next : r->length;
-    r->read[row] = least_of(most(r->held[row], shown[row]), n + stop + 1);
-    // Without caches each branch would read all up to the window's end, and up to the target's; a template whole.
-    const Canvas *c = r->canvas;
-    int64_t start = start_of(r, row), until = c && !c->block ? r->lengths[row] : 0, block = c ? c->block : 0;
-    int64_t looked = renewed[row], whole = whole_of(r, row, start);
-    if (counts[row]) r->since[row] = start, r->draft->heard[row] = n - start + least_of(end, stop + 1);
-    int64_t needed = shown[row] + (c ? most(shown[row], until) : 0) + (looked ? whole + most(whole, until) : 0);
-    int64_t computed = shown[row] - n + (looked ? r->size : 0) + encoded[row] * block;
-    int64_t work[] = {1, looked + encoded[row], computed, needed, 1, copied[row] > 0};
-    for (int i = 0; i < 6; i++) r->work[i * r->rows + row] = work[i];
+    int64_t n = r->n[row], end = p.ends[row] - n, token, stop = settled(r, row, &drafted[row], end, p.shown[row], &token);
+    settle(r, row, stop, end, token);
+    r->read[row] = least_of(most(r->held[row], p.shown[row]), n + stop + 1);
+    count_work(r, &p, row);
+    if (!p.counts[row]) continue;
+    int64_t start = start_of(r, row);
+    r->since[row] = start, r->draft->heard[row] = n - start + least_of(end, stop + 1);
   }
   return 0;
 }
