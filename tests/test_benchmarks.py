@@ -49,7 +49,6 @@ from caddf.benchmarks.trial import (
     bandwidth_share,
     exact_ppl,
     run,
-    some_windows,
     task_of,
     unigram_entropy,
     weights_read,
@@ -262,7 +261,7 @@ def test_entropy_is_of_each_rows_bag_in_nats():
 def test_the_judge_scores_what_comes_after_the_prompt(trained):
     data = TokenSet.open(trained / "set")
     judge = Judge("gpt2", TextModel.from_pretrained(trained / "gpt2", dtype="float64"))
-    rows = some_windows(data, "test", 16, 2)
+    rows = data.split("test").spread(16, 2)
     whole, prompt = (causal_nll(judge.model.model, x) for x in (rows, rows[:, :10]))
     assert judge.nll(data.tokenizer, rows, 10) == pytest.approx((whole - prompt).sum().item() / 12)
     ppl = exact_ppl(judge.model.model, rows, "causal", CPU)
@@ -275,7 +274,7 @@ def test_a_judge_reads_text_of_another_tokenizer_in_its_own_tokens(trained, tmp_
     text = tmp_path / "text.txt"
     text.write_text("The old man opened the door, and she said nothing. " * 20, encoding="utf-8")
     other = prepare(tmp_path / "bytes", train=text, tokenizer="bytes")
-    windows = some_windows(other, "train", judge.model.context, 2)
+    windows = other.split("train").spread(judge.model.context, 2)
     anew = [torch.tensor([data.tokenizer.encode(other.tokenizer.decode(row))]) for row in windows.tolist()]
     expected = sum(causal_nll(judge.model.model, x).sum().item() for x in anew) / sum(x.numel() for x in anew)
     given = Conditions(split="train", windows=2)

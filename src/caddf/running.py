@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from caddf.checkpoint import atomic_folder, read_json, write_json_atomic, write_text_atomic
-from caddf.data import Batches, Split, TokenSet
+from caddf.data import Batches, TokenSet
 from caddf.errors import InputError
 from caddf.evaluation import block_nll, causal_nll, diffusion_bound
 from caddf.evaluation.suite import Bound
@@ -206,7 +206,7 @@ def _validation(settings: RunSettings, data: TokenSet, model: Network) -> Callab
     if "validation" not in data.manifest["splits"]:
         return None
     context = model.config.context
-    windows = _some_windows(data.split("validation"), context, wanted.windows)
+    windows = data.split("validation").spread(context, wanted.windows)
     bound: Bound = diffusion_bound if method.bound is None else method.bound(settings.objective)
 
     def validate(module: nn.Module) -> float:
@@ -222,13 +222,6 @@ def _validation(settings: RunSettings, data: TokenSet, model: Network) -> Callab
         return total / len(windows) / context
 
     return validate
-
-
-def _some_windows(split: Split, length: int, count: int) -> torch.Tensor:
-    """`count` windows spread evenly over the split."""
-    windows = split.windows(length)
-    index = torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()
-    return torch.from_numpy(windows[index.numpy()].astype("int64"))
 
 
 def _sampling(settings: RunSettings, data: TokenSet, about: dict[str, Any]) -> Callable[[nn.Module], str]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from caddf.benchmarks.results import Results, within
 from caddf.benchmarks.roster import needs, runs_of
-from caddf.benchmarks.trial import check_tokenizer, some_windows
+from caddf.benchmarks.trial import check_tokenizer
 from caddf.categorical import Warp
 from caddf.data import TokenSet
 from caddf.errors import InputError
@@ -108,7 +108,7 @@ def _measured(
     name: str, folder: Path, data: TokenSet, warps: dict[float, Warp], settings: AcceptanceSettings
 ) -> Iterator[dict[str, Any]]:
     model = load(folder, device=settings.device, dtype=settings.dtype)
-    windows = some_windows(data, settings.split, model.context, settings.windows).to(model.device)
+    windows = data.split(settings.split).spread(model.context, settings.windows).to(model.device)
     step = folder.name.removeprefix("step-")
     for target in get_args(Verifier):
         if {target, "draft"} - model.model.heads:

@@ -24,7 +24,6 @@ from caddf.benchmarks.trial import (
     check_tokenizer,
     exact_ppl,
     run,
-    some_windows,
     task_of,
     unigram_entropy,
     warm_up,
@@ -260,7 +259,7 @@ def _judge(given: Conditions) -> Judge | None:
 def _about(judge: Judge, data: TokenSet, given: Conditions) -> dict[str, Any]:
     """Who judges, and how well it knows such text itself."""
     model = judge.model
-    windows = some_windows(data, given.split, model.context, given.windows)
+    windows = data.split(given.split).spread(model.context, given.windows)
     ppl = math.exp(judge.nll(data.tokenizer, windows, 0))
     return {"run": judge.name, "parameters": model.model.parameter_counts()["total"], "ppl": ppl}
 
@@ -291,7 +290,7 @@ def _perplexities(results: Results, roster: Roster, given: Conditions, data: Tok
             continue
         if place not in known:
             network = roster[row["model"]].network
-            windows = some_windows(data, given.split, network.config.context, given.windows)
+            windows = data.split(given.split).spread(network.config.context, given.windows)
             known[place] = exact_ppl(network, windows, row["target"], roster.device)
             _tell(console, f"{row['model']}: perplexity {known[place]:.2f} of the {row['target']} target")
         row["target_ppl"] = known[place]

@@ -17,7 +17,7 @@ from torch import Tensor
 from caddf.benchmarks.results import Results, Told, plain_ticks, put, within
 from caddf.benchmarks.roster import Contestant, Roster, needs, same_weights
 from caddf.benchmarks.steps import denoises
-from caddf.benchmarks.trial import check_tokenizer, some_windows
+from caddf.benchmarks.trial import check_tokenizer
 from caddf.data import TokenSet
 from caddf.errors import InputError, at_least_one
 from caddf.evaluation.infilling import Filled, Reading, fill_spans, readings
@@ -90,7 +90,7 @@ def infill(settings: InfillSettings, console: Console) -> Results:
     for size in settings.spans:
         if not 1 <= size <= context // 2:
             raise InputError(f"spans holds {size}; each must lie between 1 and half of the context, {context // 2}")
-    windows = some_windows(data, settings.split, context, settings.windows)
+    windows = data.split(settings.split).spread(context, settings.windows)
 
     given: dict[str, Any] = {**dataclasses.asdict(settings), "data": data.folder.name, "models": ",".join(roster.names)}
     given["spans"] = list(settings.spans)

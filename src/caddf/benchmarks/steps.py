@@ -15,7 +15,7 @@ from torch import Tensor
 
 from caddf.benchmarks.results import Results, Told, number, plain_ticks, put
 from caddf.benchmarks.roster import Contestant, Roster, name_of, named_runs, needs, same_weights
-from caddf.benchmarks.trial import check_tokenizer, some_windows
+from caddf.benchmarks.trial import check_tokenizer
 from caddf.categorical import RowGenerators
 from caddf.data import TokenSet
 from caddf.decoding import Ancestral, Task
@@ -92,7 +92,7 @@ def steps(settings: StepsSettings, console: Console) -> Results:
     for name, contestant in readers.items():
         check_tokenizer(name, contestant.tokenizer, data)
     context = min(contestant.network.config.context for contestant in readers.values())
-    windows = some_windows(data, settings.split, context, settings.windows)
+    windows = data.split(settings.split).spread(context, settings.windows)
 
     results = Results.open("steps", settings.out or "results/steps", _plain(settings))
     values = results.values

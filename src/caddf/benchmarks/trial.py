@@ -204,13 +204,6 @@ def exact_ppl(network: Network, windows: Int[Tensor, "N L"], target: str, device
     return estimate(torch.cat(nats), windows.shape[1]).ppl
 
 
-def some_windows(data: TokenSet, split: str, length: int, count: int) -> Int[Tensor, "N L"]:
-    """`count` windows spread evenly over a split."""
-    windows = data.split(split).windows(length)
-    index = torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()
-    return torch.from_numpy(windows[index.numpy()].astype("int64"))
-
-
 def check_tokenizer(name: str, tokenizer: Tokenizer | None, data: TokenSet, setting: str = "data") -> None:
     """Raises `InputError` where `setting`, a token set, is not in the model's tokens."""
     if tokenizer is not None and tokenizer.fingerprint != data.tokenizer.fingerprint:

@@ -40,6 +40,12 @@ class Split:
             raise InputError(f"the {self.name} split has {len(self.tokens)} tokens; one window needs {length}")
         return self.tokens[: count * length].reshape(count, length)
 
+    def spread(self, length: int, count: int) -> Int[Tensor, "N L"]:
+        """`count` of its windows, or all where it has fewer, spread evenly over it."""
+        windows = self.windows(length)
+        index = torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()
+        return torch.from_numpy(windows[index.numpy()].astype("int64"))
+
     def counts(self, vocab_size: int) -> Int[Tensor, " V"]:
         """How often each token occurs."""
         parts = np.array_split(self.tokens, len(self.tokens) // 2**24 + 1)  # bincount makes 8 bytes of each token

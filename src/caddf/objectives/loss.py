@@ -29,6 +29,11 @@ class Objective(Protocol):
         """The loss of one batch."""
 
 
+def whole(count: float, generator: torch.Generator) -> int:
+    """One of the integers next to `count`, which it is in expectation."""
+    return int(count + torch.rand((), generator=generator, dtype=torch.float64))
+
+
 def draw_times(rows: int, times: Times, generator: torch.Generator) -> Float[Tensor, " B"]:
     """Times in (0, 1], each uniform by itself, spread over the rows to lower the variance of their mean.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from caddf.errors import InputError
 from caddf.evaluation.plaid import GaussianModel, denoise, diffuse, diffusion, level, prior, reconstruction
-from caddf.objectives.loss import Loss, Times, draw_times
+from caddf.objectives.loss import Loss, Times, draw_times, whole
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PlaidLoss:
         way by twice the loss of their row.
         """
         rows, length = x0.shape
-        at_0, estimated = (_rounded(rows * s, generator) for s in (self.reconstruction, self.self_conditioned))
+        at_0, estimated = (whole(rows * s, generator) for s in (self.reconstruction, self.self_conditioned))
         is_start, is_estimated = (torch.randperm(rows, generator=generator) < n for n in (at_0, estimated))
         t = torch.zeros(rows, dtype=torch.float64)
         t[~is_start] = draw_times(rows - at_0, self.times, generator)
@@ -84,8 +84,3 @@ class PlaidLoss:
         }
         total = torch.stack(list(parts.values())).sum()
         return Loss(total, {name: part.detach() for name, part in parts.items()})
-
-
-def _rounded(number: float, generator: torch.Generator) -> int:
-    """One of the integers next to `number`, which it is in expectation."""
-    return int(number + torch.rand((), generator=generator, dtype=torch.float64))

@@ -16,7 +16,7 @@ from caddf.interface import AnyOrder, Block, Infill, LanguageModel, Pattern
 from caddf.objectives.distillation import Distillation, Divergence
 from caddf.objectives.forms import Form, ScheduleName, denoising
 from caddf.objectives.heads import Term
-from caddf.objectives.loss import Times, weights_like
+from caddf.objectives.loss import Times, weights_like, whole
 from caddf.objectives.reading import ByReadings, Reading
 
 
@@ -92,9 +92,9 @@ class Synergistic(ByReadings):
         """One of each kind that has rows."""
         config, none = self.config, x0[:0]
         share = config.denoise if config.infill + config.block else 1.0
-        denoised, infilled, blocks = x0[len(x0) - _rounded(len(x0) * share, generator) :], none, none
+        denoised, infilled, blocks = x0[len(x0) - whole(len(x0) * share, generator) :], none, none
         if config.infill + config.block:
-            count = _rounded(len(x0) * config.infill / (config.infill + config.block), generator)
+            count = whole(len(x0) * config.infill / (config.infill + config.block), generator)
             infilled, blocks = x0[:count], x0[count:]
         if "fused" not in model.heads:  # nothing reads left to right: what would be infilled is denoised
             denoised, infilled = torch.cat([infilled, denoised]), none
@@ -167,8 +167,3 @@ class Synergistic(ByReadings):
             terms["causal"], names["causal"] = Term(everywhere, config.causal_weight), f"{name}_causal"
         names = {head: names.get(head, f"{name}_{head}") for head in (*terms, "distill")}
         return Reading(x0, prefix, canvas, pattern, terms, names, distillation)
-
-
-def _rounded(count: float, generator: torch.Generator) -> int:
-    """A whole number, `count` in expectation."""
-    return int(count + torch.rand((), generator=generator, dtype=torch.float64))
