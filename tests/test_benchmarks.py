@@ -457,6 +457,17 @@ def test_trained_models_have_quality_and_targets(trained, tmp_path):
         decode(dataclasses.replace(settings, context=40), QUIET)
 
 
+def test_a_judge_that_cannot_read_the_texts_is_refused_before_any_is_written(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextModel, "context", 8)
+    monkeypatch.setattr(contest, "run", None)
+    settings = DecodeSettings(
+        models=models(trained, "caddf"), new_tokens=6, prompts=str(trained / "set"), judge=str(trained / "gpt2"),
+        device="cpu", out=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="gpt2, which reads 8 tokens at most; texts have 16 with their prompts"):
+        decode(settings, QUIET)
+
+
 def test_peak_memory_holds_the_weights():
     given = dataclasses.replace(TINY, methods="caddf-lambda-dce", size="demo", memory=True)
     peak = fresh(contest.resident_peak, given, Entrant("caddf-lambda-dce", "caddf-lambda-dce", "autoregressive"), 1)

@@ -142,6 +142,8 @@ def contest(results: Results, rows: Sequence[Entrant], roster: Roster, given: Co
         raise InputError(
             f"repeats is {given.repeats}, but {results.folder} holds {rounds} rounds; give as many, or another folder"
         )
+    if judge is not None and prompts.data is not None:
+        results.values["judge"] = _about(judge, prompts.data, given)
     table = [(entrant, size) for size in whole_numbers("batch", given.batch) for entrant in rows]
     results.values["rows"] = [
         kept.get((entrant.label, size)) or _row(entrant, size, roster[entrant.model], given) for entrant, size in table
@@ -171,8 +173,6 @@ def contest(results: Results, rows: Sequence[Entrant], roster: Roster, given: Co
             _tell(console, f"{entrant.label}, batch {size}: peak memory {said}")
     if prompts.data is not None:
         _perplexities(results, roster, given, prompts.data, console)
-        if judge is not None:
-            results.values["judge"] = _about(judge, prompts.data, given)
     results.values["bandwidth"] = Spread.of(speeds).median
     for (entrant, _), row in zip(table, results.values["rows"], strict=True):
         network = roster[entrant.model].network
@@ -253,6 +253,12 @@ def _judge(given: Conditions) -> Judge | None:
     model = load(given.judge, device=given.device, dtype="float32")
     if "causal" not in model.model.heads:
         raise InputError(f"judge is {given.judge}, which has no causal head; give a model that reads left to right")
+    assert given.context is not None
+    if not model.slides and model.context < given.context:
+        raise InputError(
+            f"judge is {given.judge}, which reads {model.context} tokens at most; texts have {given.context} with "
+            "their prompts: give a judge of a longer context, or a smaller --context"
+        )
     return Judge(Path(given.judge).name, model)
 
 
