@@ -5,12 +5,15 @@ import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from caddf import InputError, TextModel, generate
 from caddf.categorical import RowGenerators
 from caddf.decoding import DECODERS, Autoregressive, FirstHitting, Speculative, Task
 from caddf.decoding.task import DecodingError
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings
+from caddf.generation import _StopWords
 from caddf.interface import as_model
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
@@ -91,6 +94,18 @@ def test_end_of_text_ends_a_row(model):
     assert model.tokenizer.eos_id in raw  # 1 in 257 a token, and the seed is one that has it
     end = raw.index(model.tokenizer.eos_id)
     assert longest.results()[0]["tokens"] == end and set(raw[end + 1 :]) <= {model.model.mask_id}
+
+
+@given(st.lists(st.text("ab\u00e9", min_size=1, max_size=3), min_size=1, max_size=3), st.randoms())
+def test_stop_strings_are_looked_for_in_what_is_new(stop, random):
+    tokenizer, tokens = Tokenizer.plain_bytes(), []
+    words = _StopWords(tuple(stop), tokenizer)
+    for _ in range(12):
+        if random.random() < 0.2:
+            tokens = tokens[: random.randrange(len(tokens) + 1)]  # a decoder took some back
+        tokens = tokens + [i for _ in range(random.randrange(3)) for i in tokenizer.encode(random.choice("ab\u00e9c"))]
+        text = tokenizer.decode(tokens)
+        assert words.met(list(tokens)) == any(word in text for word in stop)
 
 
 def test_stop_ends_a_row_and_is_cut_off(model):

@@ -180,6 +180,24 @@ def first_stop(text: str, stop: tuple[str, ...]) -> int:
     return min((at for word in stop if (at := text.find(word)) >= 0), default=len(text))
 
 
+class _StopWords:
+    """Whether a row's text holds one. What was looked at, and stands, is not decoded again, but for its last tokens."""
+
+    def __init__(self, stop: tuple[str, ...], tokenizer: Tokenizer) -> None:
+        self.stop, self.tokenizer = stop, tokenizer
+        self.reach = max((len(word.encode()) for word in stop), default=0)  # a token has a byte at least
+        self.clean: list[int] = []
+
+    def met(self, tokens: list[int]) -> bool:
+        """Whether the text of `tokens` holds one of them."""
+        stands = tokens[: len(self.clean)] == self.clean
+        text = self.tokenizer.decode(tokens[max(len(self.clean) - self.reach, 0) if stands else 0 :])
+        if first_stop(text, self.stop) < len(text):
+            return True
+        self.clean = tokens
+        return False
+
+
 NEW = 64
 """Tokens that a prompt is continued by where nothing is said."""
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
@@ -338,6 +356,7 @@ def _stream(
     for r, row in enumerate(rows):
         tokens[r, : len(row.tokens)] = torch.tensor(row.tokens)
     wanted = tokens == mask_id
+    stops = [_StopWords(stop, model.tokenizer) for _ in rows]
 
     def finished(x: Int[Tensor, "B L"]) -> Bool[Tensor, " B"]:
         """A row whose new text, up to its first open position, holds `<|endoftext|>` or a stop string."""
@@ -349,8 +368,7 @@ def _stream(
         reached = (x != mask_id).long().cumprod(1).bool() & wanted
         ended = (reached & (x == eos_id)).any(1)
         for r in range(len(x)) if stop else ():
-            text = model.tokenizer.decode(x[r, reached[r]].tolist())
-            ended[r] |= first_stop(text, stop) < len(text)
+            ended[r] |= stops[r].met(x[r, reached[r]].tolist())
         return ended
 
     task = Task(tokens, lengths, mask_id, RowGenerators(seed, len(rows)), warp, finished, filling)
