@@ -21,7 +21,7 @@ from caddf.report import report
 from caddf.reproduce import SETS, TABLES, ReproduceSettings, reproduce
 from caddf.reproduce.plan import Job, Variant, Workshop
 from caddf.reproduce.tables import Ablations
-from caddf.reproduce.workers import side_by_side
+from caddf.reproduce.workers import end_with, side_by_side
 from caddf.text_model import fingerprint, load
 
 QUIET = Console(quiet=True)
@@ -236,6 +236,15 @@ def test_ablations_share_the_full_model_and_compare_within_rounds(settings, jobs
     assert "| no-cross-attention | speculative (causal) | 1 |" in text and "| full | block |" in text
     assert "<td>no-causal-branch<td>ancestral (steps 16)" in (out / "table.html").read_text()
 
+    gone = Workshop(settings).evaluation(Variant("caddf-lambda-dce-no-cross-attention", ""), "one.txt")
+    gone.unlink()  # decoded, but not evaluated: its rows wait for that
+    jobs.clear()
+    reproduce("table4", with_methods(settings, None, only="table"), QUIET)
+    left = json.loads((out / "table.json").read_text())["rows"]
+    assert [row["model"] for row in left] == ["full", "full", "no-causal-branch"]
+    reproduce("table4", with_methods(settings, None), QUIET)
+    assert jobs == [gone] and len(json.loads((out / "table.json").read_text())["rows"]) == 5
+
 
 def test_efficiency_is_measured_of_the_trained_methods(settings, tmp_path, monkeypatch, jobs):
     for package in ("matplotlib", "psutil", "transformers"):
@@ -396,6 +405,13 @@ def test_an_interruption_reaches_the_workers(tmp_path, found):
     with pytest.raises(KeyboardInterrupt):
         side_by_side(jobs, 2, begins, lambda job: None)
     assert begun == jobs[:2]
+
+
+def test_a_worker_ends_with_its_parent(monkeypatch):
+    told = []
+    monkeypatch.setattr(os, "kill", lambda *given: told.append(given))
+    end_with(os.getpid())  # which is not its parent
+    assert told == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_a_gpu_has_one_worker(settings, monkeypatch):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import caddf.checkpoint
 from caddf import InputError, load
+from caddf.checkpoint import locked
 from caddf.data import prepare
 from caddf.experiment import METHODS, ModelSettings
 from caddf.objectives import SynergisticConfig
@@ -98,6 +99,12 @@ def test_a_run_is_not_written_over(data, run):
     with pytest.raises(InputError, match="exists; give a new folder, or go on with caddf train --resume"):
         start(settings_for(data), run, QUIET)
     assert (run / SETTINGS).read_bytes() == before
+
+
+def test_a_run_is_one_process_at_a_time(run):
+    with locked(run), pytest.raises(InputError, match="is being written by another process; let it end, or stop it"):
+        resume(run, QUIET)
+    assert resume(run, QUIET).finished_before
 
 
 def test_a_full_disk_leaves_no_run_behind(data, tmp_path, monkeypatch):

@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 
 COLDEST = 1e-6
 """The least temperature above 0: log-probabilities are divided by it."""
 
 
 @dataclass(frozen=True)
-class Warp:
+class Warp(Checked):
     """Temperature, top-k, top-p and min-p, applied in this order; the same warp serves drafts and target.
 
     `temperature` 0 is greedy: all probability on the arg max. `top_k` 0, `top_p` 1 and `min_p` 0 switch a filter off.
@@ -34,6 +34,7 @@ class Warp:
     banned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.temperature == 0 or COLDEST <= self.temperature < math.inf):
             raise InputError(
                 f"temperature is {self.temperature}; it must be 0 (greedy), or finite and at least {COLDEST:g}"

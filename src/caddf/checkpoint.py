@@ -116,6 +116,27 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(temporary)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """`folder` is this process's alone within the block; raises `InputError` where it is another's.
+
+    The system ends the lock with the process. Where there are no such locks, as on Windows, nothing is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder} is being written by another process; let it end, or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def remove_leftovers(folder: Path) -> None:
     """Deletes what killed processes left half-written in `folder`."""
     for path in folder.glob(f".*{TEMPORARY}"):
@@ -214,7 +235,8 @@ def save_model(folder: Path, state: Mapping[str, Tensor], config: dict[str, Any]
     Wrap it in `atomic_folder`; the tokenizer is the caller's to add.
     """
     save_tensors(folder / "model.safetensors", state)
-    write_json_atomic(folder / "config.json", {"format": FORMAT, "caddf_version": installed_version(), **config})
+    written = {"format": FORMAT, "caddf_version": installed_version()}
+    write_json_atomic(folder / "config.json", {**written, **config, **written})  # of a model that was loaded, anew
 
 
 def load_model_config(folder: Path) -> dict[str, Any]:

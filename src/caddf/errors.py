@@ -1,7 +1,10 @@
 """What a user can get wrong, said in one sentence."""
 
 import functools
-from typing import Literal, get_args, get_origin, get_type_hints
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
@@ -19,15 +22,72 @@ class Failure(RuntimeError):
     """What went wrong by itself while running: says where, and what to look at. The command line exits with 1."""
 
 
+class Checked:
+    """A dataclass of settings, each of which must be what its field's type says; else `InputError` names it."""
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        check_types(_hints(kind), vars(self))
+
+
+def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raises `InputError` on one of the arguments `given` to `function` that is not what its annotation says."""
+    check_types(_hints(function), given)
+
+
+def check_types(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raises `InputError` on one of `values` that is not of its type in `hints`; those without a type are passed over.
+
+    A whole number is a number, and true or false is neither; a list stands for a tuple.
+    """
+    for name, value in values.items():
+        if name in hints and not _is(value, hints[name]):
+            right = _said(hints[name])
+            shown = value if isinstance(value, str) and right.startswith("one of") else _shown(value)
+            raise InputError(f"{name} is {shown}; it must be {right}")
+
+
 @functools.cache
-def _choices(kind: type) -> dict[str, tuple[object, ...]]:
-    hints = get_type_hints(kind)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+def _hints(of: Any) -> dict[str, Any]:
+    return get_type_hints(of)
 
 
-def check_choices(settings: object) -> None:
-    """Raises `InputError` on a dataclass's setting that is none of the choices which its type names."""
-    kind: type = type(settings)
-    for name, choices in _choices(kind).items():
-        if (value := getattr(settings, name)) not in choices:
-            raise InputError(f"{name} is {value}; it must be one of {', '.join(map(str, choices))}")
+def _is(value: Any, hint: Any) -> bool:
+    kind, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind is Literal:
+        return any(value is part or (isinstance(value, str) and value == part) for part in parts)
+    if kind in (Union, UnionType):
+        return any(_is(value, part) for part in parts)
+    if kind in (tuple, Sequence):
+        several = tuple | list if kind is tuple else Sequence
+        return (
+            isinstance(value, several) and not isinstance(value, str | bytes) and all(_is(v, parts[0]) for v in value)
+        )
+    if hint in (int, float):
+        number = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    if kind is Callable:
+        return callable(value)
+    if isinstance(array := getattr(hint, "array_type", None), type):
+        return isinstance(value, array)  # of any shape
+    return isinstance(value, hint) if isinstance(hint, type) and not getattr(hint, "_is_protocol", False) else True
+
+
+def _said(hint: Any) -> str:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if kind in (Union, UnionType):
+        return " or ".join(_said(part) for part in parts if part is not NoneType)
+    if kind in (tuple, Sequence):
+        return f"a list, each {_said(parts[0])}"
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    article = "an" if hint.__name__[0] in "AEIOU" else "a"
+    return plain.get(hint, f"{article} {hint.__name__}")
+
+
+def _shown(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 60 and "\n" not in said else f"a {type(value).__name__}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.evaluation.block import block_diffusion_bound
 from caddf.evaluation.d3pm import d3pm_bound
 from caddf.evaluation.plaid import plaid_bound
@@ -42,7 +42,7 @@ DRAFTED = 8192
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Checked):
     """The model: a preset's sizes, and the choices of Table 4 and section 4 (those are the dual branch's alone).
 
     size: debug, demo, tiny, or Table 5's small and medium; other methods get as many parameters as the dual branch.
@@ -89,6 +89,7 @@ class ModelSettings:
     own_state: bool | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("match", "causal_layers", "diffusion_layers"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"model.{name} is {value}; it must be 1 or more")
@@ -402,7 +403,7 @@ DEFAULT_METHOD = "caddf-lambda-dce"
 def network_of(about: dict[str, Any]) -> Network:
     """The network that a model folder's `config.json` describes, with new weights; raises `InputError`."""
     name = about.get("architecture", "dual")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(f"architecture is {name}; this version has {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name].network(ARCHITECTURES[name].config.from_dict(about["model"]))
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from caddf.checkpoint import Weights, atomic_folder, read_json, rounded, save_model, write_text_atomic
+from caddf.command_line import changed
 from caddf.data import TokenSet
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.evaluation import EvaluationConfig
 from caddf.experiment import METHODS, ModelSettings
 from caddf.models.accounts import accounts
@@ -30,7 +29,7 @@ FILES = frozenset({"README.md", "config.json", "model.safetensors", "tokenizer.j
 
 
 @dataclass(frozen=True)
-class ExportSettings:
+class ExportSettings(Checked):
     """What is written, and what its card says that no file knows.
 
     out: the new model folder.
@@ -191,15 +190,8 @@ def training_command(settings: RunSettings, run: str = "RUN") -> str:
     }
     words = ["caddf", "train", "--config", settings.method, "--data", Path(settings.data).name, "--out", run]
     plain = dataclasses.asdict(RunSettings(settings.data))
-    words += _changed({name: getattr(settings, name) for name in ("init_from", "dtype", "seed")}, plain, "")
+    words += changed({name: getattr(settings, name) for name in ("init_from", "dtype", "seed")}, plain, "--{}".format)
     for name, (given, defaults) in sections.items():
         values = {key: value for key, value in dataclasses.asdict(given).items() if key not in OWN}
-        words += _changed(values, defaults, f"{name}.")
+        words += changed(values, defaults, f"--{name}.{{}}".format)
     return shlex.join(words)
-
-
-def _changed(given: Values, defaults: Values, prefix: str) -> Iterator[str]:
-    """The options by which `given` differs from the defaults."""
-    for name, value in given.items():
-        if value != defaults[name]:
-            yield from (f"--{prefix}{name}", json.dumps(value).strip('"'))

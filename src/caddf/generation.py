@@ -27,7 +27,7 @@ from caddf.decoding import (
     Task,
 )
 from caddf.decoding.task import NO_TOKEN, DecodingError, hit_rate
-from caddf.errors import InputError, check_choices
+from caddf.errors import InputError, check_arguments
 from caddf.interface import LanguageModel
 from caddf.models.plaid import Plaid
 from caddf.text_model import TextModel, check_seed
@@ -217,9 +217,7 @@ def decoder_of(name: str, settings: dict[str, Any], besides: Sequence[str] = ())
             has = f"has {', '.join(known)}" if known else "has none"
             has += f", and all decoders have {', '.join(besides)}" if besides else ""
             raise InputError(f"{setting} is set, but the decoder {name} has no such setting; it {has}")
-    decoder = DECODERS[name](**settings)
-    check_choices(decoder)
-    return decoder
+    return DECODERS[name](**settings)
 
 
 def generate(
@@ -250,6 +248,7 @@ def generate(
     Raises `InputError`, before anything is decoded, for settings that are wrong, a prompt that does not fit the
     context, and a template without a hole.
     """
+    check_arguments(generate, {name: value for name, value in locals().items() if name != "settings"})
     if (prompt is None) == (template is None):
         raise InputError("give either a prompt or a template")
     for name, set_ in (("max_new_tokens", max_new_tokens is not None), ("stop", bool(stop))):
@@ -264,10 +263,10 @@ def generate(
     if "" in words:
         raise InputError("stop holds an empty string, which every text contains; give the text that ends a row")
     check_seed(seed)
-    if (size := settings.get("block_size")) is not None and not 1 <= size <= model.context:
-        raise InputError(f"block_size is {size}; it must lie between 1 and the context, {model.context}")
     filling = template is not None
     chosen = decoder_of(decoder or model.decoder, settings, SETTINGS)
+    if (size := settings.get("block_size")) is not None and not 1 <= size <= model.context:
+        raise InputError(f"block_size is {size}; it must lie between 1 and the context, {model.context}")
     if isinstance(chosen, Gaussian) != isinstance(model.model, Plaid):
         name = decoder or model.decoder
         raise InputError(

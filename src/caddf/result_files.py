@@ -14,6 +14,7 @@ from typing import Any
 
 from caddf import benchmarks
 from caddf.checkpoint import read_json
+from caddf.command_line import changed
 from caddf.errors import InputError
 from caddf.reproduce import ReproduceSettings
 
@@ -91,23 +92,20 @@ class Source:
         if "command" in self.about or "command" in values:
             return str(self.about.get("command", values.get("command")))
         if "table" in values:
-            words = ["reproduce", values["table"], *_changed(self.about, ReproduceSettings), "--out", out]
+            words = ["reproduce", values["table"], *_settings(self.about, ReproduceSettings), "--out", out]
         elif "benchmark" in values:
             settings = BENCHMARKS[values["benchmark"]][1] if values["benchmark"] in BENCHMARKS else None
-            words = ["benchmark", values["benchmark"], *_changed(self.about, settings), "--out", out]
+            words = ["benchmark", values["benchmark"], *_settings(self.about, settings), "--out", out]
         else:
             return ""
         return shlex.join(["caddf", *map(str, words)])
 
 
-def _changed(given: Values, settings: type | None) -> Iterator[str]:
-    """The options by which `given` differs from the defaults."""
-    defaults = {} if settings is None else {each.name: each.default for each in dataclasses.fields(settings)}
-    for name, value in given.items():
-        default = defaults.get(name)
-        if value is not None and value != (list(default) if isinstance(default, tuple) else default):
-            shown = str(value).lower() if isinstance(value, bool) else json.dumps(value).strip('"')
-            yield from (f"--{name.replace('_', '-')}", shown)
+def _settings(given: Values, kind: type | None) -> Iterator[str]:
+    """The options of a command with settings of that kind."""
+    defaults = {} if kind is None else {each.name: each.default for each in dataclasses.fields(kind)}
+    said = {name: value for name, value in given.items() if value is not None}
+    return changed(said, defaults, lambda name: f"--{name.replace('_', '-')}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,9 @@ import yaml
 from rich.console import Console
 from torch import nn
 
-from caddf.checkpoint import atomic_folder, read_json, write_json_atomic, write_text_atomic
+from caddf.checkpoint import atomic_folder, locked, read_json, write_json_atomic, write_text_atomic
 from caddf.data import Batches, TokenSet
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.evaluation import block_nll, causal_nll, diffusion_bound
 from caddf.evaluation.suite import Bound
 from caddf.experiment import (
@@ -44,7 +45,7 @@ OWN = ("device", "precision", "seed")
 
 
 @dataclass(frozen=True)
-class ValidationSettings:
+class ValidationSettings(Checked):
     """The evaluation during training, which decides which checkpoint is the best.
 
     likelihood: what is measured (nats per token); auto is block, or the diffusion bound without a causal branch.
@@ -59,13 +60,14 @@ class ValidationSettings:
     sample_tokens: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("windows", "samples", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"validation.{name} is {getattr(self, name)}; it must be 1 or more")
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Checked):
     """All that decides a run; saved as `config.yaml` in its folder, and read from there to resume it.
 
     device, dtype and seed stand here once for all parts; `train` has the same in the words of the loop.
@@ -83,6 +85,7 @@ class RunSettings:
     validation: ValidationSettings = field(default_factory=ValidationSettings)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
         precision = PRECISIONS[self.dtype]
         own = dataclasses.replace(self.train, device=self.device, precision=precision, seed=self.seed)
@@ -128,7 +131,8 @@ def start(settings: RunSettings, run: Path, console: Console) -> Result:
             settings.save(partial)
             write_json_atomic(partial / IDENTITY, _identity(data))
     try:
-        return go()
+        with locked(run) if main else nullcontext():
+            return go()
     except InputError:
         if main and _is_empty(run):
             shutil.rmtree(run)
@@ -149,9 +153,11 @@ def resume(run: Path, console: Console, data: str | None = None, device: Device 
     if _identity(tokens) != read_json(run / IDENTITY):
         raise InputError(f"{settings.data} is not the data that {run} was started on; its tokens have changed")
     go = _prepare(settings, tokens, run, console, resumed=not _is_empty(run))
-    if settings != before and os.environ.get("RANK", "0") == "0":
-        settings.save(run)
-    return go()
+    main = os.environ.get("RANK", "0") == "0"
+    with locked(run) if main else nullcontext():
+        if settings != before and main:
+            settings.save(run)
+        return go()
 
 
 def _prepare(settings: RunSettings, data: TokenSet, run: Path, console: Console, resumed: bool) -> Callable[[], Result]:

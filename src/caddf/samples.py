@@ -14,14 +14,14 @@ from rich.console import Console
 
 from caddf.benchmarks.roster import Contestant, Entrant, Roster, entrants
 from caddf.checkpoint import write_text_atomic
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.generation import Snapshot, generate
 from caddf.machine import machine
 from caddf.text_model import DType, TextModel
 
 
 @dataclass(frozen=True)
-class SamplesSettings:
+class SamplesSettings(Checked):
     """Who writes, and for how much.
 
     models: trained ones, NAME=RUN,... or a folder of runs; a pass of the first of them is the unit of cost.

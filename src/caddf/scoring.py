@@ -13,7 +13,7 @@ from torch import Tensor
 
 from caddf import evaluation
 from caddf.data import TokenSet
-from caddf.errors import InputError
+from caddf.errors import InputError, check_arguments
 from caddf.evaluation import EvaluationConfig
 from caddf.evaluation.likelihood import Likelihood
 from caddf.evaluation.protocol import PRESETS, Protocol, Window, preset, windows
@@ -54,6 +54,9 @@ def evaluate(
     the protocol's split, and its samples, number of windows and seed. A plain function `x_t -> log-probabilities` may
     stand in the model's place, with `vocab_size` and windows.
     """
+    check_arguments(evaluate, locals())
+    if isinstance(model, str | Path):
+        raise InputError(f"model is {model}; it must be a model, as caddf.load({str(model)!r}) gives one")
     if isinstance(protocol, str):
         protocol = preset(protocol)
     about: dict[str, Any] = {}
@@ -75,8 +78,9 @@ def evaluate(
         )
         about = {"protocol": asdict(protocol)}
         data = windows_of(model, data if isinstance(data, TokenSet) else TokenSet.open(data), protocol)
-    elif protocol is not None:
-        raise InputError(f"protocol is {protocol.name}, but data is windows, which are cut already; give a token set")
+    elif (given := protocol.name if protocol else split) is not None:
+        name = "protocol" if protocol else "split"
+        raise InputError(f"{name} is {given}, but data is windows, which are cut already; give a token set")
     settings = settings or EvaluationConfig()
     check_seed(settings.seed)
     length = data.shape[-1] if isinstance(data, Tensor) else max((len(each.tokens) for each in data), default=0)
@@ -105,6 +109,7 @@ def score(
 
     Raises `InputError` where a text is empty or longer than the context: what lies before a token is part of its score.
     """
+    check_arguments(score, locals())
     scores = []
     for text in [texts] if isinstance(texts, str) else texts:
         tokens = model.tokenizer.encode(text)

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from caddf.checkpoint import atomic_folder, load_model_config, load_state, save_model
 from caddf.compile import Compile, compiled
-from caddf.errors import InputError
+from caddf.errors import InputError, check_arguments
 from caddf.evaluation.suite import Bound
 from caddf.experiment import METHODS, Method, Network, network_of
 from caddf.models.backbone import DualBranch
@@ -116,6 +116,7 @@ class TextModel:
         GPT-2, SEDD, RADD and MDLM are read as their authors published them (`caddf.models.published`).
         Raises `InputError` where there is none, or it is truncated, foreign, or of another version.
         """
+        check_arguments(cls.from_pretrained, {name: value for name, value in locals().items() if name != "cls"})
         kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if kind not in (torch.float32, torch.bfloat16, torch.float64):
             raise InputError(f"dtype is {dtype}; it must be one of {', '.join(get_args(DType))}")
@@ -124,6 +125,7 @@ class TextModel:
         about = load_model_config(folder) if published is None else _about(published)
         if tokenizer is None:
             tokenizer = Tokenizer.load(folder) if published is None else _gpt2_tokenizer(folder)
+        _check_method(folder, about)
         model = network_of(about).to(kind)
         if published is None:
             load_state(model, folder)
@@ -149,6 +151,20 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """What a model folder's `config.json` says; for a published checkpoint, what it would say once saved from here."""
     published, _ = _published(folder)
     return load_model_config(folder) if published is None else _about(published)
+
+
+def _check_method(folder: Path, about: dict[str, Any]) -> None:
+    """Raises `InputError` for a model of a method that is not there, whose measure would be another's."""
+    if (name := about.get("method")) is None:
+        return
+    if not isinstance(name, str) or name not in METHODS:
+        raise InputError(f"{folder / 'config.json'} has the method {name!r}; this version has {', '.join(METHODS)}")
+    if "objective" not in about and METHODS[name].bound is None:  # which would measure by it
+        return
+    try:
+        METHODS[name].settings(**about["objective"])
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(f"{folder / 'config.json'} has an objective that {name} does not have here: {error}") from None
 
 
 def _published(folder: Path) -> tuple[Published | None, Tokenizer | None]:

@@ -18,7 +18,7 @@ from caddf.benchmarks.roster import needs, runs_of
 from caddf.benchmarks.trial import check_tokenizer
 from caddf.categorical import Warp
 from caddf.data import TokenSet
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.evaluation.acceptance import Verifier, acceptance
 from caddf.plots import draw_by_offset
 from caddf.text_model import DType, check_seed, load, model_folder
@@ -37,7 +37,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class AcceptanceSettings:
+class AcceptanceSettings(Checked):
     """Which models, and where they draft.
 
     models: trained ones, NAME=RUN,... or a folder of runs; those without a draft head and a target are left out.

@@ -33,7 +33,7 @@ from caddf.benchmarks.trial import (
 from caddf.compile import Compile
 from caddf.data import TokenSet
 from caddf.decoding import Decoder, Task
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.experiment import Size
 from caddf.quantise import Quantisation
 from caddf.text_model import DType, check_seed, load, resolve_device
@@ -51,7 +51,7 @@ MEANS = (
 
 
 @dataclass(frozen=True)
-class Conditions:
+class Conditions(Checked):
     """What all rows have in common. `DecodeSettings` says what each setting is."""
 
     size: Size = "demo"

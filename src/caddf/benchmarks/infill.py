@@ -19,7 +19,7 @@ from caddf.benchmarks.roster import Contestant, Roster, needs, same_weights
 from caddf.benchmarks.steps import denoises
 from caddf.benchmarks.trial import check_tokenizer
 from caddf.data import TokenSet
-from caddf.errors import InputError, at_least_one
+from caddf.errors import Checked, InputError, at_least_one
 from caddf.evaluation.infilling import Filled, Reading, fill_spans, readings
 from caddf.evaluation.masks import uniform
 from caddf.evaluation.pairing import ratio_of
@@ -42,7 +42,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class InfillSettings:
+class InfillSettings(Checked):
     """Which models, and what they fill.
 
     models: trained ones, NAME=RUN,... or a folder of runs, a left-to-right one first; those told the time are left out.

@@ -17,7 +17,7 @@ from caddf.benchmarks.results import Results, Told, number, put, spread
 from caddf.benchmarks.roster import TARGETED, Contestant, Entrant, Roster, entrants, needs
 from caddf.benchmarks.trial import Prompts, task_of, weights_read
 from caddf.decoding import Task
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.experiment import Network, Size
 from caddf.interface import LanguageModel
 from caddf.models.backbone import DualBranch
@@ -39,7 +39,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class ScalingSettings:
+class ScalingSettings(Checked):
     """Which prompts, and how many tokens after them.
 
     size: of the models, whose weights are random.

@@ -19,7 +19,7 @@ from caddf.benchmarks.trial import check_tokenizer
 from caddf.categorical import RowGenerators
 from caddf.data import TokenSet
 from caddf.decoding import Ancestral, Task
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.evaluation.steps import StepCurve, Steps, step_curve
 from caddf.experiment import METHODS
 from caddf.interface import LanguageModel, as_model
@@ -40,7 +40,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class StepsSettings:
+class StepsSettings(Checked):
     """Which models, and what they are to reach.
 
     models: trained ones, NAME=RUN,... or a folder of runs, with a causal branch and without.

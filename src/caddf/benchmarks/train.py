@@ -19,7 +19,7 @@ from caddf.benchmarks.contest import whole_numbers
 from caddf.benchmarks.measure import Spread, allocated, fresh, in_turns, now, resident
 from caddf.benchmarks.results import Results, Told, dots, put, spread
 from caddf.benchmarks.roster import needs
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
 from caddf.text_model import check_seed, resolve_device
 from caddf.training.optimizer import build_optimizer
@@ -37,7 +37,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Checked):
     """What is trained for a few steps.
 
     size: of the network.

@@ -74,17 +74,21 @@ class TokenSet:
             raise InputError(f"{folder / MANIFEST} cannot be read: {error}") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InputError(f"{folder / MANIFEST} does not describe a token set; `caddf data prepare` makes one")
-        if manifest["version"] != VERSION:
-            raise InputError(
-                f"{folder} is a token set of version {manifest['version']}; this caddf reads version {VERSION}"
-            )
+        if (version := manifest.get("version")) != VERSION:
+            raise InputError(f"{folder} is a token set of version {version}; this caddf reads version {VERSION}")
         tokenizer = Tokenizer.load(folder)
-        if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
+        try:
+            made_with, item = manifest["tokenizer"]["fingerprint"], np.dtype(manifest["dtype"]).itemsize
+            sizes = {name: split["tokens"] * item for name, split in manifest["splits"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{folder / MANIFEST} does not describe its tokens ({error}); prepare the set anew"
+            ) from None
+        if tokenizer.fingerprint != made_with:
             raise InputError(f"{folder} holds another tokenizer than its tokens were made with; prepare it anew")
-        for name, split in manifest["splits"].items():
+        for name, wanted in sizes.items():
             path = tokens_path(folder, name)
             size = path.stat().st_size if path.exists() else 0
-            wanted = split["tokens"] * np.dtype(manifest["dtype"]).itemsize
             if size != wanted:
                 raise InputError(f"{path} has {size} bytes; the manifest says {wanted}: prepare the set anew")
         return cls(folder, manifest, tokenizer)

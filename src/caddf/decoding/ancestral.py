@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from caddf.decoding.task import Counts, Frame, Task, fill, full_pass
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.interface import LanguageModel
 from caddf.schedules import SCHEDULES
 
@@ -22,7 +22,7 @@ def masking_times(task: Task) -> Float[Tensor, "B L"]:
 
 
 @dataclass(frozen=True)
-class Ancestral:
+class Ancestral(Checked):
     """The n-step chain: exact for the chain, and for the continuous process as n grows.
 
     A masked position is revealed between lambda_t and lambda_s with probability (lambda_t - lambda_s) / lambda_t, which
@@ -40,6 +40,7 @@ class Ancestral:
     cache: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1")
 

@@ -10,11 +10,12 @@ import torch
 from caddf.decoding.left_to_right import reader_for
 from caddf.decoding.plan import Plan, Target, first_open, most_rounds
 from caddf.decoding.task import Counts, Frame, Task
+from caddf.errors import Checked
 from caddf.interface import LanguageModel
 
 
 @dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(Checked):
     """Draws x_n ~ p(. | x_<n) for n = 1, 2, ...; exact for the target's likelihood (eq. 6).
 
     target: `causal` (the causal branch's own head) or `fused` (in blocks of `block_size`; templates always).

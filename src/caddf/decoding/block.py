@@ -13,13 +13,13 @@ from torch import Tensor
 from caddf.decoding.ancestral import masking_times
 from caddf.decoding.plan import first_open
 from caddf.decoding.task import Counts, Frame, Task, draw, evaluate, full_pass
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.interface import Block, BlockReader, LanguageModel
 from caddf.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
-class SemiAutoregressive:
+class SemiAutoregressive(Checked):
     """Denoises the first block that has masks in it, given the clean blocks before it; then the next.
 
     steps: of each block's reverse chain, on `schedule`; not set, one token at each jump time (first hitting, as
@@ -38,6 +38,7 @@ class SemiAutoregressive:
     cache: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1, or not set")
 

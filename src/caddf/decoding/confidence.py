@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from caddf.decoding.task import NO_TOKEN, Counts, DecodingError, Frame, Task, denoise, draw, full_pass
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.interface import LanguageModel
 
 
@@ -51,7 +51,7 @@ class SurestFirst:
 
 
 @dataclass(frozen=True)
-class Confidence(SurestFirst):
+class Confidence(SurestFirst, Checked):
     """Sureness is the probability of the arg max (Chang et al. 2022; Nie et al. 2025).
 
     threshold: commit all that is as sure, or surer.
@@ -62,6 +62,7 @@ class Confidence(SurestFirst):
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.threshold >= 0:
             raise InputError(f"threshold is {self.threshold}; it must be 0 or more (above 1: one position at a time)")
         if self.steps is not None and self.steps < 1:
@@ -93,7 +94,7 @@ class Margin(Confidence):
 
 
 @dataclass(frozen=True)
-class EntropyBound(SurestFirst):
+class EntropyBound(SurestFirst, Checked):
     """Commits the positions of lowest entropy while their joint dependence stays bounded (Ben-Hamu et al. 2025).
 
     The sum of their entropies less the largest of them bounds the mutual information that drawing them independently
@@ -105,6 +106,7 @@ class EntropyBound(SurestFirst):
     bound: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.bound >= 0:
             raise InputError(f"bound is {self.bound}; it must be 0 nats or more")
 

@@ -9,12 +9,13 @@ import torch
 
 from caddf.decoding.ancestral import masking_times
 from caddf.decoding.task import Counts, Frame, Task, denoise, draw_from, fill, full_pass
+from caddf.errors import Checked
 from caddf.evaluation.d3pm import Absorbing, Uniform
 from caddf.interface import LanguageModel
 
 
 @dataclass(frozen=True)
-class D3PMAbsorbing:
+class D3PMAbsorbing(Checked):
     """The chain over `[M]` in `steps` steps: exact for it.
 
     Position i is revealed at a step drawn uniformly beforehand, from p~(x0_i | x_t) at that step; steps that reveal
@@ -28,6 +29,7 @@ class D3PMAbsorbing:
     cache: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         Absorbing(self.steps)  # raises
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
@@ -47,7 +49,7 @@ class D3PMAbsorbing:
 
 
 @dataclass(frozen=True)
-class D3PMUniform:
+class D3PMUniform(Checked):
     """The uniform chain in `steps` steps: exact for it where no tokens are given.
 
     Starts from uniform tokens and redraws every wanted one at each step, from eq. 4 with the warped p~. Given tokens
@@ -59,6 +61,7 @@ class D3PMUniform:
     steps: int = 1000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         Uniform(self.steps)  # raises
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:

@@ -9,11 +9,12 @@ import torch
 
 from caddf.decoding.ancestral import masking_times
 from caddf.decoding.task import Counts, Frame, Task, fill, full_pass
+from caddf.errors import Checked
 from caddf.interface import LanguageModel
 
 
 @dataclass(frozen=True)
-class FirstHitting:
+class FirstHitting(Checked):
     """Reveals one position at a time, in the order of the jump times: exact for the continuous chain, any schedule.
 
     until: the lambda at which it stops, leaving what is still masked there.

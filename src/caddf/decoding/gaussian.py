@@ -12,12 +12,12 @@ from torch import Tensor
 
 from caddf.categorical import arg_max
 from caddf.decoding.task import Counts, Frame, Task, draw, read_rows
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.evaluation.plaid import GaussianModel, alpha, level, normal, sigma
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Checked):
     """From z_1 ~ N(0, I) in `steps` steps, even in t, to z_0; then tokens from the warped p(x0_i | z_0).
 
     Exact for the n-step chain, and for the model as n grows and the ends of its schedule move out, where no tokens are
@@ -40,6 +40,7 @@ class Gaussian:
     self_condition: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1")
         if not self.score_temperature > 0:

@@ -10,12 +10,12 @@ from caddf.decoding.autoregressive import Autoregressive
 from caddf.decoding.first_hitting import FirstHitting
 from caddf.decoding.speculative import Speculative
 from caddf.decoding.task import Counts, Frame, Task
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.interface import LanguageModel
 
 
 @dataclass(frozen=True)
-class Hybrid:
+class Hybrid(Checked):
     """Diffusion from lambda 1 down to `anchor`, then infilling of what is still masked (eq. 6) over that canvas.
 
     Exact for the hybrid bound at l* = `anchor`, or with `steps` for its n-step form (the left-endpoint sum).
@@ -32,19 +32,21 @@ class Hybrid:
     cache: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.anchor <= 1:
             raise InputError(f"anchor is {self.anchor}; it is the share still masked when infilling starts, in [0, 1]")
+        self._any_order()  # raises
+
+    def _any_order(self) -> FirstHitting | Ancestral:
+        if self.steps is None:
+            return FirstHitting(self.anchor)
+        return Ancestral(self.steps, until=self.anchor, cache=self.cache)
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """The frames of both phases."""
         counts = counts or Counts.zeros(len(task.tokens))
-        any_order = (
-            FirstHitting(self.anchor)
-            if self.steps is None
-            else Ancestral(self.steps, until=self.anchor, cache=self.cache)
-        )
         tokens = task.tokens
-        for frame in any_order(model, task, counts):
+        for frame in self._any_order()(model, task, counts):
             tokens = frame.tokens
             yield frame
         if not self.anchor:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from caddf.concrete_score import Process, ScoreModel, Step, Uniform, log_scores, process_of
 from caddf.decoding.task import Counts, Frame, Task, denoise, draw, evaluate, full_pass
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.interface import AnyOrder, LanguageModel
 from caddf.schedules import SCHEDULES, Schedule
 
 
 @dataclass(frozen=True)
-class Rates:
+class Rates(Checked):
     """`steps` steps from t = 1 to `end`, then one that removes the noise that is left; all positions step at once.
 
     For score networks, absorbing and uniform, and for denoisers (absorbing). The uniform chain starts from random
@@ -41,6 +41,7 @@ class Rates:
     cache: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1")
         if not 0 < self.end < 1:

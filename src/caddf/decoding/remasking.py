@@ -13,7 +13,7 @@ from torch import Tensor
 
 from caddf.decoding.ancestral import masking_times
 from caddf.decoding.task import Counts, Frame, Task, denoise, draw, full_pass
-from caddf.errors import InputError, check_choices
+from caddf.errors import Checked, InputError
 from caddf.interface import LanguageModel
 from caddf.schedules import SCHEDULES
 
@@ -34,7 +34,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Remasking:
+class Remasking(Checked):
     """The n-step chain of eq. 6, exact for it; where `eta` is 0 it is `ancestral`, draw for draw.
 
     steps: of the reverse chain.
@@ -63,9 +63,9 @@ class Remasking:
     cache: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; it must be at least 1")
-        check_choices(self)
         if not 0 <= self.eta <= 1:
             raise InputError(f"eta is {self.eta}; it must lie in [0, 1]")
         if not 0 <= self.end < self.start <= 1:

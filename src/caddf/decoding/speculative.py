@@ -11,7 +11,7 @@ from caddf.decoding.left_to_right import reader_for
 from caddf.decoding.plan import Plan, Target, first_open, most_rounds
 from caddf.decoding.round_by_parts import RoundByParts
 from caddf.decoding.task import Counts, Frame, Task
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.interface import Drafting, LanguageModel
 
 MOST_COPIES = 64
@@ -19,7 +19,7 @@ MOST_COPIES = 64
 
 
 @dataclass(frozen=True)
-class Speculative:
+class Speculative(Checked):
     """Each round the diffusion branch drafts and one causal pass verifies: the target's distribution exactly.
 
     target: `causal` (the causal branch's own head) or `fused` (in blocks of `block_size`, each fused with its
@@ -46,6 +46,7 @@ class Speculative:
     cache: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.least <= 1:
             raise InputError(f"least is {self.least}; it must lie in [0, 1]")
         if self.lookup < 0:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
-from caddf.errors import InputError, at_least_one
+from caddf.errors import Checked, InputError, at_least_one
 
 ACCURACY = {
     "autoregressive": "over all scored positions: is the arg max, given the true tokens before, the token",
@@ -25,7 +25,7 @@ ACCURACY = {
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Protocol(Checked):
     """How text is scored.
 
     name: of the preset that it comes from.
@@ -54,6 +54,7 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least_one(samples=self.samples)
         for name in ("length", "stride", "max_windows"):
             if (value := getattr(self, name)) is not None:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError, at_least_one
+from caddf.errors import Checked, InputError, at_least_one
 from caddf.evaluation.accuracy import mtp
 from caddf.evaluation.bounds import draw, finite_step_bound, importance_weighted_bound, infilling
 from caddf.evaluation.estimates import estimate
@@ -30,7 +30,7 @@ from caddf.schedules import LogLinear
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Checked):
     """What `evaluate` measures, and how closely.
 
     batch_size: windows per pass; no result depends on it. samples: Monte-Carlo samples per window of the diffusion
@@ -55,6 +55,7 @@ class EvaluationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least_one(
             batch_size=self.batch_size,
             samples=self.samples,
@@ -119,9 +120,13 @@ def evaluate(
     if isinstance(windows, Tensor):
         if windows.ndim != 2:
             raise InputError(f"windows has shape {tuple(windows.shape)}; at least one window [N, L] is needed")
+        if windows.dtype.is_floating_point or windows.dtype.is_complex or windows.dtype == torch.bool:
+            raise InputError(f"windows is of {windows.dtype}; it must be whole numbers, the ids of tokens")
         windows = [Window(row.long(), torch.ones(len(row), dtype=torch.bool)) for row in windows]
     if not windows:
         raise InputError("windows is empty; at least one window is needed")
+    if other := next((each for each in windows if not isinstance(each, Window)), None):
+        raise InputError(f"windows holds a {type(other).__name__}; each must be a Window, or give a tensor [N, L]")
     model = as_model(model, vocab_size)
     block_size = settings.block_size or model.block_size
     parts: list[Rows] = []

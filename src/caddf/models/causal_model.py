@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from caddf.caches import Caches, Slots
 from caddf.categorical import Warp
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.interface import Block, Drafting, Head, Infill, Pattern, Projection, Rounds
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.config import BranchConfig
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CausalConfig:
+class CausalConfig(Checked):
     """A causal Transformer alone; the settings are those of `ModelConfig`."""
 
     vocab_size: int
@@ -37,6 +37,7 @@ class CausalConfig:
     block_size: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.rows:
             object.__setattr__(self, "rows", -(-(self.vocab_size + 1) // 8) * 8)
 

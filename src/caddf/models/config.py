@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 
 
 @dataclass(frozen=True)
-class BranchConfig:
+class BranchConfig(Checked):
     """One stack of Transformer layers.
 
     `positions` is `rotary`, or `learned` (GPT-2's absolute table, which ends at the context length). `bias` puts biases
@@ -29,6 +29,7 @@ class BranchConfig:
     token_shift: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("layers", "width", "heads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -40,7 +41,7 @@ class BranchConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The dual-branch model (eqs. 5-7, 10-12; sizes of the paper's Table 5 under `PRESETS`).
 
     vocab_size: V, the real tokens; `[M]` has id V; embedding tables have `rows` rows, of which those beyond V never get
@@ -72,6 +73,7 @@ class ModelConfig:
     own_state: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.rows:
             object.__setattr__(self, "rows", -(-(self.vocab_size + 1) // 8) * 8)
         if self.rows <= self.vocab_size:

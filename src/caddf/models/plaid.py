@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.models.config import BranchConfig
 from caddf.models.layers import Layer, Layers, head_log_probs, head_nll, initialise, rotation
 
@@ -26,7 +26,7 @@ FREQUENCIES = 32
 
 
 @dataclass(frozen=True)
-class PlaidConfig:
+class PlaidConfig(Checked):
     """A bidirectional Transformer over noisy embeddings; defaults are PLAID's.
 
     vocab_size: V; there is no mask among the embeddings, and `[M]`, id V, marks what a decoder is to fill.
@@ -44,6 +44,7 @@ class PlaidConfig:
     schedule_width: int = 1024
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("vocab_size", "context", "embedding_width", "schedule_width"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")

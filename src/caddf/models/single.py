@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.interface import AnyOrder, Block, Head, Pattern, Projection
 from caddf.models.config import BranchConfig
 from caddf.models.diffusion import DiffusionBranch
@@ -18,7 +18,7 @@ from caddf.models.layers import LevelScale, head_log_probs, head_nll
 
 
 @dataclass(frozen=True)
-class SingleConfig:
+class SingleConfig(Checked):
     """The diffusion branch alone.
 
     vocab_size, bos_id, rows, context: as in `ModelConfig`.
@@ -46,6 +46,7 @@ class SingleConfig:
     tied: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.rows:
             object.__setattr__(self, "rows", -(-(self.vocab_size + 1) // 8) * 8)
         if self.rows <= self.vocab_size:

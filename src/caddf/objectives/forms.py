@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from caddf.errors import Checked
 from caddf.objectives.any_order import AnyOrderLoss
 from caddf.objectives.dce import Denoising, LambdaDCE, TimeDCE
 from caddf.objectives.loss import Times
@@ -25,7 +26,7 @@ def denoising(form: Form, schedule: ScheduleName, times: Times) -> Denoising:
 
 
 @dataclass(frozen=True)
-class DenoisingConfig:
+class DenoisingConfig(Checked):
     """A masked denoiser's loss.
 
     form: lambda-DCE (eq. 9), t-DCE (eq. 8) or the any-order form; they agree in expectation.

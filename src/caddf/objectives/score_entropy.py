@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from caddf.concrete_score import process_of, score_entropy
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.interface import LanguageModel
 from caddf.objectives.forms import ScheduleName
 from caddf.objectives.loss import Loss, Times, draw_times
@@ -47,7 +47,7 @@ class ScoreEntropy:
 
 
 @dataclass(frozen=True)
-class ScoreEntropyConfig:
+class ScoreEntropyConfig(Checked):
     """Settings of `ScoreEntropy`.
 
     schedule: of the noise.

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError, check_choices
+from caddf.errors import Checked, InputError
 from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, Block, Infill, LanguageModel, Pattern
 from caddf.objectives.distillation import Distillation, Divergence
@@ -21,7 +21,7 @@ from caddf.objectives.reading import ByReadings, Reading
 
 
 @dataclass(frozen=True)
-class SynergisticConfig:
+class SynergisticConfig(Checked):
     """Shares of the rows of a batch, and weights of the heads.
 
     denoise: share of the rows that are denoised, besides what else they are for: the causal head learns from every row.
@@ -61,7 +61,7 @@ class SynergisticConfig:
     distill_from: Literal["causal", "fused"] = "causal"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         shares = (self.denoise, self.infill, self.block)
         if min(shares) < 0 or sum(shares) == 0:
             raise InputError(

@@ -13,7 +13,7 @@ from rich.console import Console
 from caddf.benchmarks import DecodeSettings, decode
 from caddf.checkpoint import read_json, write_json_atomic
 from caddf.data import TokenSet, prepare
-from caddf.errors import InputError, at_least_one
+from caddf.errors import Checked, InputError, at_least_one
 from caddf.evaluation import EvaluationConfig
 from caddf.experiment import METHODS, ModelSettings, Size
 from caddf.models.accounts import accounts
@@ -39,7 +39,7 @@ DEMO = {"steps": 600, "batch_size": 4}
 
 
 @dataclass(frozen=True)
-class ReproduceSettings:
+class ReproduceSettings(Checked):
     """A table, and what it costs.
 
     scale: the size of the models.
@@ -85,6 +85,7 @@ class ReproduceSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in DEMO.items() if self.scale == "demo" else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -267,7 +267,8 @@ class Ablations:
         decoded = decodings(shop, contest(self, chosen), **DRAFTS)
         path = shop.evaluation(self.variants["full"], shop.settings.prompts)
         full = read_json(path) if path.exists() else {}
-        drafted = [row for row in decoded["rows"] if row["model"] in chosen]
+        there = {name for name, each in chosen.items() if shop.evaluation(each, shop.settings.prompts).exists()}
+        drafted = [row for row in decoded["rows"] if row["model"] in there]
         rows = [self._row(shop, chosen[row["model"]], row, decoded["rows"], full) for row in drafted]
         shown = perplexities(shop, chosen, only=("causal", "block", "diffusion"))
         quality = {"sets": SETS, "sources": shop.sources(), "rows": shown}

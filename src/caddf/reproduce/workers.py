@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from rich.console import Console
 from caddf.errors import Failure, InputError
 from caddf.reproduce.plan import Job
 
-CHILD = "from caddf.reproduce.workers import work; work()"
+CHILD = "from caddf.reproduce.workers import work; work({})"
 
 
 @contextmanager
@@ -67,7 +69,10 @@ class _Children:
             if self.stopped:
                 return False
             child = subprocess.Popen(
-                [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                [sys.executable, "-c", CHILD.format(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
             )
             self.working.append(child)
         answer, _ = child.communicate(pickle.dumps(job))
@@ -90,9 +95,10 @@ class _Children:
                 child.terminate()
 
 
-def work() -> None:
-    """The process's side: does the job that comes in, and answers with what came of it."""
+def work(parent: int) -> None:
+    """The process's side: does the job that comes in, and answers with what came of it; without its parent it stops."""
     answer, sys.stdout = sys.stdout.buffer, sys.stderr
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     job: Job = pickle.load(sys.stdin.buffer)
     came: bool | InputError | Failure
     try:
@@ -101,6 +107,13 @@ def work() -> None:
     except (InputError, Failure) as error:
         came = error
     pickle.dump(came, answer)
+
+
+def end_with(parent: int) -> None:
+    """Tells this process to stop once its parent has ended, whatever ended it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

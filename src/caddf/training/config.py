@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from caddf.errors import InputError
+from caddf.errors import Checked, InputError
 from caddf.models.config import Preset
 from caddf.training.compiling import CompileSteps
 from caddf.training.optimizer import OptimizerName
@@ -18,7 +18,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """How a model is trained; what is not set follows from the model's preset (Table 5) or from the number of steps.
 
     steps: updates of the parameters; not set, the preset's.
@@ -65,6 +65,7 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep"):
             self._check(name, lambda value: value >= 1, "1 or more")
         for name in ("warmup", "evaluate_every", "sample_every", "seed"):
