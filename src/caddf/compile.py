@@ -1,7 +1,8 @@
 """Decoding with fewer steps between operations: kernels in C on a CPU, CUDA graphs on a GPU.
 
 On a CPU it is passes of a few slots over a cache, and whole rounds of drafts, that go through kernels; on a GPU whole
-rounds are recorded once and launched at one go (`caddf.graphs`). All else is read as it was: prompts, whole rows.
+rounds are recorded once and launched at one go (`caddf.graphs`). All else is read as it was: whole rows, and on a GPU
+prompts.
 """
 
 from __future__ import annotations

@@ -283,7 +283,7 @@ def _synergistic(denoising: str) -> Method:
         settings=SynergisticConfig,
         build=lambda settings, model: Synergistic(settings, model.block_size),
         decoder="speculative",
-        objective=f"{denoising} + infill + block + causal (eqs. 6, 8, 9)",
+        objective=f"{denoising} + infill + block + causal (eqs. 6, {8 if denoising == 't-dce' else 9})",
         likelihood="exact causal, ar, block; hybrid and diffusion bounds",
         sampler="speculative, and all others",
         source="CAD-DF",

@@ -1,4 +1,4 @@
-"""The reverse chain in n steps (eqs. 2-4; Ou et al. 2025), on a schedule's grid."""
+"""The reverse chain in n steps (eqs. 2, 3; Ou et al. 2025), on a schedule's grid."""
 
 from __future__ import annotations
 

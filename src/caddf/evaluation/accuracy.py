@@ -19,7 +19,7 @@ from caddf.interface import Block, LanguageModel
 
 @dataclass(frozen=True)
 class MultiToken:
-    """Drafts of one parallel pass over an all-masked block, given the true prefix of the block.
+    """Drafts of an all-masked block, given its true prefix; a chain hears what it found likeliest before.
 
     accuracy: share of drafts that are the true token. agreement: share that are the fused head's arg max given the
     true prefix of the token; None for a model without that head.

@@ -32,7 +32,7 @@ class Filled:
 
 
 def readings(model: LanguageModel) -> tuple[Reading, ...]:
-    """What a model can say of a span. A model that is told the time says nothing here."""
+    """What a model can say of a span. One that is told the time can say nothing, and is the caller's to leave out."""
     found: list[Reading] = ["infill"] if "fused" in model.heads else []
     found += ["diffusion"] if model.denoiser != "causal" else []
     return (*found, "causal") if "causal" in model.heads else tuple(found)

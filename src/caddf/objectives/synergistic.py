@@ -81,7 +81,8 @@ class Synergistic(ByReadings):
     """The mixture of `config`; a model's draft head is trained on every row, its causal head wherever the prefix is x0.
 
     Only masked positions are scored by the fused and the draft head: an unmasked token is in its own `h_cad`, and
-    scoring it would train copying. The loss is the mean over rows of each reading's (nats per token).
+    scoring it would train copying. The loss is the sum of the readings' (nats per token), each times its share of the
+    batch's rows; rows that are denoised besides count in two.
     """
 
     def __init__(self, config: SynergisticConfig, block_size: int) -> None:
