@@ -525,6 +525,8 @@ def test_scaling_goes_from_prompt_to_longer_prompt(tmp_path):
     ]  # fmt: skip
     assert all(each["tokens_per_round"] == 1 for each in rows if each["decoder"] == "autoregressive")
     assert rows[0]["cost_ratio"] == 1 and rows[1]["bytes_ratio"] > 1
+    with pytest.raises(InputError, match=r"repeats is 1, but .* holds 2 rounds"):
+        scaling(dataclasses.replace(settings, repeats=1), QUIET)
 
 
 def test_bytes_read_are_weights_and_cached_positions():

@@ -138,10 +138,6 @@ def contest(results: Results, rows: Sequence[Entrant], roster: Roster, given: Co
             check_tokenizer(name, roster[name].tokenizer, prompts.data, "prompts")
     same_weights(results.folder, results.values.get("rows", []), roster)
     kept = {(row["label"], row["batch"]): row for row in results.values.get("rows", [])}
-    if (rounds := max((len(row["rounds"]) for row in kept.values()), default=0)) > given.repeats:
-        raise InputError(
-            f"repeats is {given.repeats}, but {results.folder} holds {rounds} rounds; give as many, or another folder"
-        )
     if judge is not None and prompts.data is not None:
         results.values["judge"] = _about(judge, prompts.data, given)
     table = [(entrant, size) for size in whole_numbers("batch", given.batch) for entrant in rows]

@@ -30,8 +30,8 @@ class Results:
     def open(cls, name: str, folder: str | Path, settings: dict[str, Any], free: Sequence[str] = ()) -> Results:
         """New ones, or those of an earlier call with the same settings (but for those in `free`), to go on with.
 
-        Raises `InputError` where the folder holds the figures of other settings, or of another machine, or cannot be
-        written.
+        Raises `InputError` where the folder holds the figures of other settings, of another machine, or of more rounds
+        than `repeats`, or cannot be written.
         """
         results, here = cls(name, Path(folder)), machine()
         check_writable("out", results.json)
@@ -51,6 +51,11 @@ class Results:
             raise InputError(
                 f"out is {folder}, which was measured on another machine ({other[0]} "
                 f"{results.values['machine'].get(other[0])}, here {here[other[0]]}); give another folder"
+            )
+        rounds = max((len(row.get("rounds", ())) for row in results.values.get("rows", ())), default=0)
+        if rounds > settings.get("repeats", rounds):
+            raise InputError(
+                f"repeats is {settings['repeats']}, but {folder} holds {rounds} rounds; give as many, or another folder"
             )
         results.values["settings"] = settings
         results.values.pop("shown", None)  # of fewer rounds than there will be
