@@ -31,6 +31,7 @@ from caddf.models.config import BranchConfig, ModelConfig
 from caddf.models.single import SingleBranch, SingleConfig
 from caddf.native import build
 from caddf.native.passes import Weights
+from caddf.native.structures import MIRRORED, CAttention, CMap, CPass, compare
 from caddf.quantise import integers, is_bf16, quantised
 from caddf.training.optimizer import build_optimizer
 
@@ -566,6 +567,31 @@ def test_the_library_is_built_once_and_kept(monkeypatch, tmp_path):
         assert [made] == list((tmp_path / "caddf").iterdir())
     finally:
         build.library.cache_clear()
+
+
+def swapped(fields, one, other):
+    order = list(fields)
+    order[one], order[other] = order[other], order[one]
+    return order
+
+
+@pytest.mark.parametrize(
+    ("structure", "fields", "wrong"),
+    [
+        (CAttention, swapped(CAttention._fields_, 0, 1), "query, norm"),
+        (CMap, swapped(CMap._fields_, 3, 4), "in, out"),  # of the same size
+        (CPass, CPass._fields_[1:], "n, x,"),
+        (CPass, CPass._fields_[:-1], "its size, first"),
+        (CMap, (*CMap._fields_, ("more", ctypes.c_int64)), "more, its size"),
+        (CMap, (*CMap._fields_[:-1], ("far", ctypes.c_int32)), "far"),  # which padding hides
+    ],
+)
+def test_structures_are_laid_out_as_in_c(structure, fields, wrong):
+    library = build.library()
+    compare(library)
+    other = type(structure.__name__, (ctypes.Structure,), {"_fields_": fields})
+    with pytest.raises(RuntimeError, match=rf"^{structure.__name__} of structures.py .*: .*{wrong}"):
+        compare(library, [other if each is structure else each for each in MIRRORED])
 
 
 WARPS = {

@@ -14,6 +14,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from caddf.native.structures import compare
+
 SOURCE = Path(__file__).with_name("rounds.c")  # which includes the others
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
@@ -27,9 +29,11 @@ class BuildError(Exception):
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises `BuildError`."""
     try:
-        return _declared(ctypes.CDLL(str(_built())))
+        made = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(" ".join(str(error).split())) from None
+    compare(made)
+    return _declared(made)
 
 
 def _built() -> Path:
