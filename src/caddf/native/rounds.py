@@ -72,7 +72,7 @@ class Rounds:
         self.look, self.draft = CPass(), CDraft(vocabulary=model.vocab_size, **filters(warp))
         self.drafts = size > 0 and "draft" in model.heads
         if self.drafts:
-            self._draft(native, rows, caches, warp, drafting.least)
+            self._draft(native, rows, warp, drafting.least)
         if size:
             self.draft.q = self._new(rows, size, model.vocab_size, dtype=torch.double)
             for name, shape in (("tokens", 2), ("given", 2), ("drafts", 1)):
@@ -117,7 +117,7 @@ class Rounds:
         reach = size <= native.context and (table is None or caches.causal.length <= native.context)
         return "causal" in native.stacks and reach and rows * (size + 1) <= MOST
 
-    def _draft(self, native: Native, rows: int, caches: Caches, warp: Warp, least: float) -> None:
+    def _draft(self, native: Native, rows: int, warp: Warp, least: float) -> None:
         """The window's pass and the chain's drafts."""
         assert native.diffusion is not None
         model, size = native.model, self.size
