@@ -64,10 +64,11 @@ class Rounds:
         turns = (caches.causal.turns if table is None else None) or (None, None)
         exchange_turns = (caches.exchange.turns if caches.exchange is not None else None) or (None, None)
         self.passes = CPass(
-            rows, places, self._new(rows, places, causal.width), None, self._new(rows, places, dtype=torch.long), 0,
-            address(turns[0]), address(turns[1]), cache_of(caches.causal), CCache(), None, 0,
-            cache_of(caches.exchange), address(exchange_turns[0]), address(exchange_turns[1]),
-            threads_for(causal.weights.bytes, rows * places), None, self._new(rows + 1, dtype=torch.long),
+            rows=rows, n=places, x=self._new(rows, places, causal.width),
+            positions=self._new(rows, places, dtype=torch.long), cos=address(turns[0]), sin=address(turns[1]),
+            own=cache_of(caches.causal), exchange=cache_of(caches.exchange), exchange_cos=address(exchange_turns[0]),
+            exchange_sin=address(exchange_turns[1]), threads=threads_for(causal.weights.bytes, rows * places),
+            first=self._new(rows + 1, dtype=torch.long),
         )  # fmt: skip
         self.look, self.draft = CPass(), CDraft(vocabulary=model.vocab_size, **filters(warp))
         self.drafts = size > 0 and "draft" in model.heads
@@ -178,10 +179,10 @@ class Rounds:
         config, turns = diffusion.config, exchange.turns
         own = (config.layers, rows, config.heads, size, config.width // config.heads)
         return CPass(
-            rows, size, self._new(rows, size, window.width), None, self._new(rows, size, dtype=torch.long), 0,
-            address(turns[0]), address(turns[1]), CCache(self._new(*own), self._new(*own), size),
-            cache_of(exchange), self._new(rows, dtype=torch.long), native.context, CCache(), None, None,
-            threads_for(window.weights.bytes, rows * size), None, self._new(rows + 1, dtype=torch.long),
+            rows=rows, n=size, x=self._new(rows, size, window.width), positions=self._new(rows, size, dtype=torch.long),
+            cos=address(turns[0]), sin=address(turns[1]), own=CCache(self._new(*own), self._new(*own), size),
+            source=cache_of(exchange), until=self._new(rows, dtype=torch.long), source_context=native.context,
+            threads=threads_for(window.weights.bytes, rows * size), first=self._new(rows + 1, dtype=torch.long),
         )  # fmt: skip
 
     def _keep(self, held: Any) -> Any:
