@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Iterator
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
@@ -216,37 +215,35 @@ class Rounds:
         read: Int[Tensor, " B"],
         uniforms: Uniforms,
         rounds: int,
-    ) -> Iterator[Round]:
+    ) -> list[Round]:
         """So many rounds, or as many as it takes to the end, or to slots that are left for others to read."""
         (count, length), given, draws = x.shape, self.given, self.draws
         x, n, rows, read = (tensor.contiguous() for tensor in (x, n, rows, read))
-        tokens, marks = x.new_empty(rounds, 2, count, length), rows.new_empty(rounds, 2, count, length)
-        numbers = n.new_empty(rounds, 8, count)
+        tokens = x.new_empty(2 * rounds, count, length).unbind()
+        marks = rows.new_empty(2 * rounds, count, length).unbind()
+        numbers = n.new_empty(rounds, 8, count).unbind()
+        made = list(zip(tokens[::2], marks[::2], tokens[1::2], marks[1::2], numbers, strict=True))
         given.length, given.before, given.n, given.active = length, x.data_ptr(), n.data_ptr(), rows.data_ptr()
-        given.held = read.data_ptr()
-        at, marked, counted, done = tokens.data_ptr(), marks.data_ptr(), numbers.data_ptr(), 0
+        given.held, of_rows = read.data_ptr(), count * n.element_size()
         begun = perf_counter()
         # Rounds may leave what is given for others to read, who draw next; where nothing is, nobody draws in between.
         several = rounds if bool((x[0, int(n[0]) : int(self.lengths[0])] == self.mask_id).all()) else 1
-        for done in range(1, rounds + 1):
+        for done, (text, fresh, drafts, corrected, number) in enumerate(made, 1):
             if not (drawn := (done - 1) % several):
                 u = uniforms(rows, draws * several).contiguous()
-            given.u = u.data_ptr() + 8 * draws * drawn
-            given.x, given.drafts, given.fresh, given.corrected = (
-                at, at + 8 * count * length, marked, marked + count * length
-            )  # fmt: skip
-            given.next, given.read, given.work = counted, counted + 8 * count, counted + 16 * count
+            given.u = u.data_ptr() + drawn * draws * u.element_size()
+            given.x, given.fresh = text.data_ptr(), fresh.data_ptr()
+            given.drafts, given.corrected = drafts.data_ptr(), corrected.data_ptr()
+            given.next = number.data_ptr()
+            given.read, given.work = given.next + of_rows, given.next + 2 * of_rows
             if self.run(ctypes.addressof(given)):
                 raise MemoryError("the kernels' working memory could not be had")
             following, held = (ctypes.c_int64.from_address(each).value for each in (given.next, given.read))
             if done == rounds or following >= length or held < following:
                 break
-            given.before, given.n, given.held = at, given.next, given.read
-            at, marked, counted = at + 16 * count * length, marked + 2 * count * length, counted + 64 * count
+            given.before, given.n, given.held = given.x, given.next, given.read
         self.seconds = (perf_counter() - begun) / done
-        texts, which = tokens.view(-1, count, length).unbind(), marks.view(-1, count, length).unbind()
-        for i in range(done):
-            number = numbers[i]
-            yield Round(
-                texts[2 * i], which[2 * i], texts[2 * i + 1], which[2 * i + 1], number[0], number[1], number[2:]
-            )
+        return [
+            Round(text, fresh, drafts, corrected, number[0], number[1], number[2:])
+            for text, fresh, drafts, corrected, number in made[:done]
+        ]
