@@ -5,7 +5,10 @@ import ctypes
 import gc
 import itertools
 import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -567,6 +570,34 @@ def test_the_library_is_built_once_and_kept(monkeypatch, tmp_path):
         assert [made] == list((tmp_path / "caddf").iterdir())
     finally:
         build.library.cache_clear()
+
+
+def test_libraries_that_nobody_uses_go_when_another_is_built(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_compile", lambda compiler, made: made.touch())
+    monkeypatch.setenv("CC", "cc -DNOTHING=1")
+    loaded, old = build._built(), time.time() - build.KEPT - 60
+    others = [tmp_path / "caddf" / name for name in ("kernels-recent.so", "kernels-old.so", "else.so")]
+    for path in others:
+        path.touch()
+    (folder := tmp_path / "caddf" / "kernels-folder.so").mkdir()  # which cannot be unlinked
+    for path in (loaded, folder, *others[1:]):
+        os.utime(path, (old, old))
+    assert build._built() == loaded and others[1].exists()  # nothing was built
+    monkeypatch.setenv("CC", "cc -DNOTHING=2")
+    kept = {loaded, build._built(), folder, *others} - {others[1]}
+    assert {*(tmp_path / "caddf").iterdir()} == kept
+
+
+def test_a_folder_for_want_of_a_cache_goes_with_its_process(tmp_path):
+    (tmp_path / "cache").touch()  # no folder
+    told = subprocess.run(
+        [sys.executable, "-c", "from caddf.native import build; path = build._cache(); print(path, path.is_dir())"],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert told[0].startswith(str(tmp_path / "caddf-")) and told[1] == "True"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def swapped(fields, one, other):
