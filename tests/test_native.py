@@ -5,7 +5,10 @@ import ctypes
 import gc
 import itertools
 import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -31,6 +34,7 @@ from caddf.models.config import BranchConfig, ModelConfig
 from caddf.models.single import SingleBranch, SingleConfig
 from caddf.native import build
 from caddf.native.passes import Weights
+from caddf.native.structures import MIRRORED, CAttention, CMap, CPass, compare
 from caddf.quantise import integers, is_bf16, quantised
 from caddf.training.optimizer import build_optimizer
 
@@ -566,6 +570,59 @@ def test_the_library_is_built_once_and_kept(monkeypatch, tmp_path):
         assert [made] == list((tmp_path / "caddf").iterdir())
     finally:
         build.library.cache_clear()
+
+
+def test_libraries_that_nobody_uses_go_when_another_is_built(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_compile", lambda compiler, made: made.touch())
+    monkeypatch.setenv("CC", "cc -DNOTHING=1")
+    loaded, old = build._built(), time.time() - build.KEPT - 60
+    others = [tmp_path / "caddf" / name for name in ("kernels-recent.so", "kernels-old.so", "else.so")]
+    for path in others:
+        path.touch()
+    (folder := tmp_path / "caddf" / "kernels-folder.so").mkdir()  # which cannot be unlinked
+    for path in (loaded, folder, *others[1:]):
+        os.utime(path, (old, old))
+    assert build._built() == loaded and others[1].exists()  # nothing was built
+    monkeypatch.setenv("CC", "cc -DNOTHING=2")
+    kept = {loaded, build._built(), folder, *others} - {others[1]}
+    assert {*(tmp_path / "caddf").iterdir()} == kept
+
+
+def test_a_folder_for_want_of_a_cache_goes_with_its_process(tmp_path):
+    (tmp_path / "cache").touch()  # no folder
+    told = subprocess.run(
+        [sys.executable, "-c", "from caddf.native import build; path = build._cache(); print(path, path.is_dir())"],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert told[0].startswith(str(tmp_path / "caddf-")) and told[1] == "True"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def swapped(fields, one, other):
+    order = list(fields)
+    order[one], order[other] = order[other], order[one]
+    return order
+
+
+@pytest.mark.parametrize(
+    ("structure", "fields", "wrong"),
+    [
+        (CAttention, swapped(CAttention._fields_, 0, 1), "query, norm"),
+        (CMap, swapped(CMap._fields_, 3, 4), "in, out"),  # of the same size
+        (CPass, CPass._fields_[1:], "n, x,"),
+        (CPass, CPass._fields_[:-1], "its size, first"),
+        (CMap, (*CMap._fields_, ("more", ctypes.c_int64)), "more, its size"),
+        (CMap, (*CMap._fields_[:-1], ("far", ctypes.c_int32)), "far"),  # which padding hides
+    ],
+)
+def test_structures_are_laid_out_as_in_c(structure, fields, wrong):
+    library = build.library()
+    compare(library)
+    other = type(structure.__name__, (ctypes.Structure,), {"_fields_": fields})
+    with pytest.raises(RuntimeError, match=rf"^{structure.__name__} of structures.py .*: .*{wrong}"):
+        compare(library, [other if each is structure else each for each in MIRRORED])
 
 
 WARPS = {

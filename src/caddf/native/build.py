@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -10,13 +11,18 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from caddf.native.structures import compare
+
 SOURCE = Path(__file__).with_name("rounds.c")  # which includes the others
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
+KEPT = 30 * 24 * 3600
+"""For how many seconds a library that nobody loads outlasts the building of others."""
 
 
 class BuildError(Exception):
@@ -27,9 +33,11 @@ class BuildError(Exception):
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises `BuildError`."""
     try:
-        return _declared(ctypes.CDLL(str(_built())))
+        made = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(" ".join(str(error).split())) from None
+    compare(made)
+    return _declared(made)
 
 
 def _built() -> Path:
@@ -39,12 +47,23 @@ def _built() -> Path:
     sources = (path.read_text() for path in sorted(SOURCE.parent.glob("*.c")))
     made_of = "\n".join((*sources, *compiler, *FLAGS, platform.machine(), _processor()))
     path = _cache() / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
+    with suppress(OSError):
+        os.utime(path)  # in use
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / "kernels.so"
             _compile(compiler, made)
             os.replace(made, path)
+        _clear(path.parent)
     return path
+
+
+def _clear(folder: Path) -> None:
+    """Deletes libraries that have not been used for long."""
+    for path in folder.glob("kernels-*.so"):
+        with suppress(OSError):
+            if path.stat().st_mtime < time.time() - KEPT:
+                path.unlink()
 
 
 def _compile(compiler: list[str], made: Path) -> None:
@@ -69,13 +88,15 @@ def _processor() -> str:
 
 
 def _cache() -> Path:
-    """The user's cache folder, or where that cannot be written to, a new one for this process alone."""
+    """The user's cache folder, or where that cannot be written to, a new one that goes with this process."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "caddf"
     with suppress(OSError):
         home.mkdir(parents=True, exist_ok=True)
         if os.access(home, os.W_OK):
             return home
-    return Path(tempfile.mkdtemp(prefix="caddf-"))
+    folder = tempfile.mkdtemp(prefix="caddf-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -71,7 +71,10 @@ class Weights:
         self.kept += [panels, scales, bias]
         self.bytes += panels.numel() * panels.element_size()
         which = KINDS.index(self.kind)
-        return CMap(panels.data_ptr(), address(scales), address(bias), out, width, which, self.far)
+        return CMap(
+            panels=panels.data_ptr(), scales=address(scales), bias=address(bias), out=out, type=which, far=self.far,
+            **{"in": width},
+        )  # fmt: skip
 
     def linear(self, module: nn.Linear) -> CMap:
         """That of a module."""
@@ -87,8 +90,8 @@ class Weights:
         self.kept.append(biases)
         slope, side = biases or (None, None)
         return CAttention(
-            self.norm(norm), self.linear(module.query), self.linear(module.key_value), self.linear(module.out),
-            module.heads, address(slope), address(side),
+            norm=self.norm(norm), query=self.linear(module.query), key_value=self.linear(module.key_value),
+            out=self.linear(module.out), heads=module.heads, slope=address(slope), side=address(side),
         )  # fmt: skip
 
     def layer(self, module: Layer, crossed: bool, biases: Sequence[Biases] = (None, None)) -> CLayer:
@@ -124,10 +127,10 @@ class StackPass:
             CAttention(key_value=weights.linear(attention.key_value), heads=attention.heads) for attention in exchange
         ]
         self.stack = CStack(
-            weights.array(CLayer, layers), len(layers), self.width, hidden,
-            weights.norm(join[0]) if join else CNorm(), weights.linear(join[1]) if join else CMap(),
-            weights.norm(norm), weights.array(CAttention, maps), len(maps),
-            maps[0].key_value.out // 2 if maps else 0, context,
+            layers=weights.array(CLayer, layers), count=len(layers), width=self.width, hidden=hidden,
+            before_norm=weights.norm(join[0]) if join else CNorm(), join=weights.linear(join[1]) if join else CMap(),
+            norm=weights.norm(norm), exchange=weights.array(CAttention, maps), exchanges=len(maps),
+            exchange_width=maps[0].key_value.out // 2 if maps else 0, context=context,
         )  # fmt: skip
 
     def __call__(
@@ -155,10 +158,11 @@ class StackPass:
         before = before if before is None else before.contiguous()
         exchange_cos, exchange_sin = (exchange.turns if exchange is not None else None) or (None, None)
         given = CPass(
-            x.shape[0], x.shape[1], x.data_ptr(), address(before), positions.data_ptr(), positions.ndim == 1,
-            address(cos), address(sin), cache_of(own), cache_of(source), address(until), source_context,
-            cache_of(exchange), address(exchange_cos), address(exchange_sin),
-            threads_for(self.weights.bytes, x.shape[0] * x.shape[1]), address(lengths),
+            rows=x.shape[0], n=x.shape[1], x=x.data_ptr(), before=address(before), positions=positions.data_ptr(),
+            alike=positions.ndim == 1, cos=address(cos), sin=address(sin), own=cache_of(own), source=cache_of(source),
+            until=address(until), source_context=source_context, exchange=cache_of(exchange),
+            exchange_cos=address(exchange_cos), exchange_sin=address(exchange_sin),
+            threads=threads_for(self.weights.bytes, x.shape[0] * x.shape[1]), lengths=address(lengths),
         )  # fmt: skip
         if self.run(ctypes.addressof(self.stack), ctypes.addressof(given)):
             raise MemoryError("the kernels' working memory could not be had")
@@ -180,8 +184,8 @@ class FusionPass:
         self.width, self.heads = mixer.norm.normalized_shape[0], cross.heads
         self.own_width = 0 if mixer.own is None else mixer.own.in_features
         self.fusion = CFusion(
-            attention, weights.linear(mixer.mlp.up), own, weights.linear(mixer.mlp.down), weights.norm(mixer.norm),
-            self.width, self.own_width,
+            cross=attention, up=weights.linear(mixer.mlp.up), own=own, down=weights.linear(mixer.mlp.down),
+            norm=weights.norm(mixer.norm), width=self.width, own_width=self.own_width,
         )  # fmt: skip
 
     def prepare(
@@ -193,8 +197,9 @@ class FusionPass:
         keys, values = states.new_empty(2, rows, self.heads, count, self.width // self.heads)
         made = states.new_empty(rows, count, 2 * self.width)
         given = CPreparing(
-            ctypes.addressof(self.fusion), rows, count, states.data_ptr(), positions.data_ptr(), into.data_ptr(),
-            *map(address, turns), CCache(keys.data_ptr(), values.data_ptr(), count), made.data_ptr(),
+            fusion=ctypes.addressof(self.fusion), rows=rows, n=count, states=states.data_ptr(),
+            positions=positions.data_ptr(), into=into.data_ptr(), cos=address(turns[0]), sin=address(turns[1]),
+            canvas=CCache(keys.data_ptr(), values.data_ptr(), count), made=made.data_ptr(),
         )  # fmt: skip
         library().caddf_prepare(ctypes.addressof(given), threads_for(self.weights.bytes, rows * count))
         return keys, values
@@ -213,10 +218,12 @@ class FusionPass:
         `slots` are that at which each position stands, and the first that it sees and the end of those.
         """
         x, own, slots = x.clone(memory_format=torch.contiguous_format), own.contiguous(), slots.contiguous()
+        slot, since, end = map(address, slots)
         given = CFusing(
-            x.shape[0], x.shape[1], x.data_ptr(), positions.data_ptr(), *map(address, slots), *map(address, turns),
-            CCache(canvas[0].data_ptr(), canvas[1].data_ptr(), canvas[0].shape[2]), own.data_ptr(),
-            threads_for(self.weights.bytes, x.shape[0] * x.shape[1]),
+            rows=x.shape[0], n=x.shape[1], x=x.data_ptr(), positions=positions.data_ptr(), slot=slot, to=end,
+            cos=address(turns[0]), sin=address(turns[1]),
+            canvas=CCache(canvas[0].data_ptr(), canvas[1].data_ptr(), canvas[0].shape[2]), own=own.data_ptr(),
+            threads=threads_for(self.weights.bytes, x.shape[0] * x.shape[1]), **{"from": since},
         )  # fmt: skip
         if library().caddf_fuse(ctypes.addressof(self.fusion), ctypes.addressof(given)):
             raise MemoryError("the kernels' working memory could not be had")

@@ -803,3 +803,5 @@ int caddf_round(const Round *r) {
   }
   return 0;
 }
+
+#include "layout.c"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Iterator
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
@@ -64,15 +63,16 @@ class Rounds:
         turns = (caches.causal.turns if table is None else None) or (None, None)
         exchange_turns = (caches.exchange.turns if caches.exchange is not None else None) or (None, None)
         self.passes = CPass(
-            rows, places, self._new(rows, places, causal.width), None, self._new(rows, places, dtype=torch.long), 0,
-            address(turns[0]), address(turns[1]), cache_of(caches.causal), CCache(), None, 0,
-            cache_of(caches.exchange), address(exchange_turns[0]), address(exchange_turns[1]),
-            threads_for(causal.weights.bytes, rows * places), None, self._new(rows + 1, dtype=torch.long),
+            rows=rows, n=places, x=self._new(rows, places, causal.width),
+            positions=self._new(rows, places, dtype=torch.long), cos=address(turns[0]), sin=address(turns[1]),
+            own=cache_of(caches.causal), exchange=cache_of(caches.exchange), exchange_cos=address(exchange_turns[0]),
+            exchange_sin=address(exchange_turns[1]), threads=threads_for(causal.weights.bytes, rows * places),
+            first=self._new(rows + 1, dtype=torch.long),
         )  # fmt: skip
         self.look, self.draft = CPass(), CDraft(vocabulary=model.vocab_size, **filters(warp))
         self.drafts = size > 0 and "draft" in model.heads
         if self.drafts:
-            self._draft(native, rows, caches, warp, drafting.least)
+            self._draft(native, rows, warp, drafting.least)
         if size:
             self.draft.q = self._new(rows, size, model.vocab_size, dtype=torch.double)
             for name, shape in (("tokens", 2), ("given", 2), ("drafts", 1)):
@@ -117,7 +117,7 @@ class Rounds:
         reach = size <= native.context and (table is None or caches.causal.length <= native.context)
         return "causal" in native.stacks and reach and rows * (size + 1) <= MOST
 
-    def _draft(self, native: Native, rows: int, caches: Caches, warp: Warp, least: float) -> None:
+    def _draft(self, native: Native, rows: int, warp: Warp, least: float) -> None:
         """The window's pass and the chain's drafts."""
         assert native.diffusion is not None
         model, size = native.model, self.size
@@ -178,10 +178,10 @@ class Rounds:
         config, turns = diffusion.config, exchange.turns
         own = (config.layers, rows, config.heads, size, config.width // config.heads)
         return CPass(
-            rows, size, self._new(rows, size, window.width), None, self._new(rows, size, dtype=torch.long), 0,
-            address(turns[0]), address(turns[1]), CCache(self._new(*own), self._new(*own), size),
-            cache_of(exchange), self._new(rows, dtype=torch.long), native.context, CCache(), None, None,
-            threads_for(window.weights.bytes, rows * size), None, self._new(rows + 1, dtype=torch.long),
+            rows=rows, n=size, x=self._new(rows, size, window.width), positions=self._new(rows, size, dtype=torch.long),
+            cos=address(turns[0]), sin=address(turns[1]), own=CCache(self._new(*own), self._new(*own), size),
+            source=cache_of(exchange), until=self._new(rows, dtype=torch.long), source_context=native.context,
+            threads=threads_for(window.weights.bytes, rows * size), first=self._new(rows + 1, dtype=torch.long),
         )  # fmt: skip
 
     def _keep(self, held: Any) -> Any:
@@ -215,37 +215,35 @@ class Rounds:
         read: Int[Tensor, " B"],
         uniforms: Uniforms,
         rounds: int,
-    ) -> Iterator[Round]:
+    ) -> list[Round]:
         """So many rounds, or as many as it takes to the end, or to slots that are left for others to read."""
         (count, length), given, draws = x.shape, self.given, self.draws
         x, n, rows, read = (tensor.contiguous() for tensor in (x, n, rows, read))
-        tokens, marks = x.new_empty(rounds, 2, count, length), rows.new_empty(rounds, 2, count, length)
-        numbers = n.new_empty(rounds, 8, count)
+        tokens = x.new_empty(2 * rounds, count, length).unbind()
+        marks = rows.new_empty(2 * rounds, count, length).unbind()
+        numbers = n.new_empty(rounds, 8, count).unbind()
+        made = list(zip(tokens[::2], marks[::2], tokens[1::2], marks[1::2], numbers, strict=True))
         given.length, given.before, given.n, given.active = length, x.data_ptr(), n.data_ptr(), rows.data_ptr()
-        given.held = read.data_ptr()
-        at, marked, counted, done = tokens.data_ptr(), marks.data_ptr(), numbers.data_ptr(), 0
+        given.held, of_rows = read.data_ptr(), count * n.element_size()
         begun = perf_counter()
         # Rounds may leave what is given for others to read, who draw next; where nothing is, nobody draws in between.
         several = rounds if bool((x[0, int(n[0]) : int(self.lengths[0])] == self.mask_id).all()) else 1
-        for done in range(1, rounds + 1):
+        for done, (text, fresh, drafts, corrected, number) in enumerate(made, 1):
             if not (drawn := (done - 1) % several):
                 u = uniforms(rows, draws * several).contiguous()
-            given.u = u.data_ptr() + 8 * draws * drawn
-            given.x, given.drafts, given.fresh, given.corrected = (
-                at, at + 8 * count * length, marked, marked + count * length
-            )  # fmt: skip
-            given.next, given.read, given.work = counted, counted + 8 * count, counted + 16 * count
+            given.u = u.data_ptr() + drawn * draws * u.element_size()
+            given.x, given.fresh = text.data_ptr(), fresh.data_ptr()
+            given.drafts, given.corrected = drafts.data_ptr(), corrected.data_ptr()
+            given.next = number.data_ptr()
+            given.read, given.work = given.next + of_rows, given.next + 2 * of_rows
             if self.run(ctypes.addressof(given)):
                 raise MemoryError("the kernels' working memory could not be had")
             following, held = (ctypes.c_int64.from_address(each).value for each in (given.next, given.read))
             if done == rounds or following >= length or held < following:
                 break
-            given.before, given.n, given.held = at, given.next, given.read
-            at, marked, counted = at + 16 * count * length, marked + 2 * count * length, counted + 64 * count
+            given.before, given.n, given.held = given.x, given.next, given.read
         self.seconds = (perf_counter() - begun) / done
-        texts, which = tokens.view(-1, count, length).unbind(), marks.view(-1, count, length).unbind()
-        for i in range(done):
-            number = numbers[i]
-            yield Round(
-                texts[2 * i], which[2 * i], texts[2 * i + 1], which[2 * i + 1], number[0], number[1], number[2:]
-            )
+        return [
+            Round(text, fresh, drafts, corrected, number[0], number[1], number[2:])
+            for text, fresh, drafts, corrected, number in made[:done]
+        ]

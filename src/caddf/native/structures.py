@@ -1,8 +1,9 @@
-"""The structures of `kernels.c` and `rounds.c`, field by field."""
+"""The structures of the kernels in C, field by field, as `layout.c` has them once more for `compare`."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -135,6 +136,30 @@ class CRound(ctypes.Structure):
         ("logits", _pointer), ("u", _pointer), ("places", _number), ("x", _pointer), ("drafts", _pointer),
         ("fresh", _pointer), ("corrected", _pointer), ("next", _pointer), ("read", _pointer), ("work", _pointer),
     )  # fmt: skip
+
+
+MIRRORED = [each for each in list(globals().values()) if isinstance(each, type) and issubclass(each, ctypes.Structure)]
+
+
+class _Place(ctypes.Structure):
+    """An entry of `layout.c`."""
+
+    _fields_ = (("structure", ctypes.c_char_p), ("field", ctypes.c_char_p), ("offset", _number), ("size", _number))
+
+
+def compare(library: ctypes.CDLL, structures: Iterable[type[ctypes.Structure]] = MIRRORED) -> None:
+    """Raises `RuntimeError` where one of `structures` is not laid out as the library's."""
+    there: dict[str, dict[str, tuple[int, int]]] = {}
+    count = _number.in_dll(library, "caddf_places").value
+    for place in (_Place * count).in_dll(library, "caddf_layout"):
+        there.setdefault(f"C{place.structure.decode()}", {})[place.field.decode()] = place.offset, place.size
+    for each in structures:
+        fields = ((name, getattr(each, name)) for name, *_ in each._fields_)
+        mine = {name: (field.offset, field.size) for name, field in fields} | {"": (0, ctypes.sizeof(each))}
+        theirs = there.get(each.__name__, {})
+        if mine != theirs:
+            wrong = ", ".join(name or "its size" for name in mine | theirs if mine.get(name) != theirs.get(name))
+            raise RuntimeError(f"{each.__name__} of structures.py is not laid out as in the kernels in C: {wrong}")
 
 
 def address(tensor: Tensor | None) -> int | None:
