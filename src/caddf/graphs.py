@@ -23,6 +23,7 @@ from caddf.caches import Caches, KVCache, Slots
 from caddf.categorical import Warp, arg_max, inverse_cdf
 from caddf.decoding.lookup import lookup
 from caddf.decoding.verification import at_place, residual, verify
+from caddf.decoding.windows import copies_end, drafts_end, new_start, start_of
 from caddf.interface import Drafting, Round, Uniforms
 from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
@@ -233,11 +234,10 @@ class Engine:
         far = rows & (self.matched >= how.size)
         if not how.proposes:
             return False, False, bool(how.lookup and far.any())
-        held = (self.since >= 0) & (self.since + how.size - n >= how.renew)
-        torch.where(held, self.since, (n - 1).clamp(min=0), out=self.start)
+        self.start.copy_(start_of(new_start(n), n, self.since, how))
         torch.logical_and(looking, torch.minimum(self.start + how.size, self.lengths) > n, out=self.looking)
         torch.logical_and(self.looking, self.start != self.since, out=self.renewed)
-        self.since.copy_(torch.where(self.looking, self.start, self.since))
+        torch.where(self.looking, self.start, self.since, out=self.since)
         looks, renews, wide = torch.stack([self.looking.any(), self.renewed.any(), far.any()]).tolist()
         return looks, renews, wide
 
@@ -297,13 +297,11 @@ class Engine:
         n = self.n.clamp(max=upto - 1)
         at, column = self.at, n[:, None]
         x = torch.where(at < column, self.x, self.mask)  # what stands, and `[M]` whatever a row holds behind it
-        far = torch.maximum((n - 1).clamp(min=0) + size, n + self.matched.clamp(max=how.copies))
-        copyable = torch.minimum(far, lengths) if how.lookup else n
+        copyable = copies_end(new_start(n), n, lengths, self.matched, how) if how.lookup else n
         copying = (self.matched > 0) & rows & (copyable > n)
         place, end, q = column + at[: count + 1], n, None
         if count and looks:
-            end = torch.minimum(torch.minimum(self.start + size, n + how.most), lengths)
-            end = torch.where(self.looking, end, n)
+            end = torch.where(self.looking, drafts_end(self.start, n, lengths, how), n)
             x, q, end = self._draft(x, n, place[:, :count], end, upto, renews, opening)
         end = torch.where(copying, copyable, end)
         if count and how.lookup:
