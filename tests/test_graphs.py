@@ -286,7 +286,8 @@ def test_two_texts_at_once_never_share_an_engine():
 def test_few_engines_wait():
     model = attached(dual())
     for size in (2, 3, 4, 5, 6, 7):
-        model.graphs.rounds(torch.tensor([T]), Drafting(size, size), model.allocate(1, T), warp=Warp())
+        drafting = Drafting(size, size, proposes=True)
+        model.graphs.rounds(torch.tensor([T]), drafting, model.allocate(1, T), warp=Warp())
     gc.collect()
     assert [engine.how.size for engine in model.graphs.idle] == [4, 5, 6, 7]
 
@@ -350,7 +351,8 @@ def test_engines_serve_with_gradients_on_and_off():
 )
 def test_other_rounds_are_read_step_by_step(make, size, rows, fits):
     model = attached(make())
-    made = model.rounds(torch.full((rows,), T), Drafting(size, size), model.allocate(rows, T), warp=Warp())
+    drafting = Drafting(size, size, proposes=size > 0 and "draft" in model.heads)
+    made = model.rounds(torch.full((rows,), T), drafting, model.allocate(rows, T), warp=Warp())
     assert (made is not None) == fits
 
 
@@ -376,12 +378,12 @@ def test_all_of_a_round_is_on_the_models_device(kind):
     """Tensors without content, which do not mix with others, and of which nothing can be known."""
     make, decoder = KINDS[kind]
     model = make().to("meta")
-    drafting = Drafting() if isinstance(decoder, Autoregressive) else decoder.drafting(decoder.block_size or 6)
+    drafting = Drafting() if isinstance(decoder, Autoregressive) else decoder.drafting(model)
     for temperature in (0.0, 0.7):
         engine = Engine(model, Shape(3, T, drafting, Warp(temperature), torch.float64, torch.device("meta")), [])
         engine.begin(torch.zeros(3, dtype=torch.long), T, engine.caches, 1)
         for looks, opening, wide in itertools.product(
-            {False, engine.drafts}, (False, True), {False, drafting.lookup > 0}
+            {False, drafting.proposes}, (False, True), {False, drafting.lookup > 0}
         ):
             for renews in {False, looks}:
                 engine.round(32, looks, renews, wide, opening)

@@ -298,7 +298,7 @@ def test_a_row_that_goes_ahead_writes_what_it_does_round_by_round(kind, temperat
 def test_rounds_hold_what_they_read():
     model = native.attach(dual()).requires_grad_(True)  # whose heads are laid out anew whenever they are read
     with torch.inference_mode():
-        rounds = model.rounds(torch.tensor([T]), Drafting(6, 6), model.allocate(1, T), warp=Warp())
+        rounds = model.rounds(torch.tensor([T]), Drafting(6, 6, proposes=True), model.allocate(1, T), warp=Warp())
         heads = [model.native.heads[name] for name in ("causal", "chain")]
         panels = [weakref.ref(head.held[1][1]) for head in heads]
         for head in heads:

@@ -309,7 +309,7 @@ def _check_heads(model: TextModel, name: str, chosen: Decoder, filling: bool) ->
     if isinstance(chosen, Speculative) and "draft" not in has and not chosen.lookup:
         raise InputError(f"decoder is {name}, lookup 0; this model has nothing to draft with but its text: {own}")
     if isinstance(chosen, Speculative):
-        chosen.drafting(chosen.block_size or model.model.block_size)
+        chosen.drafting(cast(LanguageModel, model.model))
     if filling and has == {"causal"}:
         raise InputError("a template is given to a model that reads left to right alone; give a prompt")
 

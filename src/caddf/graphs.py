@@ -23,6 +23,7 @@ from caddf.caches import Caches, KVCache, Slots
 from caddf.categorical import Warp, arg_max, inverse_cdf
 from caddf.decoding.lookup import lookup
 from caddf.decoding.verification import at_place, residual, verify
+from caddf.decoding.windows import copies_end, drafts_end, new_start, start_of
 from caddf.interface import Drafting, Round, Uniforms
 from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
@@ -70,11 +71,11 @@ class Graphs:
         branch = getattr(model, "causal", None)
         return hasattr(model, "graphs") and isinstance(branch, CausalBranch) and not hasattr(branch.layers[0], "cross")
 
-    def fit(self, rows: int, size: int, caches: Caches) -> bool:
+    def fit(self, rows: int, drafting: Drafting, caches: Caches) -> bool:
         """Whether there are such rounds: drafts need a chain, and what the diffusion branch reads of causal states."""
-        model, branch = self.model, self.model.causal
+        model, branch, size = self.model, self.model.causal, drafting.size
         chained = isinstance(getattr(model, "chain", None), DraftChain)
-        drafts = not size or "draft" not in model.heads or (caches.exchange is not None and chained)
+        drafts = not drafting.proposes or (caches.exchange is not None and chained)
         reach = size <= branch.context and (branch.table is None or caches.causal.length <= branch.context)
         return self.suits(model) and drafts and reach and rows * (size + 1) <= MOST
 
@@ -93,7 +94,7 @@ class Graphs:
 
         Engines whose weights stand elsewhere by now, or whose tables were made of others, are let go.
         """
-        if over is not None or warp.banned or self.failed or not self.fit(len(lengths), drafting.size, caches):
+        if over is not None or warp.banned or self.failed or not self.fit(len(lengths), drafting, caches):
             return None
         branch, weight = self.model.causal, self.model.causal.embedding.weight
         length = -(-caches.causal.length // STEP) * STEP
@@ -160,12 +161,11 @@ class Engine:
         self.model, self.shape, self.read_by, self.warp, self.how = model, shape, read, shape.warp, shape.drafting
         self.capture, self.failed = shape.device.type == "cuda", False
         self.graphs: dict[tuple[int, bool, bool, bool], Any] = {}
-        self.drafts = self.how.size > 0 and "draft" in model.heads
         self.pool: Any = None
         rows, length, size = shape.rows, shape.length, self.how.size
         with torch.inference_mode(False), torch.no_grad():  # buffers that may be written in either mode
             self.caches: Caches = model.allocate(rows, length)
-            self.chain: KVCache | None = model.allocate_drafts(rows, size) if self.drafts else None
+            self.chain: KVCache | None = model.allocate_drafts(rows, size) if self.how.proposes else None
             self.x, self.lengths, self.beyond = self._new(rows, length + 1), self._new(rows), self._new()
             self.x.fill_(model.mask_id)  # the last place is for what has none
             self.mask, self.at = self.x[0, -1].clone(), torch.arange(length + 1, device=shape.device)
@@ -175,7 +175,7 @@ class Engine:
             self.numbers = self._new(8, rows)
             self.copies, self.matched = self._new(rows, self.how.places), self._new(rows)
             # The windows that are held, from where on, which rows draft from theirs, and whose are new.
-            width = model.config.diffusion.width if self.drafts else 0
+            width = model.config.diffusion.width if self.how.proposes else 0
             self.states = self._new(rows, size, width, dtype=shape.dtype)
             self.start, self.since = self._new(rows), self._new(rows)
             self.looking, self.renewed = self._new(2, rows, dtype=torch.bool)
@@ -232,13 +232,12 @@ class Engine:
             self.matched.copy_(matched)
             looking = rows & (matched == 0)
         far = rows & (self.matched >= how.size)
-        if not self.drafts:
+        if not how.proposes:
             return False, False, bool(how.lookup and far.any())
-        held = (self.since >= 0) & (self.since + how.size - n >= how.renew)
-        torch.where(held, self.since, (n - 1).clamp(min=0), out=self.start)
+        self.start.copy_(start_of(new_start(n), n, self.since, how))
         torch.logical_and(looking, torch.minimum(self.start + how.size, self.lengths) > n, out=self.looking)
         torch.logical_and(self.looking, self.start != self.since, out=self.renewed)
-        self.since.copy_(torch.where(self.looking, self.start, self.since))
+        torch.where(self.looking, self.start, self.since, out=self.since)
         looks, renews, wide = torch.stack([self.looking.any(), self.renewed.any(), far.any()]).tolist()
         return looks, renews, wide
 
@@ -298,13 +297,11 @@ class Engine:
         n = self.n.clamp(max=upto - 1)
         at, column = self.at, n[:, None]
         x = torch.where(at < column, self.x, self.mask)  # what stands, and `[M]` whatever a row holds behind it
-        far = torch.maximum((n - 1).clamp(min=0) + size, n + self.matched.clamp(max=how.copies))
-        copyable = torch.minimum(far, lengths) if how.lookup else n
+        copyable = copies_end(new_start(n), n, lengths, self.matched, how) if how.lookup else n
         copying = (self.matched > 0) & rows & (copyable > n)
         place, end, q = column + at[: count + 1], n, None
         if count and looks:
-            end = torch.minimum(torch.minimum(self.start + size, n + how.most), lengths)
-            end = torch.where(self.looking, end, n)
+            end = torch.where(self.looking, drafts_end(self.start, n, lengths, how), n)
             x, q, end = self._draft(x, n, place[:, :count], end, upto, renews, opening)
         end = torch.where(copying, copyable, end)
         if count and how.lookup:

@@ -125,6 +125,7 @@ class Drafting:
     least: drafting ends when the product of the largest draft probabilities falls below this.
     lookup: drafts are copied where so many last tokens have stood before (`decoding.lookup`); 0: never.
     copies: as many are copied as have matched, at most so many; but never fewer than a window has.
+    proposes: whether a round makes drafts of its own, in windows; else they are copied, or there are none.
     """
 
     size: int = 0
@@ -133,6 +134,7 @@ class Drafting:
     least: float = 0.0
     lookup: int = 0
     copies: int = 0
+    proposes: bool = False
 
     @property
     def places(self) -> int:

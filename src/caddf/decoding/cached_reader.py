@@ -210,8 +210,7 @@ class CachedReader:
         With drafts all rounds are the model's, or none: each goes on in the windows of those before.
         """
         task, fused = self.plan.task, self.plan.head == "fused"
-        at_once = drafting.size and not self.plan.chained and "draft" in self.model.heads
-        if at_once:
+        if drafting.proposes and not self.plan.chained:
             return None, state
         if task.template:  # read in the same passes where steps follow, so that a row's work is what it is alone
             if fused:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.decoding.task import NO_TOKEN, DecodingError, Task
+from caddf.decoding.windows import copies_end, drafts_end, new_start, start_of
 from caddf.errors import InputError
 from caddf.interface import Block, Drafting, Head, Infill, LanguageModel
 
@@ -65,11 +66,10 @@ class Plan:
     def window(self, n: Int[Tensor, " B"], size: int) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Where a new window of drafts from n on starts and ends.
 
-        A window that slides starts at the last token that stands, since the slots up to a window's start must be read;
-        one that does not is n's block, or the template's next `size` positions.
+        One that does not slide is n's block, or the template's next `size` positions.
         """
         if self.sliding:
-            start = (n - 1).clamp(min=0)
+            start = new_start(n)
         elif self.aligned or isinstance(self.pattern, Block):
             start = Block(size).start(n)
         else:
@@ -79,27 +79,19 @@ class Plan:
     def drafted(
         self, n: Int[Tensor, " B"], drafting: Drafting, since: Int[Tensor, " B"]
     ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
-        """Where the window that drafts come from starts, and where these end.
-
-        A chain hears what has come to stand in its window, and goes on in the one that it has, from `since` on (-1:
-        none), as long as enough of it is left.
-        """
+        """Where the window that drafts come from starts, and where these end; `since` is where the last one does."""
         start, end = self.window(n, drafting.size)
         if not self.chained:
             return start, end
-        start = torch.where((since >= 0) & (since + drafting.size - n >= drafting.renew), since, start)
-        end = torch.minimum(start + drafting.size, n + drafting.most)
-        return start, torch.minimum(end, self.task.lengths)
+        start = start_of(start, n, since, drafting)
+        return start, drafts_end(start, n, self.task.lengths, drafting)
 
     def copied(self, n: Int[Tensor, " B"], drafting: Drafting, matched: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """Where drafts that are copied from n on end: with the window, or where the target is known behind it, as far.
-
-        What has gone on alike for longer is copied further: as many tokens as have `matched`.
-        """
-        end = self.window(n, drafting.size)[1]
+        """Where copies from n on end: with the window, or further where the target is known behind it."""
+        start, end = self.window(n, drafting.size)
         if self.head == "fused" or self.within:
             return end
-        return torch.maximum(end, torch.minimum(n + matched.clamp(max=drafting.copies), self.task.lengths))
+        return copies_end(start, n, self.task.lengths, matched, drafting)
 
     def needed(self, end: Int[Tensor, " B"], branches: int = 2) -> Int[Tensor, " B"]:
         """Token-positions of an evaluation up to `end` without caches; of a template the second branch reads all."""

@@ -43,16 +43,12 @@ class Proposal:
 
 @dataclass(frozen=True)
 class RoundByParts:
-    """Rounds of a model that has none at one go, and the reference of those that have.
-
-    how: how rounds are drafted. proposes: whether the model drafts; else drafts are copied, or there are none.
-    """
+    """Rounds of a model that has none at one go, and the reference of those that have."""
 
     model: LanguageModel
     plan: Plan
     reader: Reader
     how: Drafting
-    proposes: bool
     counts: Counts
 
     def __call__(
@@ -87,7 +83,7 @@ class RoundByParts:
         copies, matched = lookup(x, n, how.lookup, how.places) if how.lookup else (x, torch.zeros_like(n))
         copyable = plan.copied(n, how, matched)
         copying = rows & (matched > 0) & (copyable > n)
-        looking = rows & (whole > n) & ~copying & self.proposes
+        looking = rows & (whole > n) & ~copying & how.proposes
         known = torch.where(looking, whole, torch.where(copying, copyable, n))
         place = n[:, None] + torch.arange(width_of(n, known), device=x.device)
         drafted = (place < known[:, None]) & _at(plan.task.wanted, place)

@@ -58,23 +58,24 @@ class Speculative(Checked):
         if self.copies is not None and self.copies > MOST_COPIES:
             raise InputError(f"copies is {self.copies}; it must be at most {MOST_COPIES}")
 
-    def drafting(self, size: int) -> Drafting:
-        """How rounds are drafted in windows of `size`; raises `InputError` where they have no room for `drafts`."""
+    def drafting(self, model: LanguageModel) -> Drafting:
+        """How rounds of `model` are drafted; raises `InputError` where windows have no room for `drafts`."""
+        size = self.block_size or model.block_size
         most = self.drafts or max(2 * size // 3, 1)
         if most > size:
             raise InputError(f"drafts is {self.drafts}; it must be at most the block size, which is {size}")
         renew, copies = self.renew or (most + 1) // 2, self.copies or min(4 * size, MOST_COPIES)
-        return Drafting(size, most, renew, self.least, self.lookup, copies)
+        return Drafting(size, most, renew, self.least, self.lookup, copies, "draft" in model.heads)
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame per round."""
         x, counts = task.tokens.clone(), counts or Counts.zeros(len(task.tokens))
-        size, proposes = self.block_size or model.block_size, "draft" in model.heads
-        plan, how = Plan.of(model, task, self.target, size), self.drafting(size)
-        if not (proposes or self.lookup):
+        plan = Plan.of(model, task, self.target, self.block_size or model.block_size)
+        how = self.drafting(model)
+        if not (how.proposes or how.lookup):
             raise InputError("this model has nothing to draft with but lookup, which is 0")
-        reader = reader_for(model, plan, counts, drafting=proposes, cache=self.cache)
-        by_parts = RoundByParts(model, plan, reader, how, proposes, counts)
+        reader = reader_for(model, plan, counts, drafting=how.proposes, cache=self.cache)
+        by_parts = RoundByParts(model, plan, reader, how, counts)
         state = reader.start()
         n, since = first_open(task, x), torch.full_like(task.lengths, -1)
         for _ in most_rounds(task):

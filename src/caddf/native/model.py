@@ -228,7 +228,7 @@ class Native:
         over: Block | Canvas | None = None,
     ) -> Rounds | None:
         """Whole rounds over `caches` (`caddf.interface.Incremental.rounds`)."""
-        if not Rounds.fit(self, len(lengths), drafting.size, caches, over):
+        if not Rounds.fit(self, len(lengths), drafting, caches, over):
             return None
         return Rounds(self, lengths, drafting, caches, warp, over)
 

@@ -413,7 +413,7 @@ static int64_t before(const Round *r, int64_t row, int64_t at) { return at > 0 ?
 
 static int is_open(const Round *r, int64_t row, int64_t at) { return r->before[row * r->length + at] == r->mask; }
 
-// Where a row's drafts come from (`decoding/plan.py`): a new window, or the one that it has while enough of it is left.
+// Where a row's drafts come from (`decoding/windows.py`): a new window, or the one it has while enough of it is left.
 static int64_t new_start(const Round *r, int64_t row) { return r->n[row] ? least_of(r->n[row], r->length) - 1 : 0; }
 static int64_t start_of(const Round *r, int64_t row) {
   int64_t since = r->since[row];
@@ -434,7 +434,7 @@ static int64_t source_of(const Round *r, int64_t row, int64_t *matched) {
   return at;
 }
 
-// How many drafts a row copies (`Plan.copied`): a window's, or as many as have matched already where the target is known
+// How many drafts a row copies (`copies_end`): a window's, or as many as have matched already where the target is known
 // beyond that.
 static int64_t copies_of(const Round *r, int64_t row, int64_t matched) {
   int64_t n = r->n[row], end = whole_of(r, row, new_start(r, row));

@@ -70,8 +70,7 @@ class Rounds:
             first=self._new(rows + 1, dtype=torch.long),
         )  # fmt: skip
         self.look, self.draft = CPass(), CDraft(vocabulary=model.vocab_size, **filters(warp))
-        self.drafts = size > 0 and "draft" in model.heads
-        if self.drafts:
+        if drafting.proposes:
             self._draft(native, rows, warp, drafting.least)
         if size:
             self.draft.q = self._new(rows, size, model.vocab_size, dtype=torch.double)
@@ -94,7 +93,7 @@ class Rounds:
             draft=ctypes.addressof(self.draft), canvas=None if over is None else ctypes.addressof(self.canvas),
         )  # fmt: skip
         setattr(self.given, "pass", ctypes.addressof(self.passes))
-        for part, name in (("window", "look"), ("chain", "chain")) if self.drafts else ():
+        for part, name in (("window", "look"), ("chain", "chain")) if drafting.proposes else ():
             setattr(self.given, part, ctypes.addressof(self.stacks[name].stack))
         self.run = library().caddf_round
         self.alone = rows == 1
@@ -102,7 +101,7 @@ class Rounds:
         self.seconds = AHEAD  # of a round
 
     @staticmethod
-    def fit(native: Native, rows: int, size: int, caches: Caches, over: Block | Canvas | None = None) -> bool:
+    def fit(native: Native, rows: int, drafting: Drafting, caches: Caches, over: Block | Canvas | None = None) -> bool:
         """Whether the kernels can do such rounds."""
         if over is not None and (native.fusion is None or caches.causal.turns is None):
             return False
@@ -110,9 +109,8 @@ class Rounds:
             caches.exchange is None or over.size > native.context or rows * over.size > MOST
         ):
             return False
-        table = native.branch.table
-        drafts = size > 0 and "draft" in native.model.heads
-        if drafts and (caches.exchange is None or not {"look", "chain"} <= native.stacks.keys()):
+        size, table = drafting.size, native.branch.table
+        if drafting.proposes and (caches.exchange is None or not {"look", "chain"} <= native.stacks.keys()):
             return False
         reach = size <= native.context and (table is None or caches.causal.length <= native.context)
         return "causal" in native.stacks and reach and rows * (size + 1) <= MOST
