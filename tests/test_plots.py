@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from caddf import plots
+from caddf.benchmarks.acceptance import draw_by_offset, draw_by_step, draw_by_temperature
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 
@@ -60,13 +61,13 @@ def test_bounds_at_steps_are_in_order_whatever_the_errors(axes):
 
 
 def test_acceptance_is_of_the_last_step_but_against_steps(axes):
-    plots.draw_by_offset(axes, ACCEPTANCE)
+    draw_by_offset(axes, ACCEPTANCE)
     assert points(axes) == [[(1, 0.8), (2, 0.5)]] * 4
     axes.cla()
-    plots.draw_by_temperature(axes, ACCEPTANCE)
+    draw_by_temperature(axes, ACCEPTANCE)
     assert points(axes) == [[(0.5, 2.5), (1.0, 3.0)]] * 2
     axes.cla()
-    plots.draw_by_step(axes, ACCEPTANCE)
+    draw_by_step(axes, ACCEPTANCE)
     assert points(axes) == [[(10, 2.0), (20, 3.0)], [(10, 1.5), (20, 2.5)]] * 2
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels[0] == "m, causal, temperature 1" and len(set(labels)) == 4
