@@ -1,5 +1,6 @@
 """Curves: they show the numbers they are given, as files and as part of a page."""
 
+import errno
 import math
 import re
 from xml.etree import ElementTree
@@ -8,6 +9,7 @@ import pytest
 
 from caddf import plots
 from caddf.benchmarks.acceptance import draw_by_offset, draw_by_step, draw_by_temperature
+from caddf.errors import InputError
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 
@@ -79,15 +81,31 @@ def test_losses_and_validation_are_told_apart(axes):
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["run, loss", "run, validation"]
 
 
-def test_a_drawing_is_kept_as_png_and_svg_and_is_the_same_each_time(tmp_path):
-    def draw(axes):
-        plots.draw_losses(axes, RUNS)
+def draw(axes):
+    plots.draw_losses(axes, RUNS)
 
+
+def test_a_drawing_is_kept_as_png_and_svg_and_is_the_same_each_time(tmp_path):
     first = plots.saved(draw, tmp_path, "losses", "one")
     assert (tmp_path / "losses.png").read_bytes()[:4] == b"\x89PNG"
     ElementTree.fromstring((tmp_path / "losses.svg").read_text())
     assert plots.saved(draw, None, "losses", "one") == first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["losses.png", "losses.svg"]
+
+
+def test_a_drawing_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    def full(figure, file, format, **how):
+        written(figure, file, format=format, **how)
+        if format == "png":
+            raise OSError(errno.ENOSPC, "full")
+
+    plots.saved(draw, tmp_path, "losses", "one")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    written = pyplot.Figure.savefig
+    monkeypatch.setattr(pyplot.Figure, "savefig", full)
+    with pytest.raises(InputError, match=r"losses\.png"):
+        plots.saved(draw, tmp_path, "losses", "one")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_on_a_page_ink_is_the_pages_and_names_are_its_own():

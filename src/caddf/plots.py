@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from caddf.checkpoint import TEMPORARY, saving
 
 Draw = Callable[[Any], None]
 Rows = Sequence[dict[str, Any]]
@@ -61,11 +64,25 @@ def saved(draw: Draw, folder: Path | None, name: str, label: str) -> str:
             page = io.StringIO()
             figure.savefig(page, format="svg", facecolor="none", metadata={"Date": None})
             if folder is not None:
-                figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
-                figure.savefig(folder / f"{name}.png", facecolor="white", dpi=150)
+                _write(figure, folder / f"{name}.svg", metadata={"Date": None})
+                _write(figure, folder / f"{name}.png", dpi=150)
         finally:
             pyplot.close(figure)
     return for_page(page.getvalue(), label)
+
+
+def _write(figure: Any, path: Path, **how: Any) -> None:
+    """The figure in the place of `path`'s content, or that left as it was; `InputError` when the disk is full."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}{TEMPORARY}")
+    with saving(path):
+        try:
+            with temporary.open("wb") as file:
+                figure.savefig(file, format=path.suffix[1:], facecolor="white", **how)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def for_page(svg: str, label: str) -> str:
