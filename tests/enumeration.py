@@ -1,4 +1,7 @@
-"""Known sources over V^L, and networks as small: everything about them is a sum over a float64 table."""
+"""Known sources over V^L, and networks as small: everything about them is a sum over a float64 table.
+
+Besides, what decoders and chains are compared with: the any-order reading, and reverse steps in closed form.
+"""
 
 from __future__ import annotations
 
@@ -99,3 +102,43 @@ def masked_nats(model: LanguageModel, x0: Tensor, where: Tensor, infill: bool) -
     states, _ = model(x0, canvas, Infill()) if infill else model(canvas, canvas, AnyOrder())
     nats = model.nll(states, where, x0, "fused" if infill else model.denoiser)
     return nats.view(len(x0), -1).sum(-1).detach()
+
+
+def denoiser_of(model: LanguageModel) -> Callable[[Tensor, Tensor], Tensor]:
+    """The eq. 5 reading of a model: `(x_t, where) -> log q(x0_i | x_t)` at the positions in `where`, row-major."""
+
+    def denoise(x_t: Int[Tensor, "B L"], where: Bool[Tensor, "B L"]) -> Float[Tensor, "N V"]:
+        states, _ = model(x_t, x_t, AnyOrder())
+        return model.log_probs(states, where, model.denoiser)
+
+    return denoise
+
+
+def absorbing_posterior(
+    q0: Float[Tensor, "*N V"], is_masked: Bool[Tensor, "*N"], x_t: Int[Tensor, "*N"], masked_s: float, masked_t: float
+) -> Float[Tensor, "*N W"]:
+    """p(x_s | x_t) over the V tokens and `[M]` (W = V + 1), for s < t, with q0 = p(x0_i | x_t).
+
+    An unmasked token stays; a masked one stays masked with probability lambda_s / lambda_t, else is drawn from q0.
+    """
+    stay = masked_s / masked_t
+    reveal = torch.cat([(1 - stay) * q0, torch.full_like(q0[..., :1], stay)], -1)
+    keep = torch.nn.functional.one_hot(x_t, reveal.shape[-1]).to(reveal)
+    return torch.where(is_masked[..., None], reveal, keep)
+
+
+def uniform_posterior(
+    q0: Float[Tensor, "*N V"], x_t: Int[Tensor, "*N"], noised_s: float, noised_t: float
+) -> Float[Tensor, "*N V"]:
+    """p(x_s | x_t) for the uniform process, s < t, with q0 = p(x0_i | x_t), averaged over x0.
+
+    q(x_s | x_t, x0) is q(x_t | x_s) q(x_s | x0) / q(x_t | x0) (Austin et al. 2021, eq. 3).
+    """
+    size = q0.shape[-1]
+    kept_s, kept_t = 1 - noised_s, 1 - noised_t
+    step = kept_t / kept_s
+    at = torch.nn.functional.one_hot(x_t, size).to(q0)
+    likelihood = step * at + (1 - step) / size  # q(x_t | x_s) for each x_s
+    evidence = kept_t * at + (1 - kept_t) / size  # q(x_t | x0) for each x0
+    weight = q0 / evidence
+    return likelihood * (kept_s * weight + (1 - kept_s) / size * weight.sum(-1, keepdim=True))

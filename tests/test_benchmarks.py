@@ -318,7 +318,7 @@ def figures():
 
 
 def test_ratios_are_told_under_the_keys_of_the_goals():
-    told = ratios(figures(), 1.0, "prose")
+    told = ratios(figures(), "prose")
     assert {key: each.value for key, each in told.items()} == {
         "ar_vs_transformers": pytest.approx(3.0),
         "bandwidth_share": 0.6,
@@ -328,7 +328,7 @@ def test_ratios_are_told_under_the_keys_of_the_goals():
         "caddf_vs_radd": pytest.approx(30.0),  # over 512 steps; the 300 tokens/s have a worse PPL
     }
     assert told["ar_vs_transformers"].quartiles == (pytest.approx(3.0), pytest.approx(3.0))
-    assert "speculative_vs_ar_code" in ratios(figures(), 0.0, "code")
+    assert "speculative_vs_ar_code" in ratios(figures(), "code")
 
 
 def test_ratios_that_quality_forbids_are_not_told_but_explained():
@@ -336,12 +336,12 @@ def test_ratios_that_quality_forbids_are_not_told_but_explained():
     for each in rows:
         if each["method"].startswith("caddf"):
             each |= {"target_ppl": 50.0, "entropy": 3.0}
-    told = ratios(rows, 1.0, "prose")
+    told = ratios(rows, "prose")
     assert told["tokens_per_round"].value is None and "above 1.03" in told["tokens_per_round"].of
     assert told["caddf_vs_radd"].value is None and "as good as" in told["caddf_vs_radd"].of
     for each in rows:
         each |= {"entropy": None, "generative_ppl": None, "target_ppl": None}
-    told = ratios(rows, 1.0, "prose")
+    told = ratios(rows, "prose")
     assert "random weights" in told["tokens_per_round"].of and "speculative_vs_ar" not in told
     assert "without a judge" in told["caddf_vs_radd"].of
 

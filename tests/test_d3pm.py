@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from enumeration import entropy, exact_denoiser, masks, random_denoiser, random_source, sequences
+from enumeration import entropy, exact_denoiser, masks, random_denoiser, random_source, sequences, uniform_posterior
 from torch import Tensor
 
 from caddf.categorical import RowGenerators, Warp
@@ -20,7 +20,6 @@ from caddf.decoding.task import Task
 from caddf.errors import InputError
 from caddf.evaluation import diffusion_bound
 from caddf.evaluation.d3pm import CHAINS, Absorbing, Uniform, d3pm_bound
-from caddf.forward_process import uniform_posterior
 from caddf.interface import AnyOrder, as_model
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from catalogue import hear
+from enumeration import absorbing_posterior, denoiser_of
 from torch import Tensor
 
 from caddf.categorical import RowGenerators, Warp
@@ -22,8 +23,7 @@ from caddf.decoding import (
     Task,
 )
 from caddf.errors import InputError
-from caddf.forward_process import absorbing_posterior
-from caddf.interface import Block, Infill, as_model, denoiser_of
+from caddf.interface import Block, Infill, as_model
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.schedules import SCHEDULES

@@ -4,14 +4,13 @@ import itertools
 
 import pytest
 import torch
+from enumeration import absorbing_posterior, uniform_posterior
 from torch import Tensor
 
 from caddf.forward_process import (
-    absorbing_posterior,
     mask_exactly,
     mask_tokens,
     resample_tokens,
-    uniform_posterior,
 )
 
 V = 3

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from enumeration import denoiser_of
 
 from caddf import InputError, TextModel, generate, score
 from caddf.experiment import METHODS, ModelSettings, network_of
-from caddf.interface import denoiser_of
 from caddf.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval")

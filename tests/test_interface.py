@@ -3,10 +3,11 @@
 import pytest
 import torch
 from catalogue import Joint
+from enumeration import denoiser_of
 from torch import Tensor
 
 from caddf.errors import InputError
-from caddf.interface import AnyOrder, Block, Infill, as_model, denoiser_of
+from caddf.interface import AnyOrder, Block, Infill, as_model
 
 V, L = 3, 4
 JOINT = Joint.random(V, L)

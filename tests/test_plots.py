@@ -1,5 +1,6 @@
 """Curves: they show the numbers they are given, as files and as part of a page."""
 
+import errno
 import math
 import re
 from xml.etree import ElementTree
@@ -7,6 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 from caddf import plots
+from caddf.benchmarks.acceptance import draw_by_offset, draw_by_step, draw_by_temperature
+from caddf.errors import InputError
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 
@@ -60,13 +63,13 @@ def test_bounds_at_steps_are_in_order_whatever_the_errors(axes):
 
 
 def test_acceptance_is_of_the_last_step_but_against_steps(axes):
-    plots.draw_by_offset(axes, ACCEPTANCE)
+    draw_by_offset(axes, ACCEPTANCE)
     assert points(axes) == [[(1, 0.8), (2, 0.5)]] * 4
     axes.cla()
-    plots.draw_by_temperature(axes, ACCEPTANCE)
+    draw_by_temperature(axes, ACCEPTANCE)
     assert points(axes) == [[(0.5, 2.5), (1.0, 3.0)]] * 2
     axes.cla()
-    plots.draw_by_step(axes, ACCEPTANCE)
+    draw_by_step(axes, ACCEPTANCE)
     assert points(axes) == [[(10, 2.0), (20, 3.0)], [(10, 1.5), (20, 2.5)]] * 2
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels[0] == "m, causal, temperature 1" and len(set(labels)) == 4
@@ -78,15 +81,31 @@ def test_losses_and_validation_are_told_apart(axes):
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["run, loss", "run, validation"]
 
 
-def test_a_drawing_is_kept_as_png_and_svg_and_is_the_same_each_time(tmp_path):
-    def draw(axes):
-        plots.draw_losses(axes, RUNS)
+def draw(axes):
+    plots.draw_losses(axes, RUNS)
 
+
+def test_a_drawing_is_kept_as_png_and_svg_and_is_the_same_each_time(tmp_path):
     first = plots.saved(draw, tmp_path, "losses", "one")
     assert (tmp_path / "losses.png").read_bytes()[:4] == b"\x89PNG"
     ElementTree.fromstring((tmp_path / "losses.svg").read_text())
     assert plots.saved(draw, None, "losses", "one") == first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["losses.png", "losses.svg"]
+
+
+def test_a_drawing_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    def full(figure, file, format, **how):
+        written(figure, file, format=format, **how)
+        if format == "png":
+            raise OSError(errno.ENOSPC, "full")
+
+    plots.saved(draw, tmp_path, "losses", "one")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    written = pyplot.Figure.savefig
+    monkeypatch.setattr(pyplot.Figure, "savefig", full)
+    with pytest.raises(InputError, match=r"losses\.png"):
+        plots.saved(draw, tmp_path, "losses", "one")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_on_a_page_ink_is_the_pages_and_names_are_its_own():

@@ -151,15 +151,15 @@ VERBS = {
     "export": Verb(
         "MODEL --out FOLDER [OPTIONS]",
         "a model folder to be shipped: rounded weights, and a model card",
-        "measuring:export",
+        "showing:export",
     ),
     "samples": Verb(
         "--models RUNS --prompt TEXT [OPTIONS]",
         "text of every method and decoder at equal cost, for the report",
-        "measuring:samples",
+        "showing:samples",
     ),
     "report": Verb(
-        "RESULTS [-o FILE]", "one page: tables, curves, samples and recordings of result files", "measuring:report"
+        "RESULTS [-o FILE]", "one page: tables, curves, samples and recordings of result files", "showing:report"
     ),
     "methods": Verb("[--json]", "what can be trained: objective, likelihood, sampler and source", "describing:methods"),
     "info": Verb("[RUN] [OPTIONS]", "parameters, floating-point operations and memory of a model", "describing:info"),

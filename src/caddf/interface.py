@@ -297,20 +297,6 @@ class Incremental(LanguageModel, Protocol):
         """
 
 
-Denoiser = Callable[[Int[Tensor, "B L"], Bool[Tensor, "B L"]], Float[Tensor, "N V"]]
-"""`(x_t, where) -> log q(. | x_t)` at the positions in `where`, row-major: all that an any-order decoder needs."""
-
-
-def denoiser_of(model: LanguageModel) -> Denoiser:
-    """The eq. 5 reading of a model: log q(x0_i | x_t) at the positions that are read."""
-
-    def denoise(x_t: Int[Tensor, "B L"], where: Bool[Tensor, "B L"]) -> Float[Tensor, "N V"]:
-        states, _ = model(x_t, x_t, AnyOrder())
-        return model.log_probs(states, where, model.denoiser)
-
-    return denoise
-
-
 @dataclass(frozen=True)
 class _Readings:
     prefix: Int[Tensor, "B L"]

@@ -1,4 +1,4 @@
-"""Curves from result files: perplexity against l* and steps, acceptance, speed against quality, costs, losses.
+"""Curves from result files: perplexity against l* and steps, and losses; those of benchmarks lie in their modules.
 
 Every `draw_*` puts the numbers of result files on axes, and knows nothing of where they are shown; `saved` writes a
 drawing as PNG and SVG, and returns it as SVG for a page, whose ink is the page's own (`currentColor`).
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from caddf.checkpoint import TEMPORARY, saving
 
 Draw = Callable[[Any], None]
 Rows = Sequence[dict[str, Any]]
@@ -61,11 +64,25 @@ def saved(draw: Draw, folder: Path | None, name: str, label: str) -> str:
             page = io.StringIO()
             figure.savefig(page, format="svg", facecolor="none", metadata={"Date": None})
             if folder is not None:
-                figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
-                figure.savefig(folder / f"{name}.png", facecolor="white", dpi=150)
+                _write(figure, folder / f"{name}.svg", metadata={"Date": None})
+                _write(figure, folder / f"{name}.png", dpi=150)
         finally:
             pyplot.close(figure)
     return for_page(page.getvalue(), label)
+
+
+def _write(figure: Any, path: Path, **how: Any) -> None:
+    """The figure in the place of `path`'s content, or that left as it was; `InputError` when the disk is full."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}{TEMPORARY}")
+    with saving(path):
+        try:
+            with temporary.open("wb") as file:
+                figure.savefig(file, format=path.suffix[1:], facecolor="white", **how)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def for_page(svg: str, label: str) -> str:
@@ -106,7 +123,7 @@ def draw_hybrid(axes: Any, evaluations: Mapping[str, Mapping[str, Any]]) -> None
         if "block" in likelihoods:
             axes.axhline(likelihoods["block"]["ppl"], color=colour, ls=":", lw=1.2)
     axes.set(xlabel="l*: 0 is diffusion alone", ylabel="PPL (upper bound ± standard error)", yscale="log")
-    _finish(axes, axes.yaxis)
+    finish(axes, axes.yaxis)
 
 
 def draw_nfe(axes: Any, evaluations: Mapping[str, Mapping[str, Any]]) -> None:
@@ -121,63 +138,14 @@ def draw_nfe(axes: Any, evaluations: Mapping[str, Mapping[str, Any]]) -> None:
         if "diffusion" in likelihoods:
             axes.axhline(likelihoods["diffusion"]["ppl"], color=colour, ls="--", lw=1.2)
     axes.set(xlabel="steps (NFE)", ylabel="PPL (upper bound ± standard error)", xscale="log", yscale="log")
-    axes.set_xticks(*_labelled({each["steps"] for e in evaluations.values() for each in e["nfe"]}))
+    axes.set_xticks(*labelled({each["steps"] for e in evaluations.values() for each in e["nfe"]}))
     axes.minorticks_off()
-    _finish(axes, axes.yaxis)
+    finish(axes, axes.yaxis)
 
 
 def _errors(points: Rows) -> list[float]:
     """Of perplexities, from those of nats per token (the delta method)."""
     return [each["ppl"] * (each.get("standard_error") or 0.0) for each in points]
-
-
-# Acceptance.
-
-
-def draw_by_offset(axes: Any, rows: Rows) -> None:
-    """Share of drafts accepted against their place in the round, of those reached, at each model's last step."""
-    for row in _last_of(rows):
-        shares, errors = row["by_offset"], row["by_offset_errors"]
-        axes.errorbar(range(1, len(shares) + 1), shares, yerr=errors, marker="o", capsize=3, label=_told(row))
-    axes.set(xlabel="place of the draft in its round", ylabel="share accepted, of those reached", ylim=(0, 1.02))
-    axes.set_xticks(*_labelled(range(1, max(len(row["by_offset"]) for row in rows) + 1)))
-    _finish(axes)
-
-
-def draw_by_temperature(axes: Any, rows: Rows) -> None:
-    """Tokens per round against temperature, at each model's last step."""
-    _draw_tokens(axes, _last_of(rows), "temperature", "temperature")
-
-
-def draw_by_step(axes: Any, rows: Rows) -> None:
-    """Tokens per round against the training step."""
-    _draw_tokens(axes, rows, "step", "training step")
-
-
-def _last_of(rows: Rows) -> Rows:
-    last = {row["model"]: max(each["step"] or 0 for each in rows if each["model"] == row["model"]) for row in rows}
-    return [row for row in rows if (row["step"] or 0) == last[row["model"]]]
-
-
-def _draw_tokens(axes: Any, rows: Rows, key: str, said: str) -> None:
-    """A line for what else tells the rows apart."""
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(_told({**row, key: None}), []).append(row)
-    for name, line in lines.items():
-        line.sort(key=lambda row: row[key])
-        xs, ys, errors = ([row[each] for row in line] for each in (key, "tokens_per_round", "standard_error"))
-        axes.errorbar(xs, ys, yerr=None if None in errors else errors, marker="o", capsize=3, label=name)
-    axes.set(xlabel=said, ylabel="tokens per round ± standard error")
-    axes.locator_params(axis="x", integer=key == "step")
-    _finish(axes)
-
-
-def _told(row: Mapping[str, Any]) -> str:
-    """What tells a row of acceptances from others."""
-    said = [str(row[name]) for name in ("model", "target") if row.get(name) is not None]
-    numbers = {"block_size": "k", "temperature": "temperature", "step": "step"}
-    return ", ".join(said + [f"{short} {row[name]:g}" for name, short in numbers.items() if row.get(name) is not None])
 
 
 # Training.
@@ -193,13 +161,13 @@ def draw_losses(axes: Any, runs: Mapping[str, Rows]) -> None:
             if values:
                 axes.plot(steps, values, color=colour, label=f"{name}, {key}", **look)
     axes.set(xlabel="step", ylabel="nats per token", yscale="log")
-    _finish(axes, axes.yaxis)
+    finish(axes, axes.yaxis)
 
 
 # Parts of all drawings.
 
 
-def _finish(axes: Any, logarithmic: Any = None) -> None:
+def finish(axes: Any, logarithmic: Any = None) -> None:
     """Grid, legend, and plain numbers on a logarithmic axis."""
     if logarithmic is not None:
         _plain(logarithmic)
@@ -225,7 +193,7 @@ def _plain(axis: Any) -> None:
     axis.set_minor_locator(ticker.NullLocator())
 
 
-def _labelled(values: Iterable[int]) -> tuple[list[int], list[str]]:
+def labelled(values: Iterable[int]) -> tuple[list[int], list[str]]:
     """Ticks at these numbers, and their labels."""
     ticks = sorted(values)
     return ticks, [str(tick) for tick in ticks]

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from caddf import plots
+from caddf.benchmarks.acceptance import draw_by_offset, draw_by_step, draw_by_temperature
 from caddf.benchmarks.decode import draw as draw_decode
 from caddf.benchmarks.infill import draw as draw_infill
 from caddf.benchmarks.pareto import draw as draw_pareto
@@ -45,9 +46,9 @@ DRAWINGS: dict[str, dict[str, tuple[str, Callable[..., None]]]] = {
     "scaling": {"scaling": ("Cost of a round against the context", draw_scaling)},
     "steps": {"steps": ("Perplexity against denoising steps", draw_steps)},
     "acceptance": {
-        "acceptance": ("Share of drafts accepted against their place", plots.draw_by_offset),
-        "acceptance-temperature": ("Tokens per round against temperature", plots.draw_by_temperature),
-        "acceptance-step": ("Tokens per round against the training step", plots.draw_by_step),
+        "acceptance": ("Share of drafts accepted against their place", draw_by_offset),
+        "acceptance-temperature": ("Tokens per round against temperature", draw_by_temperature),
+        "acceptance-step": ("Tokens per round against the training step", draw_by_step),
     },
     "infill": {"infill": ("Perplexity of a span against its length", draw_infill)},
     "train": {"train": ("Tokens per second of a training step", draw_train)},

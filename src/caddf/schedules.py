@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -147,6 +148,7 @@ class Cosine(Schedule):
         return 4 / math.pi * torch.asin(torch.sqrt(masked / 2))
 
 
-SCHEDULES: dict[str, type[Schedule]] = {"loglinear": LogLinear, "geometric": Geometric, "cosine": Cosine}
+ScheduleName = Literal["loglinear", "geometric", "cosine"]
+SCHEDULES: dict[ScheduleName, type[Schedule]] = {"loglinear": LogLinear, "geometric": Geometric, "cosine": Cosine}
 LOG_LINEAR = LogLinear()
 """The schedule of a bound that is given none."""

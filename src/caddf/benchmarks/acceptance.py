@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -20,7 +20,7 @@ from caddf.categorical import Warp
 from caddf.data import TokenSet
 from caddf.errors import Checked, InputError
 from caddf.evaluation.acceptance import Verifier, acceptance
-from caddf.plots import draw_by_offset
+from caddf.plots import Rows, finish, labelled
 from caddf.text_model import DType, check_seed, load, model_folder
 from caddf.tokenizer import Tokenizer
 
@@ -142,3 +142,52 @@ def cells(row: dict[str, Any]) -> list[str]:
         within(row["tokens_per_round"], row["standard_error"]),
         " ".join(f"{share:.2f}" for share in row["by_offset"]),
     ]
+
+
+# Drawings.
+
+
+def draw_by_offset(axes: Any, rows: Rows) -> None:
+    """Share of drafts accepted against their place in the round, of those reached, at each model's last step."""
+    for row in _last_of(rows):
+        shares, errors = row["by_offset"], row["by_offset_errors"]
+        axes.errorbar(range(1, len(shares) + 1), shares, yerr=errors, marker="o", capsize=3, label=_told(row))
+    axes.set(xlabel="place of the draft in its round", ylabel="share accepted, of those reached", ylim=(0, 1.02))
+    axes.set_xticks(*labelled(range(1, max(len(row["by_offset"]) for row in rows) + 1)))
+    finish(axes)
+
+
+def draw_by_temperature(axes: Any, rows: Rows) -> None:
+    """Tokens per round against temperature, at each model's last step."""
+    _draw_tokens(axes, _last_of(rows), "temperature", "temperature")
+
+
+def draw_by_step(axes: Any, rows: Rows) -> None:
+    """Tokens per round against the training step."""
+    _draw_tokens(axes, rows, "step", "training step")
+
+
+def _last_of(rows: Rows) -> Rows:
+    last = {row["model"]: max(each["step"] or 0 for each in rows if each["model"] == row["model"]) for row in rows}
+    return [row for row in rows if (row["step"] or 0) == last[row["model"]]]
+
+
+def _draw_tokens(axes: Any, rows: Rows, key: str, said: str) -> None:
+    """A line for what else tells the rows apart."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(_told({**row, key: None}), []).append(row)
+    for name, line in lines.items():
+        line.sort(key=lambda row: row[key])
+        xs, ys, errors = ([row[each] for row in line] for each in (key, "tokens_per_round", "standard_error"))
+        axes.errorbar(xs, ys, yerr=None if None in errors else errors, marker="o", capsize=3, label=name)
+    axes.set(xlabel=said, ylabel="tokens per round ± standard error")
+    axes.locator_params(axis="x", integer=key == "step")
+    finish(axes)
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    """What tells a row of acceptances from others."""
+    said = [str(row[name]) for name in ("model", "target") if row.get(name) is not None]
+    numbers = {"block_size": "k", "temperature": "temperature", "step": "step"}
+    return ", ".join(said + [f"{short} {row[name]:g}" for name, short in numbers.items() if row.get(name) is not None])

@@ -102,7 +102,7 @@ def decode(settings: DecodeSettings, console: Console) -> Results:
     folder = Path(settings.out or f"results/decode-{'trained' if settings.models else settings.size}")
     results = Results.open("decode", folder, plain(given), free=("repeats", "domain", "memory"))
     contest(results, rows, roster, given, console)
-    put(results.values, ratios(results.values["rows"], settings.temperature, settings.domain))
+    put(results.values, ratios(results.values["rows"], settings.domain))
     results.write(about(results.values), COLUMNS, cells, partial(draw, rows=results.values["rows"]))
     return results
 
@@ -177,7 +177,7 @@ def family(row: dict[str, Any]) -> str:
 # Ratios.
 
 
-def ratios(rows: Sequence[dict[str, Any]], temperature: float, domain: str) -> dict[str, Told]:
+def ratios(rows: Sequence[dict[str, Any]], domain: str) -> dict[str, Told]:
     """What these rows tell of the goals, by key, at the first of the batches.
 
     Speeds are compared within each round. Rows of different quality are compared only where the faster is no worse.

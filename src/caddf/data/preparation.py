@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,41 @@ def prepare(
     Raises `InputError` before any long work where settings or input are bad, and leaves nothing behind on any error.
     `overwrite` replaces a token set, never another folder.
     """
-    out = Path(out)
+    out, report = Path(out), progress or (lambda stage, documents: None)
+    _check_folder(out, overwrite)
+    specs = _requested(input, {"train": train, "validation": validation, "test": test}, tokenizer, data_root)
+    if seed < 0:
+        raise InputError(f"seed is {seed}; it must be 0 or more")
+    if isinstance(tokenizer, str) and bpe_size(tokenizer) is None:
+        tokenizer = Tokenizer.build(tokenizer)
+    source = partial(Source, column=column, streaming=streaming, max_documents=max_documents, data_root=data_root)
+    splits = _documents(specs, source, seed, report)
+    try:
+        with atomic_folder(out, replace=overwrite) as folder:
+            _write(folder, splits, tokenizer, {"seed": seed, "column": column}, report)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
+    return TokenSet.open(out)
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    """Raises `InputError` where `out` is there already, unless it is a token set that may be overwritten."""
     if out.exists() and not (out / MANIFEST).is_file():
         raise InputError(f"out is {out}, which exists and is no token set; give another folder")
     if out.exists() and not overwrite:
         raise InputError(f"out is {out}, which exists; give a new folder, or --overwrite to replace it")
-    given = {"train": train, "validation": validation, "test": test}
+
+
+def _requested(
+    input: str | Path | None,
+    given: Mapping[str, str | Path | None],
+    tokenizer: str | Tokenizer,
+    data_root: str | Path | None,
+) -> str | dict[str, str]:
+    """The spec of the text that is to be split, or that of each split.
+
+    Raises `InputError` where there is neither or both, and where `tokenizer` is made from documents that are not given.
+    """
     if input is not None and any(given.values()):
         raise InputError("input is given together with train, validation or test; input alone is split")
     known = None if input is None else named(str(input), "train", data_root)
@@ -67,63 +97,42 @@ def prepare(
         input = None
         if not given:
             raise InputError(f"{known.name} has no files in {data_root}; docs/evaluation.md says what they are called")
-    specs = {name: str(spec) for name, spec in given.items() if spec is not None}
     trained = isinstance(tokenizer, str) and bpe_size(tokenizer) is not None
-    if input is None and not specs:
+    if input is not None:
+        return str(input)
+    specs = {name: str(spec) for name, spec in given.items() if spec is not None}
+    if not specs:
         raise InputError("no text is given; give input (stdlib needs no files), or train, validation and test")
-    if input is None and "train" not in specs and trained:
+    if trained and "train" not in specs:
         raise InputError(
             f"tokenizer is {tokenizer}, which is made from training documents; there are only those of "
             f"{', '.join(specs)}: give some, or a ready-made tokenizer (another token set's folder, gpt2, bytes)"
         )
-    if seed < 0:
-        raise InputError(f"seed is {seed}; it must be 0 or more")
-    if isinstance(tokenizer, str) and not trained:
-        tokenizer = Tokenizer.build(tokenizer)
+    return specs
 
-    def source(spec: str | Path, split: str) -> Source:
-        return Source(str(spec), column, split, streaming, max_documents, data_root=data_root)
 
-    report = progress or (lambda stage, documents: None)
-    splits: dict[str, Iterable[str]]
-    if input is not None:
-        splits = dict(_split(source(input, "train"), seed, report))
-        places = dict.fromkeys(SPLITS, source(input, "train").place)
-    else:
-        splits = {name: source(spec, name) for name, spec in specs.items()}
-        places = {name: source(spec, name).place for name, spec in specs.items()}
-        for documents in splits.values():
-            _count(documents, report)
+@dataclass(frozen=True)
+class _Documents:
+    """Those of a split, read anew whenever they are iterated, and where they are from."""
 
-    try:
-        with atomic_folder(out, replace=overwrite) as partial:
-            if isinstance(tokenizer, str):
-                tokenizer = Tokenizer.build(tokenizer, _watched(splits["train"], "training the tokenizer", report))
-            tokenizer.save(partial)
-            dtype = "<u2" if tokenizer.vocab_size < 2**16 else "<u4"
-            manifest: dict[str, Any] = {
-                "format": FORMAT,
-                "version": VERSION,
-                "created_by": f"caddf {installed_version()}",
-                "tokenizer": {
-                    "name": tokenizer.name,
-                    "fingerprint": tokenizer.fingerprint,
-                    "vocab_size": tokenizer.vocab_size,
-                    "eos_id": tokenizer.eos_id,
-                },
-                "dtype": dtype,
-                "seed": seed,
-                "column": column,
-                "splits": {},
-            }
-            for name, documents in splits.items():
-                watched = _watched(documents, f"tokenising {name}", report)
-                counts = _write(tokens_path(partial, name), watched, tokenizer, dtype)
-                manifest["splits"][name] = {"source": places[name], **counts}
-            write_json_atomic(partial / MANIFEST, manifest)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
-    return TokenSet.open(out)
+    texts: Iterable[str]
+    place: str
+
+
+def _documents(
+    specs: str | dict[str, str], source: Callable[..., Source], seed: int, report: Progress
+) -> dict[str, _Documents]:
+    """The documents of each split, all of which have been read once; raises `InputError` where one cannot be."""
+    if isinstance(specs, str):
+        whole = source(specs)
+        texts = dict(_split(whole, seed, report))
+        place = whole.place
+        return {name: _Documents(some, place) for name, some in texts.items()}
+    sources = {name: source(spec, split=name) for name, spec in specs.items()}
+    splits = {name: _Documents(each, each.place) for name, each in sources.items()}
+    for each in sources.values():
+        _count(each, report)
+    return splits
 
 
 def _split(source: Source, seed: int, report: Progress) -> Iterator[tuple[str, Iterable[str]]]:
@@ -166,7 +175,42 @@ def _watched(documents: Iterable[str], stage: str, report: Progress, every: int 
         yield text
 
 
-def _write(path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: str, batch: int = 256) -> dict[str, Any]:
+def _write(
+    folder: Path,
+    splits: Mapping[str, _Documents],
+    tokenizer: str | Tokenizer,
+    settings: Mapping[str, Any],
+    report: Progress,
+) -> None:
+    """The tokenizer, trained if it must be, the tokens of each split, and the manifest with `settings` among others."""
+    if isinstance(tokenizer, str):
+        tokenizer = Tokenizer.build(tokenizer, _watched(splits["train"].texts, "training the tokenizer", report))
+    tokenizer.save(folder)
+    dtype = "<u2" if tokenizer.vocab_size < 2**16 else "<u4"
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "created_by": f"caddf {installed_version()}",
+        "tokenizer": {
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+        },
+        "dtype": dtype,
+        **settings,
+        "splits": {},
+    }
+    for name, documents in splits.items():
+        watched = _watched(documents.texts, f"tokenising {name}", report)
+        counts = _write_tokens(tokens_path(folder, name), watched, tokenizer, dtype)
+        manifest["splits"][name] = {"source": documents.place, **counts}
+    write_json_atomic(folder / MANIFEST, manifest)
+
+
+def _write_tokens(
+    path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: str, batch: int = 256
+) -> dict[str, Any]:
     """Writes the tokens, EOS after every document; returns the manifest's counts."""
     tokens = count = size = 0
     digest = hashlib.sha256()

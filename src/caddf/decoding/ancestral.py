@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from caddf.decoding.task import Counts, Frame, Task, fill, full_pass
 from caddf.errors import Checked, InputError
 from caddf.interface import LanguageModel
-from caddf.schedules import SCHEDULES
+from caddf.schedules import SCHEDULES, ScheduleName
 
 
 def masking_times(task: Task) -> Float[Tensor, "B L"]:
@@ -35,7 +34,7 @@ class Ancestral(Checked):
     """
 
     steps: int = 64
-    schedule: Literal["loglinear", "geometric", "cosine"] = "loglinear"
+    schedule: ScheduleName = "loglinear"
     until: float = 0.0
     cache: bool = True
 

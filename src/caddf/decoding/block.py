@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +15,7 @@ from caddf.decoding.plan import first_open
 from caddf.decoding.task import Counts, Frame, Task, draw, evaluate, full_pass
 from caddf.errors import Checked, InputError
 from caddf.interface import Block, BlockReader, LanguageModel
-from caddf.schedules import SCHEDULES
+from caddf.schedules import SCHEDULES, ScheduleName
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SemiAutoregressive(Checked):
     """
 
     steps: int | None = None
-    schedule: Literal["loglinear", "geometric", "cosine"] = "loglinear"
+    schedule: ScheduleName = "loglinear"
     block_size: int | None = None
     cache: bool = True
 

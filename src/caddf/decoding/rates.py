@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +15,7 @@ from caddf.concrete_score import Process, ScoreModel, Step, Uniform, log_scores,
 from caddf.decoding.task import Counts, Frame, Task, denoise, draw, evaluate, full_pass
 from caddf.errors import Checked, InputError
 from caddf.interface import AnyOrder, LanguageModel
-from caddf.schedules import SCHEDULES, Schedule
+from caddf.schedules import SCHEDULES, Schedule, ScheduleName
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Rates(Checked):
     """
 
     steps: int = 64
-    schedule: Literal["loglinear", "geometric", "cosine"] = "loglinear"
+    schedule: ScheduleName = "loglinear"
     end: float = 1e-5
     cache: bool = True
 

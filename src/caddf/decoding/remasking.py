@@ -15,7 +15,7 @@ from caddf.decoding.ancestral import masking_times
 from caddf.decoding.task import Counts, Frame, Task, denoise, draw, full_pass
 from caddf.errors import Checked, InputError
 from caddf.interface import LanguageModel
-from caddf.schedules import SCHEDULES
+from caddf.schedules import SCHEDULES, ScheduleName
 
 CAPS: dict[str, Callable[[float, float], float]] = {
     "cap": lambda eta, largest: min(eta, largest),
@@ -53,7 +53,7 @@ class Remasking(Checked):
     """
 
     steps: int = 64
-    schedule: Literal["loglinear", "geometric", "cosine"] = "loglinear"
+    schedule: ScheduleName = "loglinear"
     remask: Literal["cap", "rescale"] = "cap"
     eta: float = 0.04
     start: float = 1.0

@@ -9,10 +9,9 @@ from caddf.errors import Checked
 from caddf.objectives.any_order import AnyOrderLoss
 from caddf.objectives.dce import Denoising, LambdaDCE, TimeDCE
 from caddf.objectives.loss import Times
-from caddf.schedules import SCHEDULES
+from caddf.schedules import SCHEDULES, ScheduleName
 
 Form = Literal["lambda-dce", "t-dce", "ao"]
-ScheduleName = Literal["loglinear", "geometric", "cosine"]
 
 
 def denoising(form: Form, schedule: ScheduleName, times: Times) -> Denoising:

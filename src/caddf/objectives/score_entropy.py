@@ -11,9 +11,8 @@ from torch import Tensor
 from caddf.concrete_score import process_of, score_entropy
 from caddf.errors import Checked, InputError
 from caddf.interface import LanguageModel
-from caddf.objectives.forms import ScheduleName
 from caddf.objectives.loss import Loss, Times, draw_times
-from caddf.schedules import SCHEDULES, LogLinear, Schedule
+from caddf.schedules import SCHEDULES, LogLinear, Schedule, ScheduleName
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from caddf.errors import Checked, InputError
 from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, Block, Infill, LanguageModel, Pattern
 from caddf.objectives.distillation import Distillation, Divergence
-from caddf.objectives.forms import Form, ScheduleName, denoising
+from caddf.objectives.forms import Form, denoising
 from caddf.objectives.heads import Term
 from caddf.objectives.loss import Times, weights_like, whole
 from caddf.objectives.reading import ByReadings, Reading
+from caddf.schedules import ScheduleName
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from types import FrameType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -32,6 +32,8 @@ from caddf.training.config import ResolvedTrainConfig
 from caddf.training.log import RunLog
 from caddf.training.optimizer import build_optimizer, learning_rate_at
 from caddf.training.state import Checkpoints, Progress, TrainingState
+
+T = TypeVar("T")
 
 
 class TrainingError(Failure):
@@ -88,88 +90,188 @@ def train(
     raised, the checkpoints on disk stay whole.
     """
     accelerator = _accelerator(run, config)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if config.rows_per_pass % world:
+    if config.rows_per_pass % accelerator.num_processes:
         raise InputError(
             f"train.batch_size is {config.batch_size} in {config.accumulation} passes; "
-            f"the rows of a pass must be a multiple of the {world} processes"
+            f"the rows of a pass must be a multiple of the {accelerator.num_processes} processes"
         )
     checkpoints = Checkpoints(run / "checkpoints", config.keep)
     if not resume and checkpoints.steps():
         raise InputError(f"{run} holds a run already; resume it, or give another folder")
 
-    if config.precision == "fp64":
-        model.double()
-    one = _Pass(model, objective, _bf16(config, accelerator.device))
-    update = accelerator.prepare(one)
-    update.train()
-    optimizer = build_optimizer(model, config.learning_rate, config.weight_decay, name=config.optimizer)
-    generator = torch.Generator().manual_seed(config.seed + 1_000_003 * rank)  # no process has another seed's noise
-    state = TrainingState(model, optimizer, ema.start(model), _gathered(accelerator, generator), Progress())
+    training = _Training(accelerator, checkpoints, model, objective, batches, config)
     if resume:
-        checkpoints.restore(state)
-        if accelerator.is_main_process:
-            checkpoints.link(state.progress)  # a process that was killed may not have come to that
-        generator.set_state(state.generators[rank].clone())  # set_state ignores the offset of a view
-        if state.progress.step >= config.steps:
-            return _result(checkpoints, state.progress, finished_before=True)
-
-    def save() -> None:
-        state.generators = _gathered(accelerator, generator)
-        if accelerator.is_main_process:
-            checkpoints.save(state, describe, tokenizer_file)
-        accelerator.wait_for_everyone()
-
-    begun = time.monotonic() - state.progress.elapsed
+        training.restore()
+        if training.finished:
+            return training.result(finished_before=True)
     run.mkdir(parents=True, exist_ok=True)
-    log = RunLog(run, accelerator, console or Console(stderr=True), state.progress.step, config.steps)
-    compiled = compiles(config.compile, accelerator.device)
-    recorded = None
-    if compiled and one.readable and accelerator.device.type == "cuda" and world == config.accumulation == 1:
-        recorded = RecordedSteps(one.readings, one.read, list(model.parameters()))
-    with log, compiled_steps(model) if compiled else nullcontext(), _stop_signals() as stop:
+    log = RunLog(run, accelerator, console or Console(stderr=True), training.step, config.steps)
+    with log, compiled_steps(model) if training.compiled else nullcontext(), _stop_signals() as stop:
         if not resume:
-            save()
+            training.save(describe, tokenizer_file)
         stopping = False
-        while state.progress.step < config.steps and not stopping:
-            step = state.progress.step + 1
-            started = time.monotonic()
-            rate = learning_rate_at(step, config.learning_rate, config.steps, config.warmup, config.min_ratio)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
-            position = state.progress.position
-            measured, count, position = _gradient(accelerator, update, recorded, batches, position, generator, config)
-            optimizer.step()
-            optimizer.zero_grad()
-            state.average = ema.updated(state.average, model, step, config.ema)
-            measures = {**_numbers(measured), "tokens": count}  # waits for the device, which has its work by now
-            if not (math.isfinite(measures["loss"]) and math.isfinite(measures["grad_norm"])):
-                raise TrainingError(_not_finite(step, rate, measures, checkpoints.folder(checkpoints.steps()[-1])))
-
-            now = time.monotonic()
-            measures["seconds"] = now - started
-            state.progress = state.progress.after_update(position, measures, now - begun)
-            log.advance(step)
-            if step % config.log_every == 0 or step == config.steps:
-                log.report(_row(state.progress, rate))
-                state.progress = dataclasses.replace(state.progress, recent={})
-            if validate is not None and _due(step, config.evaluate_every, config.steps):
-                nll = _validation(accelerator, state, validate)
-                state.progress = state.progress.after_evaluation(nll)
-                log.write({"step": step, "validation": nll, "tokens": state.progress.tokens})
-                log.say(f"step {step}/{config.steps}  validation {nll:.4f} nats/token")
-            if sample is not None and accelerator.is_main_process and _due(step, config.sample_every, config.steps):
-                with ema.averaged(model, state.average) as smooth, torch.no_grad(), as_it_is():
-                    text = sample(smooth)
-                log.write({"step": step, "sample": text})
-                log.say(f"step {step}/{config.steps}  sample\n{text}")
+        while not (training.finished or stopping):
+            training.update()
+            log.advance(training.step)
+            if training.due(config.log_every):
+                training.report(log)
+            if validate is not None and training.due(config.evaluate_every):
+                training.validate(validate, log)
+            if sample is not None and accelerator.is_main_process and training.due(config.sample_every):
+                training.sample(sample, log)
             stopping = _any(accelerator, stop.requested)
-            if stopping or state.progress.best_step == step or _due(step, config.checkpoint_every, config.steps):
-                save()
-        interrupted = state.progress.step < config.steps
-        if interrupted:
-            log.say(f"stopped after step {state.progress.step}; go on with: caddf train --resume {run}")
-    return _result(checkpoints, state.progress, interrupted=interrupted)
+            if stopping or training.is_best or training.due(config.checkpoint_every):
+                training.save(describe, tokenizer_file)
+        if not training.finished:
+            log.say(f"stopped after step {training.step}; go on with: caddf train --resume {run}")
+    return training.result(interrupted=not training.finished)
+
+
+class _Training:
+    """A model in training: its `state`, what moves it on by an update, and what is told and saved of it."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        checkpoints: Checkpoints,
+        model: nn.Module,
+        objective: Objective,
+        batches: Batches,
+        config: ResolvedTrainConfig,
+    ) -> None:
+        self.accelerator, self.checkpoints, self.batches, self.config = accelerator, checkpoints, batches, config
+        device, alone = accelerator.device, accelerator.num_processes == 1
+        if config.precision == "fp64":
+            model.double()
+        one = _Pass(model, objective, _bf16(config, device))
+        self.passes = accelerator.prepare(one)
+        self.passes.train()
+        self.compiled = compiles(config.compile, device)
+        self.recorded: RecordedSteps | None = None
+        if self.compiled and one.readable and device.type == "cuda" and alone and config.accumulation == 1:
+            self.recorded = RecordedSteps(one.readings, one.read, list(model.parameters()))
+        optimizer = build_optimizer(model, config.learning_rate, config.weight_decay, name=config.optimizer)
+        own_seed = config.seed + 1_000_003 * accelerator.process_index  # no process has another seed's noise
+        self.generator = torch.Generator().manual_seed(own_seed)
+        self.state = TrainingState(model, optimizer, ema.start(model), self._generators(), Progress())
+        self.begun = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        """The last update."""
+        return self.state.progress.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether that was the last of all."""
+        return self.step >= self.config.steps
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the evaluation at this step is the best so far."""
+        return self.state.progress.best_step == self.step
+
+    def due(self, every: int) -> bool:
+        """Whether this is a step for what is done every so many steps, and at the last; 0 is never."""
+        return every > 0 and (self.step % every == 0 or self.finished)
+
+    def restore(self) -> None:
+        """Goes back to the latest checkpoint; raises `InputError` where it cannot be resumed from."""
+        self.checkpoints.restore(self.state)
+        if self.accelerator.is_main_process:
+            self.checkpoints.link(self.state.progress)  # a process that was killed may not have come to that
+        own = self.state.generators[self.accelerator.process_index]
+        self.generator.set_state(own.clone())  # set_state ignores the offset of a view
+        self.begun = time.monotonic() - self.state.progress.elapsed
+
+    def save(self, describe: dict[str, Any], tokenizer_file: Path | None) -> None:
+        """A checkpoint of this step."""
+        self.state.generators = self._generators()
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.state, describe, tokenizer_file)
+        self.accelerator.wait_for_everyone()
+
+    def update(self) -> None:
+        """One more update of the parameters and their average; raises `TrainingError` where it is not finite."""
+        state, step = self.state, self.step + 1
+        started = time.monotonic()
+        rate = self._rate(step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        measured, count, position = self._gradient()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.average = ema.updated(state.average, state.model, step, self.config.ema)
+        measures = {**_numbers(measured), "tokens": count}  # waits for the device, which has its work by now
+        if not (math.isfinite(measures["loss"]) and math.isfinite(measures["grad_norm"])):
+            last = self.checkpoints.folder(self.checkpoints.steps()[-1])
+            raise TrainingError(_not_finite(step, rate, measures, last))
+        now = time.monotonic()
+        measures["seconds"] = now - started
+        state.progress = state.progress.after_update(position, measures, now - self.begun)
+
+    def report(self, log: RunLog) -> None:
+        """A line of metrics: the means since the line before."""
+        log.report(_row(self.state.progress, self._rate(self.step)))
+        self.state.progress = dataclasses.replace(self.state.progress, recent={})
+
+    def validate(self, nats: Callable[[nn.Module], float], log: RunLog) -> None:
+        """`nats` per token of the averaged weights; the mean over the processes, so that all agree on what is best."""
+        nll = fmean(gather_object([self._of_average(nats)]))
+        self.state.progress = self.state.progress.after_evaluation(nll)
+        log.write({"step": self.step, "validation": nll, "tokens": self.state.progress.tokens})
+        log.say(f"step {self.step}/{self.config.steps}  validation {nll:.4f} nats/token")
+
+    def sample(self, draw: Callable[[nn.Module], str], log: RunLog) -> None:
+        """A text that is drawn from the averaged weights."""
+        text = self._of_average(draw)
+        log.write({"step": self.step, "sample": text})
+        log.say(f"step {self.step}/{self.config.steps}  sample\n{text}")
+
+    def result(self, **ended: bool) -> Result:
+        """How it ended."""
+        at = self.state.progress
+        folder = self.checkpoints.folder(at.step)
+        return Result(at.step, folder, at.tokens, at.elapsed, at.best_step, at.best_nll, **ended)
+
+    def _gradient(self) -> tuple[dict[str, Tensor], int, Position]:
+        """The clipped gradient of one update, left in the parameters; what was measured, tokens, and the next position.
+
+        Loss and tokens are those of all processes, the `parts/` this process's.
+        """
+        accelerator, config, position = self.accelerator, self.config, self.state.progress.position
+        losses, parts, count = [], dict[str, list[Tensor]](), 0
+        for i in range(config.accumulation):
+            tokens, position = self.batches.take(position, accelerator.process_index, accelerator.num_processes)
+            tokens = tokens.to(accelerator.device)
+            if self.recorded is None:
+                last = i == config.accumulation - 1
+                with nullcontext() if last else accelerator.no_sync(self.passes):
+                    loss, named = self.passes(tokens, self.generator)
+                    accelerator.backward(loss / config.accumulation)
+            else:
+                loss, named = self.recorded(tokens, self.generator)
+            losses.append(loss.detach())
+            for name, part in named.items():
+                parts.setdefault(name, []).append(part)
+            count += tokens.numel() * accelerator.num_processes
+        norm = accelerator.clip_grad_norm_(self.passes.parameters(), config.clip or math.inf)
+        loss = accelerator.reduce(torch.stack(losses).mean(), "mean")
+        means = {f"parts/{name}": torch.stack(values).mean() for name, values in parts.items()}
+        return {"loss": loss, "grad_norm": norm, **means}, count, position
+
+    def _rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate_at(step, config.learning_rate, config.steps, config.warmup, config.min_ratio)
+
+    def _of_average(self, read: Callable[[nn.Module], T]) -> T:
+        with ema.averaged(self.state.model, self.state.average) as smooth, torch.no_grad(), as_it_is():
+            return read(smooth)
+
+    def _generators(self) -> Tensor:
+        """The states of all processes' generators."""
+        own = self.generator.get_state()[None].to(self.accelerator.device)
+        return self.accelerator.gather(own).cpu()
 
 
 class _Pass(nn.Module):
@@ -200,40 +302,6 @@ class _Pass(nn.Module):
         return loss.total, loss.parts
 
 
-def _gradient(
-    accelerator: Accelerator,
-    update: nn.Module,
-    recorded: RecordedSteps | None,
-    batches: Batches,
-    position: Position,
-    generator: torch.Generator,
-    config: ResolvedTrainConfig,
-) -> tuple[dict[str, Tensor], int, Position]:
-    """The clipped gradient of one update, left in the parameters; what was measured, tokens, and the next position.
-
-    Loss and tokens are those of all processes, the `parts/` this process's.
-    """
-    losses, parts, count = [], dict[str, list[Tensor]](), 0
-    for i in range(config.accumulation):
-        tokens, position = batches.take(position, accelerator.process_index, accelerator.num_processes)
-        tokens = tokens.to(accelerator.device)
-        if recorded is None:
-            last = i == config.accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(update):
-                loss, named = update(tokens, generator)
-                accelerator.backward(loss / config.accumulation)
-        else:
-            loss, named = recorded(tokens, generator)
-        losses.append(loss.detach())
-        for name, part in named.items():
-            parts.setdefault(name, []).append(part)
-        count += tokens.numel() * accelerator.num_processes
-    norm = accelerator.clip_grad_norm_(update.parameters(), config.clip or math.inf)
-    loss = accelerator.reduce(torch.stack(losses).mean(), "mean")
-    means = {f"parts/{name}": torch.stack(values).mean() for name, values in parts.items()}
-    return {"loss": loss, "grad_norm": norm, **means}, count, position
-
-
 def _numbers(measures: dict[str, Tensor]) -> dict[str, float]:
     """What was measured, brought from the device at one go."""
     kind = finest(measures["loss"].device)
@@ -256,34 +324,11 @@ def _row(progress: Progress, rate: float) -> dict[str, Any]:
     }
 
 
-def _validation(accelerator: Accelerator, state: TrainingState, validate: Callable[[nn.Module], float]) -> float:
-    """`validate` on the averaged weights; the mean over the processes, so that all agree on what is best."""
-    with ema.averaged(state.model, state.average) as smooth, torch.no_grad(), as_it_is():
-        nll = validate(smooth)
-    return fmean(gather_object([nll]))
-
-
-def _due(step: int, every: int, steps: int) -> bool:
-    return every > 0 and (step % every == 0 or step == steps)
-
-
 def _not_finite(step: int, rate: float, measures: dict[str, float], last: Path) -> str:
     return (
         f"at step {step} the loss is {measures['loss']:g} and the gradient's norm {measures['grad_norm']:g} "
         f"(learning rate {rate:g}); {last} is intact: try a lower train.learning_rate or train.clip, "
         "a longer train.warmup, or train.precision fp32"
-    )
-
-
-def _result(checkpoints: Checkpoints, progress: Progress, **ended: bool) -> Result:
-    return Result(
-        progress.step,
-        checkpoints.folder(progress.step),
-        progress.tokens,
-        progress.elapsed,
-        progress.best_step,
-        progress.best_nll,
-        **ended,
     )
 
 
@@ -309,10 +354,6 @@ def _bf16(config: ResolvedTrainConfig, device: torch.device) -> bool:
             return torch.cpu._is_avx512_bf16_supported()  # elsewhere torch emulates it, many times slower than float32
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return config.precision == "bf16"
-
-
-def _gathered(accelerator: Accelerator, generator: torch.Generator) -> Tensor:
-    return accelerator.gather(generator.get_state()[None].to(accelerator.device)).cpu()
 
 
 def _any(accelerator: Accelerator, flag: bool) -> bool:
