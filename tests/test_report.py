@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import caddf
+from caddf.benchmarks import acceptance as measured
 from caddf.cli import main
 from caddf.errors import InputError
 from caddf.generation import generate
@@ -427,6 +428,35 @@ def test_acceptance_is_measured_at_each_checkpoint(accepted, tmp_path):
     assert (tmp_path / "a" / "acceptance-temperature.svg").is_file() and not (
         tmp_path / "a" / "acceptance-step.svg"
     ).exists()
+
+
+def test_acceptance_goes_on_where_it_was_interrupted(accepted, runs, tmp_path, monkeypatch, capsys):
+    calls, plain = [], measured.acceptance
+
+    def counted(*given, **settings):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*given, **settings)
+
+    monkeypatch.setattr(measured, "acceptance", counted)
+    where = ("--temperatures", "0,1", "--out", str(tmp_path / "a"))
+    with pytest.raises(AssertionError):  # interrupted
+        accepted(*where)
+    first = json.loads((tmp_path / "a" / "acceptance.json").read_text())["rows"]
+    rows = accepted(*where)
+    assert len(calls) == 5 and rows[:2] == first and len(rows) == 4
+    accepted("--temperatures", "0,1", "--out", str(tmp_path / "b"))
+    written = [json.loads((tmp_path / name / "acceptance.json").read_text())["rows"] for name in "ab"]
+    assert written[0] == written[1]
+
+    for row in first:
+        row["weights"] = "others"
+    values = json.loads((tmp_path / "a" / "acceptance.json").read_text())
+    (tmp_path / "a" / "acceptance.json").write_text(json.dumps({**values, "rows": first}))
+    given = ["--models", str(runs), "--data", str(runs / "set"), "--windows", "3", "--rounds", "2", *where]
+    assert main(["benchmark", "acceptance", *given]) == 2
+    assert "of other weights; give another folder" in capsys.readouterr().err
 
 
 def test_acceptance_refuses_before_it_measures(runs, tmp_path, capsys):

@@ -21,7 +21,7 @@ from caddf.data import TokenSet
 from caddf.errors import Checked, InputError
 from caddf.evaluation.acceptance import Verifier, acceptance
 from caddf.plots import Rows, finish, labelled
-from caddf.text_model import DType, check_seed, load, model_folder
+from caddf.text_model import DType, TextModel, check_seed, fingerprint, load, model_folder
 from caddf.tokenizer import Tokenizer
 
 COLUMNS = {
@@ -80,16 +80,29 @@ def measure_acceptance(settings: AcceptanceSettings, console: Console) -> Result
     runs, data = runs_of(settings.models), TokenSet.open(settings.data)
     for name, run in runs.items():
         check_tokenizer(name, Tokenizer.load(model_folder(run)), data)
-    warps = {temperature: Warp(temperature) for temperature in settings.temperatures}
+    for temperature in settings.temperatures:
+        Warp(temperature)  # raises
     values: dict[str, Any] = {**dataclasses.asdict(settings), "data": data.folder.name, "models": ",".join(runs)}
-    values |= {"temperatures": list(warps), "block_sizes": list(settings.block_sizes)}
+    values |= {"temperatures": list(settings.temperatures), "block_sizes": list(settings.block_sizes)}
     del values["out"]
     results = Results.open("acceptance", settings.out or "results/acceptance", values)
-    rows = results.values["rows"] = []
+    kept, rows = results.values.setdefault("rows", []), []
     for name, run in runs.items():
         for folder in checkpoints(run, settings.checkpoints):
-            rows += _measured(name, folder, data, warps, settings)
+            model = load(folder, device=settings.device, dtype=settings.dtype)
+            weights = fingerprint(model.model)
+            for place in _places(name, folder, model, settings):
+                row = next((row for row in kept if place.items() <= row.items()), None)
+                if row is None:
+                    kept.append(row := {**place, "weights": weights, **_measured(model, data, place, settings)})
+                    results.save()
+                elif row.get("weights") != weights:
+                    raise InputError(
+                        f"out is {results.folder}, whose rows of {name} are of other weights; give another folder"
+                    )
+                rows.append(row)
             console.print(f"{name}, {folder.name}", markup=False)
+    results.values["rows"] = rows
     if not rows:
         raise InputError(f"models is {settings.models}; none of them drafts for a target of its own")
     about = f"{settings.rounds} rounds at each of {settings.windows} windows of {settings.split}."
@@ -104,31 +117,36 @@ def checkpoints(run: str, which: str) -> list[Path]:
     return [folder for folder in every if folder < latest] + [latest]
 
 
-def _measured(
-    name: str, folder: Path, data: TokenSet, warps: dict[float, Warp], settings: AcceptanceSettings
-) -> Iterator[dict[str, Any]]:
-    model = load(folder, device=settings.device, dtype=settings.dtype)
-    windows = data.split(settings.split).spread(model.context, settings.windows).to(model.device)
+def _places(name: str, folder: Path, model: TextModel, settings: AcceptanceSettings) -> Iterator[dict[str, Any]]:
+    """What is measured of a checkpoint: by target, k and temperature."""
     step = folder.name.removeprefix("step-")
     for target in get_args(Verifier):
         if {target, "draft"} - model.model.heads:
             continue
-        for size, (temperature, warp) in product(settings.block_sizes or (model.model.block_size,), warps.items()):
-            noise = torch.Generator().manual_seed(settings.seed)
-            found = acceptance(model.model, windows, target, noise, rounds=settings.rounds, block_size=size, warp=warp)
-            shares, errors = found.by_offset()
-            reached = int(shares.isfinite().sum())  # no round comes to the places behind
+        for size, temperature in product(settings.block_sizes or (model.model.block_size,), settings.temperatures):
             yield {
                 "model": name,
                 "step": int(step) if step.isdecimal() else None,
                 "target": target,
                 "temperature": temperature,
                 "block_size": size,
-                "tokens_per_round": found.tokens.mean().item(),
-                "standard_error": found.tokens.std().item() / len(windows) ** 0.5 if len(windows) > 1 else None,
-                "by_offset": shares[:reached].tolist(),
-                "by_offset_errors": errors[:reached].tolist() if len(windows) > 1 else None,
             }
+
+
+def _measured(model: TextModel, data: TokenSet, place: dict[str, Any], settings: AcceptanceSettings) -> dict[str, Any]:
+    windows = data.split(settings.split).spread(model.context, settings.windows).to(model.device)
+    found = acceptance(
+        model.model, windows, place["target"], torch.Generator().manual_seed(settings.seed), rounds=settings.rounds,
+        block_size=place["block_size"], warp=Warp(place["temperature"]),
+    )  # fmt: skip
+    shares, errors = found.by_offset()
+    reached = int(shares.isfinite().sum())  # no round comes to the places behind
+    return {
+        "tokens_per_round": found.tokens.mean().item(),
+        "standard_error": found.tokens.std().item() / len(windows) ** 0.5 if len(windows) > 1 else None,
+        "by_offset": shares[:reached].tolist(),
+        "by_offset_errors": errors[:reached].tolist() if len(windows) > 1 else None,
+    }
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -16,13 +16,6 @@ from torch import Tensor
 
 from caddf.errors import Checked, InputError, at_least_one
 
-ACCURACY = {
-    "autoregressive": "over all scored positions: is the arg max, given the true tokens before, the token",
-    "diffusion": "over masked positions, averaged over lambda in [0, 1]: is the arg max, given the others, the token",
-    "gaussian": "over all positions, averaged over time: is the arg max, given the noised embeddings, the token",
-}
-"""What "accuracy" means for each family of methods; figures of two families are not comparable."""
-
 
 @dataclass(frozen=True)
 class Protocol(Checked):
