@@ -836,6 +836,7 @@ ROUNDS = {
     "windows used up in a template": (dual, Speculative(block_size=8, drafts=2, renew=1, lookup=1)),
     "unsure drafts of a template": (dual, Speculative(least=0.2)),
     "odd widths of a template": (odd, Speculative()),
+    "fewer than have matched": (dual, Speculative(block_size=2, lookup=2, copies=1)),
 }
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.categorical import Warp
-from caddf.decoding.plan import Plan, first_open, padded, width_of
+from caddf.decoding.plan import Plan, at_places, first_open, padded, width_of
 from caddf.decoding.task import Counts
 from caddf.interface import ONE_TOKEN, Block, BlockReader, Drafting, Head, Incremental, Infill, Round, Rounds
 
@@ -79,7 +79,7 @@ class CachedReader:
         if fused and isinstance(self.plan.pattern, Block):
             state = self._catch_up(state, x, n - 1, rows)
             if not self.plan.sliding:  # the next block starts from the slot behind
-                drafted = _at(x, end[:, None] - 1)[:, 0] != self.plan.task.mask_id
+                drafted = at_places(x, end[:, None] - 1)[:, 0] != self.plan.task.mask_id
                 upto = end + (rows & (end < self.plan.task.lengths) & drafted)
         states, positions, state = self._read(state, x, torch.minimum(state.read, n), upto, rows)
         if fused:
@@ -120,7 +120,7 @@ class CachedReader:
         state = self._catch_up(state, x, start, new)
         self.counts.add(new if self.plan.sliding else new & (n != start), diffusion=1, computed=size)
         places = start[:, None] + torch.arange(size, device=x.device)
-        canvas = torch.where(places < self.plan.task.lengths[:, None], _at(x, places), self.model.mask_id)
+        canvas = torch.where(places < self.plan.task.lengths[:, None], at_places(x, places), self.model.mask_id)
         seen = self._encode(state, canvas, start, Block(size), new, proposing=self.plan.sliding)
         return self._held(state, Window(seen, start, size, n, state.chain), new)
 
@@ -151,7 +151,7 @@ class CachedReader:
         end = torch.where(new, start + size, 0)
         positions = state.clean[:, None] + torch.arange(int((end - state.clean).max()), device=x.device)
         positions = torch.where(positions < end[:, None], positions, slots - 1)
-        canvas = torch.where(positions < self.plan.task.lengths[:, None], _at(x, positions), self.model.mask_id)
+        canvas = torch.where(positions < self.plan.task.lengths[:, None], at_places(x, positions), self.model.mask_id)
         states = model.read_blocks(canvas, positions, Block(size), state.blocks).draft
         self.counts.add(new, diffusion=1, computed=end - state.clean)
         within = (torch.where(new, start - state.clean, 0)[:, None] + torch.arange(size, device=x.device))[..., None]
@@ -365,8 +365,3 @@ def _alike(start: Int[Tensor, " B"], rows: Bool[Tensor, " B"]) -> Int[Tensor, " 
         return start
     shared = start[rows]
     return shared[:1] if bool((shared == shared[0]).all()) else start
-
-
-def _at(x: Int[Tensor, "B T"], positions: Int[Tensor, "B n"]) -> Int[Tensor, "B n"]:
-    """`x` at positions of each row, or at its ends."""
-    return x.gather(1, positions.clamp(0, x.shape[1] - 1))

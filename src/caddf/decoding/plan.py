@@ -114,6 +114,11 @@ def most_rounds(task: Task) -> Iterator[None]:
     raise DecodingError(NO_TOKEN)
 
 
+def at_places(values: Tensor, place: Int[Tensor, "B n"]) -> Tensor:
+    """What stands at places of each row; before the first what the first holds, and beyond the last the last."""
+    return values.gather(1, place.clamp(0, values.shape[1] - 1))
+
+
 def width_of(start: Int[Tensor, " B"], end: Int[Tensor, " B"]) -> int:
     """What the widest row needs."""
     return int((end - start).max())

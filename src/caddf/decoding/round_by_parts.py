@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot, pad
 from caddf.categorical import inverse_cdf
 from caddf.decoding.left_to_right import Reader
 from caddf.decoding.lookup import lookup
-from caddf.decoding.plan import Plan, first_open, width_of
+from caddf.decoding.plan import Plan, at_places, first_open, width_of
 from caddf.decoding.task import Counts, Frame
 from caddf.decoding.verification import at_place, residual, verify
 from caddf.interface import Drafting, LanguageModel
@@ -86,7 +86,7 @@ class RoundByParts:
         looking = rows & (whole > n) & ~copying & how.proposes
         known = torch.where(looking, whole, torch.where(copying, copyable, n))
         place = n[:, None] + torch.arange(width_of(n, known), device=x.device)
-        drafted = (place < known[:, None]) & _at(plan.task.wanted, place)
+        drafted = (place < known[:, None]) & at_places(plan.task.wanted, place)
 
         look = None
         if looking.any():
@@ -124,12 +124,12 @@ class RoundByParts:
         within = torch.minimum(end + 1, drafts.known if self.plan.within else task.lengths)
         shown = torch.where(rows, within, n)
         log_p, state = self.reader.target(state, x, n, shown, rows)
-        p, tokens = task.warp(log_p), _at(x, drafts.place).clamp(max=self.model.vocab_size - 1)
+        p, tokens = task.warp(log_p), at_places(x, drafts.place).clamp(max=self.model.vocab_size - 1)
         first = self.how.size  # of the uniforms that decide
         stands, share = verify(p, drafts.q, tokens, drafts.drafted, end - n, u[:, first : first + count])
         stop = n + stands
 
-        more = (stop < shown) & _at(task.wanted, stop[:, None])[:, 0]
+        more = (stop < shown) & at_places(task.wanted, stop[:, None])[:, 0]
         q_stop = at_place(drafts.q, stands) * (stop < end)[:, None] if count else torch.zeros_like(p[:, 0])
         token = inverse_cdf(residual(share[:, None] * at_place(p, stands), q_stop), u[:, -1])
         drawn = torch.where((at >= n[:, None]) & (at < end[:, None]) & task.wanted, x, task.mask_id)
@@ -159,7 +159,7 @@ class RoundByParts:
         q = torch.zeros(len(x), count, self.model.vocab_size, dtype=torch.float64, device=x.device)
         if look is None:
             return x, q, end
-        given = torch.where(drafting, -1, _at(x, place)) if task.template else None
+        given = torch.where(drafting, -1, at_places(x, place)) if task.template else None
         chained = self.plan.chained
         if chained and count and (drawn := self.reader.chain(look, x, n, u, task.warp, least, given)) is not None:
             tokens, q, sure = drawn
@@ -182,12 +182,6 @@ class RoundByParts:
             x = _put(x, place[:, j : j + step], now, inverse_cdf(q[:, j : j + step], u[:, j : j + step]))
             j += step
         return x, q[:, :count], end
-
-
-def _at(values: Tensor, place: Int[Tensor, "B n"]) -> Tensor:
-    """`values` at the positions `place`; 0 or False beyond the row."""
-    inside = place < values.shape[1]
-    return values.gather(1, place.clamp(max=values.shape[1] - 1)) * inside
 
 
 def _put(
