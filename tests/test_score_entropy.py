@@ -255,10 +255,9 @@ def train(name: str, x0: Tensor, steps: int, layers: int = 1, rate: float = 1e-2
     return before.mean(), after.mean()
 
 
-@pytest.mark.parametrize("name", [name for name in SEDD if name != "sedd-scaled"])  # which the next one trains
-def test_it_overfits_one_batch(name):
+def test_it_overfits_one_batch():
     """One row of one token: what is to be learned is the score's dependence on time. From about L log V = 12.5."""
-    before, after = train(name, torch.full((1, 6), 3), 250)
+    before, after = train("sedd-uniform", torch.full((1, 6), 3), 250)
     assert before > 10 and after < 0.8
 
 
