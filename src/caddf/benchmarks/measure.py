@@ -124,7 +124,9 @@ def fresh(function: Callable[..., T], *given: Any) -> T:
 
     Raises `RuntimeError` with what the process said last, where it ended otherwise than by returning.
     """
-    done = subprocess.run([sys.executable, "-c", CHILD], input=pickle.dumps((function, given)), capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", CHILD], input=pickle.dumps((function, given)), capture_output=True
+    )
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         why = "killed, as happens where memory runs out" if done.returncode == -signal.SIGKILL else "no word"

@@ -69,7 +69,7 @@ class _Children:
             if self.stopped:
                 return False
             child = subprocess.Popen(
-                [sys.executable, "-c", CHILD.format(os.getpid())],
+                [sys.executable, "-P", "-c", CHILD.format(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,
