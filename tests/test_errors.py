@@ -1,6 +1,7 @@
 """Settings and arguments of a wrong type are said, by name, wherever they are given."""
 
 import dataclasses
+import re
 import types
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -62,7 +63,7 @@ def test_every_setting_must_be_what_its_type_says(kind):
         for wrong in WRONG.get(of_what(hint), ()) if needed is not None else ():
             if wrong is None and type(None) in get_args(hint):
                 continue
-            with pytest.raises(InputError, match=f"^{name} is .*; it must be "):
+            with pytest.raises(InputError, match=f"^{re.escape(kind.section)}{name} is .*; it must be "):
                 kind(**{**needed, name: wrong})
             checked += 1
     assert checked or needed is None

@@ -511,7 +511,7 @@ def test_the_average():
         ({"ema": 1.0}, r"train\.ema is 1\.0; it must be in \[0, 1\)"),
         ({"warmup": 9, "steps": 5}, r"train\.warmup is 9; it must be at most train\.steps, 5"),
         ({"batch_size": 5, "accumulation": 2}, r"train\.batch_size is 5; it must be a multiple"),
-        ({"precision": "fp16"}, r"train\.precision is fp16; it must be auto, bf16, fp32 or fp64"),
+        ({"precision": "fp16"}, r"train\.precision is fp16; it must be one of auto, bf16, fp32, fp64"),
         ({"clip": math.inf}, r"train\.clip"),
         ({"keep": 0}, r"train\.keep"),
     ],

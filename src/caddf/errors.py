@@ -4,7 +4,7 @@ import functools
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
@@ -25,9 +25,12 @@ class Failure(RuntimeError):
 class Checked:
     """A dataclass of settings, each of which must be what its field's type says; else `InputError` names it."""
 
+    section: ClassVar[str] = ""
+    """What options of these settings begin with, as in `train.`."""
+
     def __post_init__(self) -> None:
         kind: Any = type(self)
-        check_types(_hints(kind), vars(self))
+        check_types(_hints(kind), vars(self), self.section)
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
@@ -35,7 +38,7 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
     check_types(_hints(function), given)
 
 
-def check_types(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def check_types(hints: Mapping[str, Any], values: Mapping[str, Any], section: str = "") -> None:
     """Raises `InputError` on one of `values` that is not of its type in `hints`; those without a type are passed over.
 
     A whole number is a number, and true or false is neither; a list stands for a tuple.
@@ -44,7 +47,7 @@ def check_types(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         if name in hints and not _is(value, hints[name]):
             right = _said(hints[name])
             shown = value if isinstance(value, str) and right.startswith("one of") else _shown(value)
-            raise InputError(f"{name} is {shown}; it must be {right}")
+            raise InputError(f"{section}{name} is {shown}; it must be {right}")
 
 
 @functools.cache

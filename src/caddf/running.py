@@ -54,6 +54,8 @@ class ValidationSettings(Checked):
     sample_tokens: length of the sample of text.
     """
 
+    section = "validation."
+
     likelihood: Literal["auto", "causal", "block", "diffusion"] = "auto"
     windows: int = 32
     samples: int = 4

@@ -43,6 +43,8 @@ class TrainConfig(Checked):
     tensorboard: also write the metrics for TensorBoard.
     """
 
+    section = "train."
+
     steps: int | None = None
     batch_size: int | None = None
     accumulation: int = 1
@@ -75,10 +77,6 @@ class TrainConfig(Checked):
         self._check("learning_rate", lambda value: 0 < value < math.inf, "above 0, and finite")
         self._check("min_ratio", lambda value: 0 <= value <= 1, "in [0, 1]")
         self._check("ema", lambda value: 0 <= value < 1, "in [0, 1)")
-        self._check("optimizer", lambda value: value in ("adamw", "muon"), "adamw or muon")
-        self._check("precision", lambda value: value in ("auto", "bf16", "fp32", "fp64"), "auto, bf16, fp32 or fp64")
-        self._check("device", lambda value: value in ("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps")
-        self._check("compile", lambda value: value in ("auto", "always", "never"), "auto, always or never")
         if self.steps is not None and self.warmup is not None and self.warmup > self.steps:
             raise InputError(f"train.warmup is {self.warmup}; it must be at most train.steps, {self.steps}")
         if self.batch_size is not None and self.batch_size % self.accumulation:
