@@ -379,7 +379,7 @@ def test_all_of_a_round_is_on_the_models_device(kind):
     make, decoder = KINDS[kind]
     model = make().to("meta")
     drafting = Drafting() if isinstance(decoder, Autoregressive) else decoder.drafting(model)
-    for temperature in (0.0, 0.7):
+    for temperature in (0.0, 0.7) if kind == "copies" else (0.7,):
         engine = Engine(model, Shape(3, T, drafting, Warp(temperature), torch.float64, torch.device("meta")), [])
         engine.begin(torch.zeros(3, dtype=torch.long), T, engine.caches, 1)
         for looks, opening, wide in itertools.product(
