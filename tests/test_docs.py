@@ -1,5 +1,6 @@
 """What the documents show runs as shown."""
 
+import ast
 import itertools
 import re
 import shlex
@@ -182,3 +183,23 @@ def test_a_howto_works_from_top_to_bottom(name, place):
             for there, here in HERE.items():
                 block = block.replace(f'"{there}"', f'"{here}"')
             names = run(block, **names)
+
+
+def test_files_import_from_their_floor_or_below():
+    """As CONTRIBUTING.md has them; what only types need is nobody's."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    floors = {
+        name: int(level)
+        for level, what in re.findall(r"^\| (\d) \| (.*) \|$", text, re.M)
+        for name in re.findall(r"`(\w+)(?:/|\.py)`", what.replace("through `interface.py`", ""))
+    }
+    package = ROOT / "src" / "caddf"
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        if own in ("__init__", "__main__"):
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "caddf":
+                names = [node.module] if node.module != "caddf" else [f"caddf.{each.name}" for each in node.names]
+                for other in {name.split(".")[1] for name in names}:
+                    assert floors[own] >= floors[other], f"{path.relative_to(ROOT)} imports {other}"
