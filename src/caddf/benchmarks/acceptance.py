@@ -80,10 +80,12 @@ def measure_acceptance(settings: AcceptanceSettings, console: Console) -> Result
     runs, data = runs_of(settings.models), TokenSet.open(settings.data)
     for name, run in runs.items():
         check_tokenizer(name, Tokenizer.load(model_folder(run)), data)
-    for temperature in settings.temperatures:
+    temperatures = tuple(dict.fromkeys(settings.temperatures))
+    for temperature in temperatures:
         Warp(temperature)  # raises
+    settings = dataclasses.replace(settings, temperatures=temperatures)
     values: dict[str, Any] = {**dataclasses.asdict(settings), "data": data.folder.name, "models": ",".join(runs)}
-    values |= {"temperatures": list(settings.temperatures), "block_sizes": list(settings.block_sizes)}
+    values |= {"temperatures": list(temperatures), "block_sizes": list(settings.block_sizes)}
     del values["out"]
     results = Results.open("acceptance", settings.out or "results/acceptance", values)
     kept, rows = results.values.setdefault("rows", []), []
