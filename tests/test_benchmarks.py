@@ -15,7 +15,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import caddf.benchmarks.contest as contest
+import caddf.benchmarks.results as results_module
 from caddf.benchmarks import (
+    BENCHMARKS,
     AcceptanceSettings,
     DecodeSettings,
     InfillSettings,
@@ -25,13 +27,15 @@ from caddf.benchmarks import (
     TrainSettings,
     decode,
     infill,
+    measure_acceptance,
     pareto,
     scaling,
     steps,
     train,
 )
-from caddf.benchmarks.contest import Conditions, _about, whole_numbers
+from caddf.benchmarks.contest import Conditions, _about
 from caddf.benchmarks.decode import ratios
+from caddf.benchmarks.given import whole_numbers
 from caddf.benchmarks.hub_gpt2 import TransformersGenerate, to_transformers
 from caddf.benchmarks.measure import Spread, bandwidth, fresh, in_turns, resident
 from caddf.benchmarks.pareto import KNOBS, dominates
@@ -53,7 +57,7 @@ from caddf.benchmarks.trial import (
     unigram_entropy,
     weights_read,
 )
-from caddf.cli import main
+from caddf.cli import VERBS, main
 from caddf.data import TokenSet, prepare
 from caddf.decoding import DECODERS, Autoregressive
 from caddf.errors import InputError
@@ -218,7 +222,7 @@ def test_copies_are_entered_for_trained_models_alone():
         entrants(roster, "speculative", [1], False, (0, 3), (5, 9))
     with pytest.raises(InputError, match=r"lookups is -1; it must be whole numbers of 0 or more"):
         whole_numbers("lookups", "-1", least=0)
-    with pytest.raises(InputError, match=r"lookups is 3,0,3; each number is to be given once"):
+    with pytest.raises(InputError, match=r"lookups is 3,0,3; it must hold at least one, and each once"):
         whole_numbers("lookups", "3,0,3", least=0)
 
 
@@ -426,10 +430,12 @@ def test_decode_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     kept = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert sum(len(each["rounds"]) for each in kept) == 8 and max(len(each["rounds"]) for each in kept) == 1
 
-    again = []
+    again, warm, warm_up = [], [], contest.warm_up
     monkeypatch.setattr(contest, "run", lambda *given: again.append(given) or plain(*given))
+    monkeypatch.setattr(contest, "warm_up", lambda *given: warm.append(given) or warm_up(*given))
     rows = measured(decode(settings, QUIET))["rows"]
     assert len(again) == 2 * len(rows) - 8
+    assert len(warm) == len(rows)  # of this process, those that the first one measured too
     assert [each["rounds"][:1] for each in rows][:8] == [each["rounds"] for each in kept][:8]
 
     with pytest.raises(InputError, match=r"measured with temperature 1\.0, not 0\.5; give another"):
@@ -470,7 +476,7 @@ def test_a_judge_that_cannot_read_the_texts_is_refused_before_any_is_written(tra
 
 def test_peak_memory_holds_the_weights():
     given = dataclasses.replace(TINY, methods="caddf-lambda-dce", size="demo", memory=True)
-    peak = fresh(contest.resident_peak, given, Entrant("caddf-lambda-dce", "caddf-lambda-dce", "autoregressive"), 1)
+    peak = fresh(contest.resident_peak, given, (Entrant("caddf-lambda-dce", "caddf-lambda-dce", "autoregressive"), 1))
     weights = sum(p.nbytes for p in given.roster()["caddf-lambda-dce"].network.parameters())
     assert weights <= peak < weights + 300 * 2**20
 
@@ -485,7 +491,7 @@ def test_pareto_turns_every_knob(trained, tmp_path):
         knob, values = KNOBS[decoder]
         assert [each["settings"][knob] for each in rows if each["decoder"] == decoder] == list(values)
     assert any(each["on_front"] for each in rows)
-    with pytest.raises(InputError, match="judge is not given"):
+    with pytest.raises(InputError, match="models or judge is not given"):
         pareto(dataclasses.replace(settings, judge=None), QUIET)
 
 
@@ -603,6 +609,43 @@ def test_what_was_measured_of_other_weights_is_not_gone_on_with(trained, tmp_pat
         decode(dataclasses.replace(given, repeats=1), QUIET)
 
 
+def test_what_was_measured_on_other_text_is_not_gone_on_with(trained, tmp_path):
+    """A token set and a judge of the same name are told apart by what they hold."""
+    (tmp_path / "text.txt").write_text("".join(f"another {i} of {i % 9}.\n\n" for i in range(400)))
+    prepare(tmp_path / "set", input=str(tmp_path / "text.txt"), tokenizer=str(trained / "set"))
+    (tmp_path / "gpt2").mkdir()
+    shutil.copytree(trained / "caddf", tmp_path / "gpt2", dirs_exist_ok=True)
+    given = AcceptanceSettings(
+        models=models(trained, "caddf"), data=str(trained / "set"), temperatures=(1.0,), windows=2, rounds=1,
+        device="cpu", out=str(tmp_path / "out"),
+    )  # fmt: skip
+    measure_acceptance(given, QUIET)
+    with pytest.raises(InputError, match="measured with another data of the same name; give another folder"):
+        measure_acceptance(dataclasses.replace(given, data=str(tmp_path / "set")), QUIET)
+    with pytest.raises(InputError, match="block_size is 99; with target causal it must lie between 2 and"):
+        measure_acceptance(dataclasses.replace(given, block_sizes=(4, 99), out=str(tmp_path / "other")), QUIET)
+    assert not (tmp_path / "other").exists()
+    decoding = DecodeSettings(
+        models=models(trained, "caddf"), decoders="autoregressive", batch="1", repeats=1, memory=False, windows=2,
+        prompts=str(trained / "set"), judge=str(trained / "gpt2"), device="cpu", out=str(tmp_path / "decoded"),
+    )  # fmt: skip
+    decode(decoding, QUIET)
+    for name, place in (("prompts", "set"), ("judge", "gpt2")):
+        with pytest.raises(InputError, match=f"measured with another {name} of the same name"):
+            decode(dataclasses.replace(decoding, **{name: str(tmp_path / place)}), QUIET)
+
+
+def test_a_file_names_every_commit_that_measured_it(tmp_path, monkeypatch):
+    settings = dataclasses.replace(TINY, methods="gpt2", repeats=1, out=str(tmp_path))
+    here = results_module.machine()
+    for repeats, commit in ((1, "a"), (2, "b"), (3, "b")):
+        monkeypatch.setattr(results_module, "machine", lambda commit=commit: {**here, "commit": commit})
+        values = decode(dataclasses.replace(settings, repeats=repeats), QUIET).values
+    assert values["machine"]["commit"] == "a"
+    assert values["continued"] == [{"commit": "b", "date": here["date"]}]
+    assert f"commit a, {here['date']}, continued by b, {here['date']};" in (tmp_path / "decode.md").read_text()
+
+
 @pytest.mark.parametrize("n", [1, 5, 24])
 def test_counted_passes_are_the_expected_ones(n):
     """A row's count has a standard deviation; the mean of 64 is within 5 of its own: by chance, once in 1e6."""
@@ -635,10 +678,21 @@ def test_the_verb_prints_the_table_or_json(tmp_path, capsys):
             ["decode", "--size", "debug", "--new-tokens", "99"],
             "new_tokens is 99; it must lie between 1 and the context",
         ),
-        (["decode", "--size", "debug", "--judge", "x"], "judge is given, but the models have random weights"),
+        (["decode", "--size", "debug", "--judge", "x"], "judge is x, but models is not given; it is for trained"),
+        (["decode", "--size", "debug", "--drafts", "5"], "drafts is 5, but models is not given; it is for trained"),
+        (["decode", "--models", "x", "--size", "debug"], "size is debug, but models is given; it is for random"),
+        (["decode", "--methods", "gpt2,gpt2"], "methods is gpt2,gpt2; it must hold at least one, and each once"),
+        (["decode", "--decoders", "block,block"], "decoders is block,block; it must hold at least one, and each once"),
+        (["pareto"], "models or judge is not given"),
+        (["scaling", "--methods", "gpt2,gpt2"], "methods is gpt2,gpt2; it must hold"),
+        (["train", "--methods", "gpt2,gpt2"], "methods is gpt2,gpt2; it must hold"),
+        (["infill", "--spans", "1,1"], "spans is 1,1; it must hold"),
+        (["acceptance", "--temperatures", "[]"], "temperatures is empty; it must hold"),
+        (["steps", "--anchors", "0.5,0.5"], "anchors is 0.5,0.5; it must hold"),
+        (["steps", "--anchors", "0.5,1"], "anchors holds 1; each must be at least 0 and below 1"),
         (["scaling", "--contexts", "a"], "contexts is a; it must be whole numbers"),
-        (["train", "--length", "0"], "length is 0; it must be 1 or more"),
-        (["steps", "--data", "x"], "models is not given"),
+        (["train", "--length", "0"], "length is 0; it must be at least 1"),
+        (["steps", "--data", "x"], "models or data is not given"),
         (["race"], "there is no command 'benchmark race'"),
     ],
 )
@@ -696,3 +750,7 @@ def test_full_logits_learn_what_ours_learns_with_a_small_draft_vocabulary():
     assert ours.parts.keys() == plain.parts.keys() and gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient)
+
+
+def test_every_benchmark_is_a_verb():
+    assert {f"benchmark {name}" for name in BENCHMARKS} == {name for name in VERBS if name.startswith("benchmark ")}

@@ -113,37 +113,37 @@ VERBS = {
     "benchmark decode": Verb(
         "[OPTIONS]",
         "tokens a second, passes, caches and memory of every decoder, and what the text is worth",
-        "measuring:benchmark_decode",
+        "measuring:benchmark",
     ),
     "benchmark train": Verb(
         "[OPTIONS]",
         "a training step against plain PyTorch with full logits: speed and memory",
-        "measuring:benchmark_train",
+        "measuring:benchmark",
     ),
     "benchmark scaling": Verb(
         "[OPTIONS]",
         "cost of a token against the length of the context",
-        "measuring:benchmark_scaling",
+        "measuring:benchmark",
     ),
     "benchmark pareto": Verb(
-        "[--models RUNS --prompts SET --judge RUN] [OPTIONS]",
+        "--models RUNS --prompts SET --judge RUN [OPTIONS]",
         "speed against quality, every decoder at several values of its knob",
-        "measuring:benchmark_pareto",
+        "measuring:benchmark",
     ),
     "benchmark steps": Verb(
         "--models RUNS --data SET [OPTIONS]",
         "denoising steps that a perplexity takes, with and without the causal branch",
-        "measuring:benchmark_steps",
+        "measuring:benchmark",
     ),
     "benchmark acceptance": Verb(
         "--models RUNS --data SET [OPTIONS]",
         "drafts that stand, by place, temperature, target and training step",
-        "measuring:benchmark_acceptance",
+        "measuring:benchmark",
     ),
     "benchmark infill": Verb(
         "--models RUNS --data SET [OPTIONS]",
         "spans given both sides, against what the left side alone tells",
-        "measuring:benchmark_infill",
+        "measuring:benchmark",
     ),
     "reproduce": Verb(
         "TABLE [OPTIONS]", "the paper's tables: trains and evaluates what is missing", "measuring:reproduce"

@@ -18,6 +18,13 @@ def at_least_one(**settings: int) -> None:
             raise InputError(f"{name} is {value}; it must be at least 1")
 
 
+def once(name: str, values: Sequence[Any]) -> None:
+    """Raises `InputError` where `values` has none, or one of them twice."""
+    if not values or len({*values}) < len(values):
+        said = ",".join(map(str, values))
+        raise InputError(f"{name} is {said or 'empty'}; it must hold at least one, and each once")
+
+
 class Failure(RuntimeError):
     """What went wrong by itself while running: says where, and what to look at. The command line exits with 1."""
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from rich.console import Console
 
-from caddf.benchmarks.results import Results, within
-from caddf.benchmarks.roster import needs, runs_of
-from caddf.benchmarks.trial import check_tokenizer
+from caddf.benchmarks.given import OnText, written
+from caddf.benchmarks.results import Benchmark, Drawing, Results, rounded, within
+from caddf.benchmarks.roster import needs
 from caddf.categorical import Warp
 from caddf.data import TokenSet
-from caddf.errors import Checked, InputError
-from caddf.evaluation.acceptance import Verifier, acceptance
+from caddf.errors import InputError, at_least_one, once
+from caddf.evaluation.acceptance import Verifier, acceptance, given_in_block
+from caddf.experiment import Network
+from caddf.interface import LanguageModel
 from caddf.plots import Rows, finish, labelled
-from caddf.text_model import DType, TextModel, check_seed, fingerprint, load, model_folder
-from caddf.tokenizer import Tokenizer
+from caddf.text_model import TextModel, fingerprint, load, model_folder
 
 COLUMNS = {
     "model": "",
@@ -37,66 +37,51 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class AcceptanceSettings(Checked):
-    """Which models, and where they draft.
+class AcceptanceSettings(OnText):
+    """Which models, and where they draft; those without a draft head and a target are left out.
 
-    models: trained ones, NAME=RUN,... or a folder of runs; those without a draft head and a target are left out.
-    data: a token set.
-    split: of the text that is drafted after.
     temperatures: of targets and drafts, as in 0,0.5,1.
     block_sizes: k of windows and blocks, as in 8,16; empty is each model's own.
     checkpoints: the latest of each run, or all that it kept.
     windows: of text, spread evenly over the split.
     rounds: of each window, each at a block that is drawn.
-    dtype: of weights and arithmetic.
-    device: auto (a GPU where there is one), cpu, cuda or mps.
     seed: of places and drafts.
     out: folder of the results; not set, results/acceptance.
     """
 
-    models: str | None = None
-    data: str | None = None
-    split: str = "test"
     temperatures: tuple[float, ...] = (0.0, 0.5, 1.0)
     block_sizes: tuple[int, ...] = ()
     checkpoints: Literal["latest", "all"] = "latest"
     windows: int = 64
     rounds: int = 8
-    dtype: DType = "float32"
-    device: str = "auto"
-    seed: int = 0
     out: str | None = None
 
 
 def measure_acceptance(settings: AcceptanceSettings, console: Console) -> Results:
     """Writes acceptance.json, .md, .png and .svg; raises `InputError` before anything is measured."""
     needs("matplotlib")
-    check_seed(settings.seed)
-    if settings.models is None or settings.data is None:
-        raise InputError("models or data is not given; give --models NAME=RUN,... or a folder of runs, and --data SET")
-    for name in ("windows", "rounds"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} is {getattr(settings, name)}; it must be 1 or more")
-    runs, data = runs_of(settings.models), TokenSet.open(settings.data)
-    for name, run in runs.items():
-        check_tokenizer(name, Tokenizer.load(model_folder(run)), data)
-    temperatures = tuple(dict.fromkeys(settings.temperatures))
-    for temperature in temperatures:
+    at_least_one(windows=settings.windows, rounds=settings.rounds)
+    once("temperatures", settings.temperatures)
+    for temperature in settings.temperatures:
         Warp(temperature)  # raises
-    settings = dataclasses.replace(settings, temperatures=temperatures)
-    values: dict[str, Any] = {**dataclasses.asdict(settings), "data": data.folder.name, "models": ",".join(runs)}
-    values |= {"temperatures": list(temperatures), "block_sizes": list(settings.block_sizes)}
-    del values["out"]
-    results = Results.open("acceptance", settings.out or "results/acceptance", values)
+    roster, data = settings.opened()
+    if settings.block_sizes:
+        once("block_sizes", settings.block_sizes)
+    drafting = [name for name in roster.names if _drafts(roster[name].network, settings)]
+    if not drafting:
+        raise InputError(f"models is {settings.models}; none of them drafts for a target of its own")
+    read = {"data": data.fingerprint(settings.split)}
+    results = Results.open("acceptance", settings.out or "results/acceptance", written(settings), read=read)
     kept, rows = results.values.setdefault("rows", []), []
-    for name, run in runs.items():
-        for folder in checkpoints(run, settings.checkpoints):
+    for name in drafting:
+        for folder in checkpoints(roster.trained[name], settings.checkpoints):
             model = load(folder, device=settings.device, dtype=settings.dtype)
             weights = fingerprint(model.model)
-            for place in _places(name, folder, model, settings):
+            for place in map(rounded, _places(name, folder, model, settings)):
                 row = next((row for row in kept if place.items() <= row.items()), None)
                 if row is None:
-                    kept.append(row := {**place, "weights": weights, **_measured(model, data, place, settings)})
+                    row = rounded({**place, "weights": weights, **_measured(model, data, place, settings)})
+                    kept.append(row)
                     results.save()
                 elif row.get("weights") != weights:
                     raise InputError(
@@ -105,11 +90,17 @@ def measure_acceptance(settings: AcceptanceSettings, console: Console) -> Result
                 rows.append(row)
             console.print(f"{name}, {folder.name}", markup=False)
     results.values["rows"] = rows
-    if not rows:
-        raise InputError(f"models is {settings.models}; none of them drafts for a target of its own")
     about = f"{settings.rounds} rounds at each of {settings.windows} windows of {settings.split}."
     results.write(about, COLUMNS, cells, partial(draw_by_offset, rows=rows))
     return results
+
+
+def _drafts(network: Network, settings: AcceptanceSettings) -> bool:
+    """Whether a model drafts for a target of its own; raises `InputError` where a block size is none for it."""
+    targets = {target for target in get_args(Verifier) if {target, "draft"} <= network.heads}
+    for target, size in product(sorted(targets), settings.block_sizes):
+        given_in_block(cast(LanguageModel, network), target, size, network.config.context)  # raises
+    return bool(targets)
 
 
 def checkpoints(run: str, which: str) -> list[Path]:
@@ -211,3 +202,17 @@ def _told(row: Mapping[str, Any]) -> str:
     said = [str(row[name]) for name in ("model", "target") if row.get(name) is not None]
     numbers = {"block_size": "k", "temperature": "temperature", "step": "step"}
     return ", ".join(said + [f"{short} {row[name]:g}" for name, short in numbers.items() if row.get(name) is not None])
+
+
+ACCEPTANCE = Benchmark(
+    "acceptance",
+    "Drafts that stand",
+    AcceptanceSettings,
+    measure_acceptance,
+    {
+        "acceptance": Drawing("Share of drafts accepted against their place", draw_by_offset),
+        "acceptance-temperature": Drawing("Tokens per round against temperature", draw_by_temperature, "temperature"),
+        "acceptance-step": Drawing("Tokens per round against the training step", draw_by_step, "step"),
+    },
+    "caddf benchmark acceptance --models RUNS --data SET --checkpoints all",
+)

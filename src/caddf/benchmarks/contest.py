@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
-from caddf.benchmarks.measure import Spread, allocated, bandwidth, fresh, in_turns, resident
-from caddf.benchmarks.results import Results
+from caddf.benchmarks.given import whole_numbers, written
+from caddf.benchmarks.measure import Spread, allocated, bandwidth, fresh, resident
+from caddf.benchmarks.results import Results, in_rounds, put_median
 from caddf.benchmarks.roster import TARGETED, TRANSFORMERS, Contestant, Entrant, Roster, needs, same_weights
 from caddf.benchmarks.trial import (
     Judge,
@@ -34,9 +35,8 @@ from caddf.compile import Compile
 from caddf.data import TokenSet
 from caddf.decoding import Decoder, Task
 from caddf.errors import Checked, InputError
-from caddf.experiment import Size
 from caddf.quantise import Quantisation
-from caddf.text_model import DType, check_seed, load, resolve_device
+from caddf.text_model import DType, check_seed, fingerprint, load, resolve_device
 
 MEANS = (
     "causal_evaluations",
@@ -49,15 +49,33 @@ MEANS = (
 )
 """Columns that are means over the rounds; of time there are medians."""
 
+Place = tuple[Entrant, int]
+"""Of a row in the table: who decodes, and how many rows together."""
+
 
 @dataclass(frozen=True)
 class Conditions(Checked):
-    """What all rows have in common. `DecodeSettings` says what each setting is."""
+    """What all rows have in common.
 
-    size: Size = "demo"
+    models: trained ones, NAME=RUN,... or a folder of runs.
+    context: tokens of a finished row; not set, the models' context.
+    new_tokens: how many of them are drawn, the rest being the prompt; not set, half.
+    batch: rows decoded together, as in 1,8; each size is measured.
+    repeats: rounds in which every row decodes once.
+    temperature: of all draws; 0 is greedy.
+    prompts: a token set whose held-out text trained models continue.
+    split: of the prompts.
+    judge: a run or model folder that reads left to right, by which generated text is scored.
+    windows: of the exact perplexities of targets.
+    memory: measure peak memory too (on a CPU, each row decodes once more in a process of its own).
+    dtype: of weights and arithmetic.
+    quantize: int8 or bf16 weights instead, on a CPU: of all models.
+    compile: kernels on a CPU, rounds as CUDA graphs on a GPU, made off the clock: auto is of the models that can.
+    device: auto (a GPU where there is one), cpu, cuda or mps.
+    seed: of weights, prompts and draws.
+    """
+
     models: str | None = None
-    methods: str | None = None
-    shape: Literal["preset", "equal"] = "preset"
     context: int | None = None
     new_tokens: int | None = None
     batch: str = "1,8"
@@ -74,11 +92,11 @@ class Conditions(Checked):
     device: str = "auto"
     seed: int = 0
 
-    def roster(self) -> Roster:
-        """The models."""
+    def roster(self, **untrained: Any) -> Roster:
+        """The models; `untrained` says what those of random weights are."""
         return Roster.of(
-            models=self.models, methods=self.methods, size=self.size, context=self.context, shape=self.shape,
-            device=self.device, dtype=self.dtype, seed=self.seed, quantize=self.quantize, compile=self.compile,
+            models=self.models, context=self.context, device=self.device, dtype=self.dtype, seed=self.seed,
+            quantize=self.quantize, compile=self.compile, **untrained,
         )  # fmt: skip
 
     def resolved(self, roster: Roster) -> Conditions:
@@ -88,15 +106,8 @@ class Conditions(Checked):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         whole_numbers("batch", self.batch)
-        if not roster.trained and self.prompts is not None:
-            raise InputError(
-                f"prompts is {self.prompts}, but models is not given; random weights continue random tokens: "
-                "leave prompts out"
-            )
         if roster.trained and self.prompts is None:
             raise InputError("prompts is not given; trained models continue held-out text: give a token set")
-        if self.judge is not None and not roster.trained:
-            raise InputError("judge is given, but the models have random weights; give trained ones with --models")
         contexts = {name: roster.context_of(name) for name in roster.names}
         shortest = min(contexts, key=contexts.__getitem__)
         context = contexts[shortest] if self.context is None else self.context
@@ -117,64 +128,118 @@ class Conditions(Checked):
         return Prompts(data, self.split, self.context, self.new_tokens)
 
 
-def whole_numbers(name: str, given: str, least: int = 1) -> list[int]:
-    """The numbers of `1,8`; raises `InputError` where they are none, below `least`, or one twice."""
-    words = given.strip("[]").split(",")
-    if not all(word.strip().isdecimal() and int(word) >= least for word in words):
-        raise InputError(f"{name} is {given}; it must be whole numbers of {least} or more, as in {least},8")
-    numbers = [int(word) for word in words]
-    if len({*numbers}) < len(numbers):
-        raise InputError(f"{name} is {given}; each number is to be given once")
-    return numbers
+@dataclass(frozen=True)
+class Contest:
+    """What takes part, and what it is measured on. A place in the table is an entrant and a size of batch."""
+
+    given: Conditions
+    roster: Roster
+    prompts: Prompts
+    judge: Judge | None
+    decoders: dict[str, Decoder] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Conditions, roster: Roster) -> Contest:
+        """Raises `InputError` where prompts are in other tokens than a model's, or the judge cannot read the texts."""
+        prompts = given.beginnings
+        for name in roster.names:
+            if prompts.data is not None:
+                check_tokenizer(name, roster[name].tokenizer, prompts.data, "prompts")
+        return cls(given, roster, prompts, _judge(given))
+
+    @property
+    def read(self) -> dict[str, str]:
+        """Fingerprints of what the settings name, but for the models."""
+        read = {} if self.prompts.data is None else {"prompts": self.prompts.data.fingerprint(self.given.split)}
+        return read if self.judge is None else {**read, "judge": fingerprint(self.judge.model.model)}
+
+    def task(self, place: Place, turn: int) -> Task:
+        """What is decoded in a round."""
+        (entrant, size), given = place, self.given
+        network = self.roster[entrant.model].network
+        beginnings = self.prompts.take(turn, size, network.vocab_size, given.seed)
+        device, seed = next(network.parameters()).device, given.seed + turn * size
+        return task_of(network, beginnings, self.prompts.new_tokens, given.temperature, seed, device)
+
+    def decoder(self, entrant: Entrant) -> Decoder:
+        """That of an entrant, made once."""
+        if entrant.label not in self.decoders:
+            self.decoders[entrant.label] = entrant.build(self.roster[entrant.model].network)
+        return self.decoders[entrant.label]
+
+    def warm_up(self, place: Place, turn: int) -> None:
+        """The first frames of a round, off the clock."""
+        entrant, _ = place
+        warm_up(self.decoder(entrant), self.roster[entrant.model].network, self.task(place, turn))
+
+    def measured(self, place: Place, turn: int) -> dict[str, Any]:
+        """The figures of a round."""
+        entrant, _ = place
+        contestant, decoder, task = self.roster[entrant.model], self.decoder(entrant), self.task(place, turn)
+        network, figures = contestant.network, dict[str, Any]()
+        if task.tokens.device.type == "cuda":
+            with allocated(task.tokens.device) as peak:
+                ran = run(decoder, network, task)
+            figures["peak"] = peak.most - peak.first + weights_held(network)
+        else:
+            ran = run(decoder, network, task)
+        return {**account(network, ran, self.prompts.new_tokens), **figures, **self._quality(contestant, ran)}
+
+    def _quality(self, contestant: Contestant, ran: Run) -> dict[str, float]:
+        """Of trained models alone."""
+        if contestant.tokenizer is None:
+            return {}
+        begun = self.prompts.context - self.prompts.new_tokens
+        quality = {"entropy": unigram_entropy(ran.tokens[:, begun:])}
+        if self.judge is not None:
+            quality["judged"] = self.judge.nll(contestant.tokenizer, ran.tokens, begun)
+        return quality
 
 
-def contest(results: Results, rows: Sequence[Entrant], roster: Roster, given: Conditions, console: Console) -> None:
-    """Measures what is missing of `rows`, for each size of batch, and leaves it in `results.values["rows"]`."""
+def contest(
+    name: str, folder: Path, entrants: Sequence[Entrant], given: Conditions, roster: Roster, console: Console
+) -> Results:
+    """Measures what is missing of every entrant, for each size of batch, and leaves it in `rows` of the results.
+
+    Raises `InputError` before anything is measured.
+    """
     if given.memory and resolve_device(given.device).type == "cpu":
         needs("psutil")
-    prompts, judge = given.beginnings, _judge(given)
-    for name in roster.names:
-        if prompts.data is not None:
-            check_tokenizer(name, roster[name].tokenizer, prompts.data, "prompts")
+    held = Contest.of(given, roster)
+    results = Results.open(name, folder, written(given), free=("repeats", "domain", "memory"), read=held.read)
     same_weights(results.folder, results.values.get("rows", []), roster)
     kept = {(row["label"], row["batch"]): row for row in results.values.get("rows", [])}
-    if judge is not None and prompts.data is not None:
-        results.values["judge"] = _about(judge, prompts.data, given)
-    table = [(entrant, size) for size in whole_numbers("batch", given.batch) for entrant in rows]
-    results.values["rows"] = [
-        kept.get((entrant.label, size)) or _row(entrant, size, roster[entrant.model], given) for entrant, size in table
-    ]
-    places = [(entrant.label, size) for entrant, size in table]
-    by_place = dict(zip(places, results.values["rows"], strict=True))
+    if held.judge is not None and held.prompts.data is not None:
+        results.values["judge"] = _about(held.judge, held.prompts.data, given)
+    table = [(entrant, size) for size in whole_numbers("batch", given.batch) for entrant in entrants]
+    rows = [kept.get((each.label, size)) or _row(each, size, roster[each.model], given) for each, size in table]
+    results.values["rows"] = rows
     speeds: list[float] = results.values.setdefault("bandwidths", [])
-    decoders: dict[str, Decoder] = {}
-    for turn, (entrant, size) in in_turns(table, given.repeats):
-        row, contestant = by_place[entrant.label, size], roster[entrant.model]
-        if len(row["rounds"]) > turn:
-            continue
+
+    def measure(place: Place, turn: int) -> dict[str, Any]:
         if len(speeds) <= turn:
             speeds.append(bandwidth(roster.device))
-        decoder = decoders.setdefault(entrant.label, entrant.build(contestant.network))
-        if not row["rounds"]:
-            warm_up(decoder, contestant.network, _task(given, prompts, contestant, size, turn))
-        row["rounds"].append(_measured(given, prompts, contestant, decoder, judge, size, turn))
-        results.save()
-        said = f"{row['rounds'][-1]['tokens_per_second']:.1f} tokens/s"
-        _tell(console, f"[{turn + 1}/{given.repeats}] {entrant.label}, batch {size}: {said}")
-    for (entrant, size), row in zip(table, results.values["rows"], strict=True):
+        return held.measured(place, turn)
+
+    def say(place: Place, figures: dict[str, Any]) -> str:
+        return f"{place[0].label}, batch {place[1]}: {figures['tokens_per_second']:.1f} tokens/s"
+
+    in_rounds(results, list(zip(table, rows, strict=True)), given.repeats, measure, say, console, held.warm_up)
+    for place, row in zip(table, rows, strict=True):
         if row["peak_memory"] is None and given.memory:
-            row["peak_memory"] = peak = _peak(given, entrant, size, row["rounds"], roster)
+            row["peak_memory"] = peak = _peak(given, place, row["rounds"], roster)
             results.save()
             said = "not known on this device" if peak is None else f"{peak / 2**20:,.0f} MiB"
-            _tell(console, f"{entrant.label}, batch {size}: peak memory {said}")
-    if prompts.data is not None:
-        _perplexities(results, roster, given, prompts.data, console)
+            _tell(console, f"{place[0].label}, batch {place[1]}: peak memory {said}")
+    if held.prompts.data is not None:
+        _perplexities(results, roster, given, held.prompts.data, console)
     results.values["bandwidth"] = Spread.of(speeds).median
-    for (entrant, _), row in zip(table, results.values["rows"], strict=True):
+    for (entrant, _), row in zip(table, rows, strict=True):
         network = roster[entrant.model].network
         drafts = row["decoder"] in ("speculative", "block") or "causal" not in network.heads
         summarise(row, weights_read(network, row["target"] != "causal", drafts), speeds)
-    compare(results.values["rows"])
+    compare(rows)
+    return results
 
 
 def _tell(console: Console, line: str) -> None:
@@ -202,47 +267,6 @@ def _row(entrant: Entrant, size: int, contestant: Contestant, given: Conditions)
     }
 
 
-def _task(given: Conditions, prompts: Prompts, contestant: Contestant, size: int, turn: int) -> Task:
-    network = contestant.network
-    beginnings = prompts.take(turn, size, network.vocab_size, given.seed)
-    device = next(network.parameters()).device
-    return task_of(network, beginnings, prompts.new_tokens, given.temperature, given.seed + turn * size, device)
-
-
-def _measured(
-    given: Conditions,
-    prompts: Prompts,
-    contestant: Contestant,
-    decoder: Decoder,
-    judge: Judge | None,
-    size: int,
-    turn: int,
-) -> dict[str, Any]:
-    """One row's figures in one round."""
-    network, task = contestant.network, _task(given, prompts, contestant, size, turn)
-    if task.tokens.device.type == "cuda":
-        with allocated(task.tokens.device) as peak:
-            ran = run(decoder, network, task)
-        weights = weights_held(network)
-        figures: dict[str, Any] = {
-            **account(network, ran, prompts.new_tokens),
-            "peak": peak.most - peak.first + weights,
-        }
-    else:
-        ran = run(decoder, network, task)
-        figures = account(network, ran, prompts.new_tokens)
-    return {**figures, **_quality(prompts, contestant, judge, ran)}
-
-
-def _quality(prompts: Prompts, contestant: Contestant, judge: Judge | None, ran: Run) -> dict[str, float]:
-    """Of trained models alone."""
-    if contestant.tokenizer is None:
-        return {}
-    begun = prompts.context - prompts.new_tokens
-    quality = {"entropy": unigram_entropy(ran.tokens[:, begun:])}
-    return quality if judge is None else {**quality, "judged": judge.nll(contestant.tokenizer, ran.tokens, begun)}
-
-
 def _judge(given: Conditions) -> Judge | None:
     if given.judge is None:
         return None
@@ -266,20 +290,21 @@ def _about(judge: Judge, data: TokenSet, given: Conditions) -> dict[str, Any]:
     return {"run": judge.name, "parameters": model.model.parameter_counts()["total"], "ppl": ppl}
 
 
-def _peak(given: Conditions, entrant: Entrant, size: int, rounds: list[dict[str, Any]], roster: Roster) -> int | None:
+def _peak(given: Conditions, place: Place, rounds: list[dict[str, Any]], roster: Roster) -> int | None:
     """Bytes of weights, caches and activations: of the allocator on a GPU, of a fresh process on a CPU."""
     if roster.device.type == "cuda":
         return max(each["peak"] for each in rounds)
-    return fresh(resident_peak, given, entrant, size) if roster.device.type == "cpu" else None
+    return fresh(resident_peak, given, place) if roster.device.type == "cpu" else None
 
 
-def resident_peak(given: Conditions, entrant: Entrant, size: int) -> int:
+def resident_peak(given: Conditions, place: Place) -> int:
     """Weights, and what one decoding adds to the resident memory of this process; run it in a `fresh` one."""
-    contestant, prompts = given.roster()[entrant.model], given.beginnings
-    weights = weights_held(contestant.network)
-    decoder, task = entrant.build(contestant.network), _task(given, prompts, contestant, size, 0)
+    held = Contest.of(dataclasses.replace(given, judge=None), given.roster())
+    network = held.roster[place[0].model].network
+    weights = weights_held(network)
+    decoder, task = held.decoder(place[0]), held.task(place, 0)
     with resident() as peak:
-        run(decoder, contestant.network, task)
+        run(decoder, network, task)
     return weights + peak.most - peak.first
 
 
@@ -322,8 +347,7 @@ def faster(fast: dict[str, Any], slow: dict[str, Any]) -> Spread:
 def summarise(row: dict[str, Any], read: dict[str, int], bandwidths: Sequence[float]) -> None:
     """The columns of a row from its rounds: medians and quartiles of time, means of counts and of quality."""
     rounds = row["rounds"]
-    speed = Spread.of([each["tokens_per_second"] for each in rounds])
-    row["tokens_per_second"], row["tokens_per_second_quartiles"] = speed.median, [speed.low, speed.high]
+    put_median(row, "tokens_per_second")
     for name in MEANS:
         values = [each[name] for each in rounds if each.get(name) is not None]
         row[name] = fmean(values) if values else None

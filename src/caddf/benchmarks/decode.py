@@ -11,13 +11,21 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from caddf.benchmarks.contest import Conditions, contest, faster, whole_numbers
-from caddf.benchmarks.results import Results, Told, dots, number, put, spread
-from caddf.benchmarks.roster import TRANSFORMERS, decoders_of, entrants, name_of, named_runs, needs
+from caddf.benchmarks.contest import Conditions, contest, faster
+from caddf.benchmarks.given import whole_numbers
+from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, dots, number, put, spread
+from caddf.benchmarks.roster import TRANSFORMERS, Roster, decoders_of, entrants, needs
 from caddf.decoding import Speculative
+from caddf.errors import InputError
+from caddf.experiment import Size
 
 PARITY = 1.03
 """How far a target's perplexity may be above that of the autoregressive baseline, for its speed to count."""
+OF_RANDOM, OF_TRAINED = (
+    ("size", "methods", "shape"),
+    ("prompts", "split", "judge", "windows", "lookups", "drafts", "domain"),
+)
+"""Settings that are of random weights alone, and of trained models alone."""
 SAME_ENTROPY = 0.98
 """How far, as a share, the entropy of text may be below another's and still pass for equal."""
 COLUMNS = {
@@ -47,40 +55,42 @@ class DecodeSettings(Conditions):
     """Who decodes what, and how often.
 
     size: of models with random weights, of which speed and memory can be told and quality cannot.
-    models: trained ones, NAME=RUN,... or a folder of runs, instead.
     methods: a comma-separated choice of methods for random weights; not set, those of the comparison.
+    shape: of a method with one branch, for random weights: preset, the shape of the size's causal branch (small:
+        GPT-2's), or equal, as many parameters as the dual branch.
     decoders: a comma-separated choice of the dual branch's decoders; not set, all. Other methods have their own.
-    shape: of a method with one branch: preset, the shape of the size's causal branch (small: GPT-2's), or equal, as
-        many parameters as the dual branch.
-    context: tokens of a finished row; not set, the models' context.
-    new_tokens: how many of them are drawn, the rest being the prompt; not set, half.
     steps: of the chains (ancestral, tau-leaping), as in 512,1024, a row each; not set, as many as new tokens.
     lookups: how many last tokens must have stood before for speculation of trained models to copy its drafts, a row
         each; 0 is without copies.
     drafts: how many drafts a round of theirs has at most, as in 5,7, a row each; not set, the decoder's default.
-    batch: rows decoded together, as in 1,8; each size is measured.
-    repeats: rounds in which every row decodes once.
-    temperature: of all draws; 0 is greedy.
     domain: what the prompts are, which decides the names of some ratios.
-    prompts: a token set whose held-out text trained models continue.
-    split: of the prompts.
-    judge: a run or model folder that reads left to right, by which generated text is scored.
-    windows: of the exact perplexities of targets.
-    memory: measure peak memory too (on a CPU, each row decodes once more in a process of its own).
-    dtype: of weights and arithmetic.
-    quantize: int8 or bf16 weights instead, on a CPU: of all models.
-    compile: kernels on a CPU, rounds as CUDA graphs on a GPU, made off the clock: auto is of the models that can.
-    device: auto (a GPU where there is one), cpu, cuda or mps.
-    seed: of weights, prompts and draws.
     out: folder of the results; not set, results/decode-SIZE or results/decode-trained.
     """
 
+    size: Size = "demo"
+    methods: str | None = None
+    shape: Literal["preset", "equal"] = "preset"
     decoders: str | None = None
     steps: str | None = None
     lookups: str = f"0,{Speculative.lookup}"
     drafts: str | None = None
     domain: Literal["prose", "code"] = "prose"
     out: str | None = None
+
+    def roster(self, **untrained: Any) -> Roster:
+        """The models: trained, or of random weights."""
+        return super().roster(size=self.size, methods=self.methods, shape=self.shape, **untrained)
+
+    def check_fits(self) -> None:
+        """Raises `InputError` for a setting that is of trained models alone, or of random weights alone."""
+        trained = self.models is not None
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if value != each.default and each.name in (OF_RANDOM if trained else OF_TRAINED):
+                raise InputError(
+                    f"{each.name} is {value}, but models is {'given' if trained else 'not given'}; it is for "
+                    f"{'random weights' if trained else 'trained models'}: leave it out"
+                )
 
 
 def decode(settings: DecodeSettings, console: Console) -> Results:
@@ -90,6 +100,7 @@ def decode(settings: DecodeSettings, console: Console) -> Results:
     """
     needs("matplotlib")
     decoders_of(settings.decoders)
+    settings.check_fits()
     roster = settings.roster()
     given = settings.resolved(roster)
     assert given.new_tokens is not None
@@ -100,22 +111,10 @@ def decode(settings: DecodeSettings, console: Console) -> Results:
     drafts = [] if settings.drafts is None else whole_numbers("drafts", settings.drafts)
     rows = entrants(roster, settings.decoders, steps, True, lookups, drafts)
     folder = Path(settings.out or f"results/decode-{'trained' if settings.models else settings.size}")
-    results = Results.open("decode", folder, plain(given), free=("repeats", "domain", "memory"))
-    contest(results, rows, roster, given, console)
+    results = contest("decode", folder, rows, given, roster, console)
     put(results.values, ratios(results.values["rows"], settings.domain))
     results.write(about(results.values), COLUMNS, cells, partial(draw, rows=results.values["rows"]))
     return results
-
-
-def plain(given: Conditions) -> dict[str, Any]:
-    """Settings as they are written: without the folders of this machine, but for the runs' own names."""
-    values = dataclasses.asdict(given)
-    for name, short in (("models", named_runs), ("prompts", name_of), ("judge", name_of)):
-        values[name] = None if values[name] is None else short(values[name])
-    del values["out"]
-    if values["models"] is not None:  # trained ones have sizes of their own
-        values |= dict.fromkeys({"size", "shape"} & values.keys())
-    return values
 
 
 def about(values: dict[str, Any]) -> str:
@@ -257,3 +256,13 @@ def _no_worse(ours: Sequence[dict[str, Any]], slow: dict[str, Any]) -> Told:
     if not fit:
         return Told(f"not told: no row has a PPL and an entropy as good as those of {slow['label']}")
     return _faster(max(fit, key=_speed), slow)
+
+
+DECODE = Benchmark(
+    "decode",
+    "Decoders: speed, passes, memory",
+    DecodeSettings,
+    decode,
+    {"decode": Drawing("Tokens per second", draw)},
+    "caddf benchmark decode --models RUNS --prompts SET",
+)

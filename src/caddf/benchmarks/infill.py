@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,18 +13,16 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
-from caddf.benchmarks.results import Results, Told, plain_ticks, put, within
-from caddf.benchmarks.roster import Contestant, Roster, needs, same_weights
+from caddf.benchmarks.given import OnText, written
+from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, plain_ticks, put, rounded, within
+from caddf.benchmarks.roster import Contestant, needs, same_weights
 from caddf.benchmarks.steps import denoises
-from caddf.benchmarks.trial import check_tokenizer
-from caddf.data import TokenSet
-from caddf.errors import Checked, InputError, at_least_one
+from caddf.errors import InputError, at_least_one, once
 from caddf.evaluation.infilling import Filled, Reading, fill_spans, readings
 from caddf.evaluation.masks import uniform
 from caddf.evaluation.pairing import ratio_of
 from caddf.evaluation.suite import window_generator
 from caddf.interface import LanguageModel
-from caddf.text_model import DType, check_seed
 
 BATCH = 16
 """Rows read together; no result depends on it."""
@@ -42,30 +39,19 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class InfillSettings(Checked):
-    """Which models, and what they fill.
+class InfillSettings(OnText):
+    """Which models, a left-to-right one first, and what they fill; those told the time are left out.
 
-    models: trained ones, NAME=RUN,... or a folder of runs, a left-to-right one first; those told the time are left out.
-    data: a token set.
-    split: of the windows.
     spans: lengths in tokens, as in 1,4,16.
     windows: of the models' context, each with one span of each length.
     samples: masked sets per span, for the bound of the any-order reading.
-    dtype: of weights and arithmetic.
-    device: auto (a GPU where there is one), cpu, cuda or mps.
     seed: of places and masks.
     out: folder of the results; not set, results/infill.
     """
 
-    models: str | None = None
-    data: str | None = None
-    split: str = "test"
     spans: tuple[int, ...] = (1, 4, 16)
     windows: int = 200
     samples: int = 8
-    dtype: DType = "float32"
-    device: str = "auto"
-    seed: int = 0
     out: str | None = None
 
 
@@ -75,27 +61,20 @@ def infill(settings: InfillSettings, console: Console) -> Results:
     Raises `InputError` before anything is measured.
     """
     needs("matplotlib")
-    check_seed(settings.seed)
-    if settings.models is None or settings.data is None:
-        raise InputError("models or data is not given; give --models NAME=RUN,... or a folder of runs, and --data SET")
     at_least_one(windows=settings.windows, samples=settings.samples)
-    data = TokenSet.open(settings.data)
-    roster = Roster.of(models=settings.models, device=settings.device, dtype=settings.dtype)
+    once("spans", settings.spans)
+    roster, data = settings.opened()
     readers = {name: roster[name] for name in roster.names if reads(roster[name])}
     if not readers:
         raise InputError(f"models is {settings.models}; none of them fills spans without being told the time")
-    for name, contestant in readers.items():
-        check_tokenizer(name, contestant.tokenizer, data)
     context = min(contestant.network.config.context for contestant in readers.values())
     for size in settings.spans:
         if not 1 <= size <= context // 2:
             raise InputError(f"spans holds {size}; each must lie between 1 and half of the context, {context // 2}")
     windows = data.split(settings.split).spread(context, settings.windows)
 
-    given: dict[str, Any] = {**dataclasses.asdict(settings), "data": data.folder.name, "models": ",".join(roster.names)}
-    given["spans"] = list(settings.spans)
-    del given["out"]
-    results = Results.open("infill", settings.out or "results/infill", given)
+    read = {"data": data.fingerprint(settings.split)}
+    results = Results.open("infill", settings.out or "results/infill", written(settings), read=read)
     rows: list[dict[str, Any]] = results.values.setdefault("rows", [])
     same_weights(results.folder, rows, readers)
     kept = {(row["model"], row["span"]) for row in rows}
@@ -107,7 +86,7 @@ def infill(settings: InfillSettings, console: Console) -> Results:
             network = cast(LanguageModel, contestant.network)
             for each in readings(network):
                 filled = fill(network, windows, start, size, each, settings, roster.device)
-                rows.append(_row(name, contestant, each, size, filled))
+                rows.append(rounded(_row(name, contestant, each, size, filled)))
             results.save()
             console.print(f"{name}, spans of {size}", markup=False)
     place = {(name, size): i for i, (size, name) in enumerate(itertools.product(settings.spans, readers))}
@@ -214,3 +193,13 @@ def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     plain_ticks(axes.yaxis)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
+
+
+INFILL = Benchmark(
+    "infill",
+    "Spans filled in",
+    InfillSettings,
+    infill,
+    {"infill": Drawing("Perplexity of a span against its length", draw)},
+    "caddf benchmark infill --models RUNS --data SET",
+)

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from caddf.benchmarks.contest import Conditions, contest
-from caddf.benchmarks.decode import COLUMNS, about, cells, plain
-from caddf.benchmarks.results import Results, plain_ticks
+from caddf.benchmarks.decode import COLUMNS, about, cells
+from caddf.benchmarks.results import Benchmark, Drawing, Results, plain_ticks
 from caddf.benchmarks.roster import Entrant, Roster, entrants, needs
 from caddf.errors import InputError
 
@@ -33,25 +33,7 @@ SHARES = (1 / 32, 1 / 8, 1 / 2, 1.0)
 class ParetoSettings(Conditions):
     """Which trained models, and what they continue.
 
-    size: of models with random weights, where no models are given (their quality says nothing).
-    methods: a comma-separated choice of methods for random weights; not set, those of the comparison.
-    shape: of a method with one branch: preset or equal, as in caddf benchmark decode.
-    models: trained ones, NAME=RUN,... or a folder of runs.
-    context: tokens of a finished row; not set, the models' context.
-    new_tokens: how many of them are drawn, the rest being the prompt; not set, half.
-    batch: rows decoded together.
     repeats: rounds in which every row decodes once; quality is a mean over all their texts.
-    temperature: of all draws.
-    prompts: a token set whose held-out text is continued.
-    split: of the prompts.
-    judge: a run or model folder that reads left to right, by which generated text is scored.
-    windows: of the exact perplexities of targets.
-    memory: measure peak memory too.
-    dtype: of weights and arithmetic.
-    quantize: int8 or bf16 weights instead, on a CPU.
-    compile: kernels on a CPU, rounds as CUDA graphs on a GPU, made off the clock: auto is of the models that can.
-    device: auto (a GPU where there is one), cpu, cuda or mps.
-    seed: of prompts and draws.
     out: folder of the results; not set, results/pareto.
     """
 
@@ -64,13 +46,16 @@ class ParetoSettings(Conditions):
 def pareto(settings: ParetoSettings, console: Console) -> Results:
     """Measures every point in turns and writes pareto.json, .md, .png and .svg; goes on where it was interrupted."""
     needs("matplotlib")
-    if settings.models is not None and settings.judge is None:
-        raise InputError("judge is not given; speed against quality needs one: a run that reads left to right")
+    if settings.models is None or settings.judge is None:
+        raise InputError(
+            "models or judge is not given; speed against quality needs --models NAME=RUN,... or a folder of runs, and "
+            "--judge RUN, which reads left to right"
+        )
     roster = settings.roster()
     given = settings.resolved(roster)
     assert given.new_tokens is not None
-    results = Results.open("pareto", Path(settings.out or "results/pareto"), plain(given), free=("repeats", "memory"))
-    contest(results, list(points(roster, given.new_tokens)), roster, given, console)
+    folder, entered = Path(settings.out or "results/pareto"), list(points(roster, given.new_tokens))
+    results = contest("pareto", folder, entered, given, roster, console)
     for row in results.values["rows"]:
         row["on_front"] = not any(dominates(other, row) for other in results.values["rows"])
     header = {**COLUMNS, "front": "no other row is faster with a PPL as low and an entropy as high"}
@@ -128,3 +113,13 @@ def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_title("on the front: entropy of the text, nats", fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+PARETO = Benchmark(
+    "pareto",
+    "Speed against quality",
+    ParetoSettings,
+    pareto,
+    {"pareto": Drawing("Tokens per second against quality", draw)},
+    "caddf benchmark pareto --models RUNS --prompts SET --judge RUN",
+)

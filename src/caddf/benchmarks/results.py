@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, PackageLoader
+from rich.console import Console
 
+from caddf.benchmarks.measure import Spread, in_turns
 from caddf.checkpoint import check_writable, read_json, write_json_atomic, write_text_atomic
 from caddf.errors import InputError
 from caddf.machine import machine
 from caddf.plots import plain_ticks, saved
 
+T = TypeVar("T")
 SAME = ("processor", "cores", "threads", "gpu", "torch")
 """What must not change between the parts of one measurement."""
 
@@ -27,16 +30,25 @@ class Results:
     values: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, name: str, folder: str | Path, settings: dict[str, Any], free: Sequence[str] = ()) -> Results:
+    def open(
+        cls,
+        name: str,
+        folder: str | Path,
+        settings: dict[str, Any],
+        free: Sequence[str] = (),
+        read: Mapping[str, str] | None = None,
+    ) -> Results:
         """New ones, or those of an earlier call with the same settings (but for those in `free`), to go on with.
 
-        Raises `InputError` where the folder holds the figures of other settings, of another machine, or of more rounds
-        than `repeats`, or cannot be written.
+        `read` are fingerprints of what else is measured on, by the settings that name it. Raises `InputError` where the
+        folder holds the figures of other settings, of other text, of another machine, or of more rounds than
+        `repeats`, or cannot be written.
         """
         results, here = cls(name, Path(folder)), machine()
         check_writable("out", results.json)
         if not results.json.exists():
             results.values = {"benchmark": name, "settings": settings, "machine": here}
+            results.values |= {"read": dict(read)} if read else {}
             return results
         results.values = read_json(results.json)
         before = results.values.get("settings", {})
@@ -46,6 +58,11 @@ class Results:
                 f"out is {folder}, which was measured with {other[0]} {before.get(other[0])}, not "
                 f"{settings[other[0]]}; give another folder"
             )
+        for key, fingerprint in (read or {}).items():
+            if results.values.setdefault("read", {}).setdefault(key, fingerprint) != fingerprint:
+                raise InputError(
+                    f"out is {folder}, which was measured with another {key} of the same name; give another folder"
+                )
         other = [key for key in SAME if results.values["machine"].get(key) != here[key]]
         if other:
             raise InputError(
@@ -58,6 +75,9 @@ class Results:
                 f"repeats is {settings['repeats']}, but {folder} holds {rounds} rounds; give as many, or another folder"
             )
         results.values["settings"] = settings
+        calls = [results.values["machine"], *results.values.get("continued", [])]
+        if here["commit"] != calls[-1].get("commit"):
+            results.values["continued"] = [*calls[1:], {"commit": here["commit"], "date": here["date"]}]
         results.values.pop("shown", None)  # of fewer rounds than there will be
         return results
 
@@ -92,6 +112,61 @@ class Results:
         text = templates.get_template("benchmark.md").render(self.values, about=about, header=header, table=table)
         write_text_atomic(self.markdown, text)
         saved(draw, self.folder, self.name, self.name)
+
+
+def in_rounds(
+    results: Results,
+    rows: Sequence[tuple[T, dict[str, Any]]],
+    repeats: int,
+    measure: Callable[[T, int], dict[str, Any]],
+    say: Callable[[T, dict[str, Any]], str],
+    console: Console,
+    warm_up: Callable[[T, int], None] = lambda of, turn: None,
+) -> None:
+    """Measures what is missing of the `rounds` of rows, in turns; each is on disk before the next starts.
+
+    What a process measures first of a row is warmed up before, whether or not others have measured the row.
+    """
+    warm = set[int]()
+    for turn, (of, row) in in_turns(rows, repeats):
+        if len(row["rounds"]) > turn:
+            continue
+        if id(row) not in warm:
+            warm_up(of, turn)
+            warm.add(id(row))
+        row["rounds"].append(rounded(measure(of, turn)))
+        results.save()
+        console.print(f"[{turn + 1}/{repeats}] {say(of, row['rounds'][-1])}", markup=False, soft_wrap=True)
+
+
+def put_median(row: dict[str, Any], name: str) -> None:
+    """A column from a row's rounds: the median, and the quartiles beside it."""
+    found = Spread.of([each[name] for each in row["rounds"]])
+    row[name], row[f"{name}_quartiles"] = found.median, [found.low, found.high]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawing of a benchmark's rows; it says nothing unless they differ in `varies`."""
+
+    title: str
+    draw: Callable[..., None]
+    varies: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A command `caddf benchmark NAME`: what it is told, what it does, and how what it leaves is shown.
+
+    drawings: by the names of their files. example: the command, where a page has nothing to show of it.
+    """
+
+    name: str
+    title: str
+    settings: type
+    measure: Callable[[Any, Console], Results]
+    drawings: dict[str, Drawing]
+    example: str
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from caddf.benchmarks.hub_gpt2 import TransformersGenerate, copyable
 from caddf.compile import Compile, compiled
 from caddf.decoding import DECODERS, Decoder
-from caddf.errors import InputError
+from caddf.errors import InputError, once
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
 from caddf.models.config import ModelConfig
 from caddf.quantise import Quantisation, quantised
@@ -124,6 +124,7 @@ class Roster:
         """From settings as the command line has them; raises `InputError` for methods and runs that are not there."""
         trained = runs_of(models) if models is not None else {}
         shown = METHODS_SHOWN if methods is None else tuple(methods.split(","))
+        once("methods", shown)
         for method in shown:
             if method not in METHODS:
                 raise InputError(f"methods holds {method}; it must be of {', '.join(METHODS)}")
@@ -219,6 +220,7 @@ def untrained_config(method: str, size: Size, context: int | None, shape: str) -
 def decoders_of(given: str | None) -> list[str]:
     """The decoders of `speculative,ancestral`, or all that are the dual branch's; raises `InputError` for others."""
     chosen = [name for name in DECODERS if name not in OF_OTHERS] if given is None else given.split(",")
+    once("decoders", chosen)
     for name in chosen:
         if name not in DECODERS:
             raise InputError(f"decoders holds {name}; it must be of {', '.join(DECODERS)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +10,13 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 
-from caddf.benchmarks.contest import whole_numbers
-from caddf.benchmarks.measure import Spread, in_turns, now
-from caddf.benchmarks.results import Results, Told, number, put, spread
+from caddf.benchmarks.given import whole_numbers, written
+from caddf.benchmarks.measure import Spread, now
+from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, in_rounds, number, put, put_median, spread
 from caddf.benchmarks.roster import TARGETED, Contestant, Entrant, Roster, entrants, needs
 from caddf.benchmarks.trial import Prompts, task_of, weights_read
 from caddf.decoding import Task
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least_one
 from caddf.experiment import Network, Size
 from caddf.interface import LanguageModel
 from caddf.models.backbone import DualBranch
@@ -72,9 +71,9 @@ def scaling(settings: ScalingSettings, console: Console) -> Results:
     needs("matplotlib")
     check_seed(settings.seed)
     contexts = whole_numbers("contexts", settings.contexts)
-    for name, least in (("new_tokens", 16), ("repeats", 1)):
-        if getattr(settings, name) < least:
-            raise InputError(f"{name} is {getattr(settings, name)}; it must be {least} or more")
+    at_least_one(repeats=settings.repeats)
+    if settings.new_tokens < 16:
+        raise InputError(f"new_tokens is {settings.new_tokens}; it must be at least 16")
     roster = Roster.of(
         methods=settings.methods, size=settings.size, context=max(contexts) + settings.new_tokens,
         device=settings.device, dtype=settings.dtype, seed=settings.seed,
@@ -83,26 +82,24 @@ def scaling(settings: ScalingSettings, console: Console) -> Results:
     readers = [entrant for entrant in readers if entrant.settings.get("target", "causal") == "causal"]
     if not readers:
         raise InputError(f"methods is {settings.methods}; none of them reads left to right")
-    values = dataclasses.asdict(settings)
-    del values["out"]
-    results = Results.open("scaling", settings.out or f"results/scaling-{settings.size}", values, free=("repeats",))
+    folder = settings.out or f"results/scaling-{settings.size}"
+    results = Results.open("scaling", folder, written(settings), free=("repeats",))
     kept = {(row["label"], row["context"]): row for row in results.values.get("rows", [])}
     table = [(entrant, context) for entrant in readers for context in contexts]
     results.values["rows"] = [
         kept.get((entrant.label, context)) or _row(entrant, context, roster[entrant.model].network)
         for entrant, context in table
     ]
+
+    def measure(place: tuple[Entrant, int], turn: int) -> dict[str, float]:
+        entrant, context = place
+        return _measured(settings, entrant, roster[entrant.model], context, turn)
+
+    def say(place: tuple[Entrant, int], figures: dict[str, float]) -> str:
+        return f"{place[0].label} at {place[1]}: {1e3 * figures['seconds_per_token']:.2f} ms/token"
+
     rows = list(zip(table, results.values["rows"], strict=True))
-    for turn, ((entrant, context), row) in in_turns(rows, settings.repeats):
-        if len(row["rounds"]) > turn:
-            continue
-        contestant = roster[entrant.model]
-        row["rounds"].append(_measured(settings, entrant, contestant, context, turn))
-        results.save()
-        said = f"{1e3 * row['rounds'][-1]['seconds_per_token']:.2f} ms/token"
-        console.print(
-            f"[{turn + 1}/{settings.repeats}] {entrant.label} at {context}: {said}", markup=False, soft_wrap=True
-        )
+    in_rounds(results, rows, settings.repeats, measure, say, console)
     summarise(results.values["rows"])
     put(results.values, ratios(results.values["rows"]))
     about = f"{settings.new_tokens} new tokens after each prompt, batch 1, random weights."
@@ -165,10 +162,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> None:
     """Medians and quartiles, and each row's cost over that of its decoder at the first context."""
     first: dict[str, dict[str, Any]] = {}
     for row in rows:
-        spread = Spread.of([each["seconds_per_token"] for each in row["rounds"]])
-        row["seconds_per_token"], row["seconds_per_token_quartiles"] = spread.median, [spread.low, spread.high]
-        for name in ("seconds_per_round", "tokens_per_round"):
-            row[name] = Spread.of([each[name] for each in row["rounds"]]).median
+        for name in ("seconds_per_token", "seconds_per_round", "tokens_per_round"):
+            put_median(row, name)
         base = first.setdefault(row["label"], row)
         row["cost_ratio"] = _cost(row, base).median
         row["bytes_ratio"] = row["bytes_per_round"] / base["bytes_per_round"]
@@ -223,3 +218,13 @@ def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+SCALING = Benchmark(
+    "scaling",
+    "Cost against context",
+    ScalingSettings,
+    scaling,
+    {"scaling": Drawing("Cost of a round against the context", draw)},
+    "caddf benchmark scaling",
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +12,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from caddf.benchmarks.results import Results, Told, number, plain_ticks, put
-from caddf.benchmarks.roster import Contestant, Roster, name_of, named_runs, needs, same_weights
-from caddf.benchmarks.trial import check_tokenizer
+from caddf.benchmarks.given import OnText, written
+from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, number, plain_ticks, put, rounded
+from caddf.benchmarks.roster import Contestant, needs, same_weights
 from caddf.categorical import RowGenerators
-from caddf.data import TokenSet
 from caddf.decoding import Ancestral, Task
-from caddf.errors import Checked, InputError
+from caddf.errors import InputError, at_least_one, once
 from caddf.evaluation.steps import StepCurve, Steps, step_curve
 from caddf.experiment import METHODS
 from caddf.interface import LanguageModel, as_model
-from caddf.text_model import DType, check_seed
 
 ROWS = 64
 """Rows over which passes are counted."""
@@ -40,33 +37,22 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class StepsSettings(Checked):
-    """Which models, and what they are to reach.
+class StepsSettings(OnText):
+    """Which models, with a causal branch and without, and what they are to reach.
 
-    models: trained ones, NAME=RUN,... or a folder of runs, with a causal branch and without.
-    data: a token set.
-    split: of the windows.
     targets: perplexities, as in 60,80; not set, what the first model without a causal branch reaches in an eighth, a
         quarter and half as many steps as the context has tokens (where there is none, the first model's diffusion).
     anchors: of hybrid decoding.
     windows: that are scored.
     samples: masked sets per window.
-    dtype: of weights and arithmetic.
-    device: auto (a GPU where there is one), cpu, cuda or mps.
     seed: of all noise.
     out: folder of the results; not set, results/steps.
     """
 
-    models: str | None = None
-    data: str | None = None
-    split: str = "test"
     targets: str | None = None
     anchors: tuple[float, ...] = (0.25, 0.5, 0.75)
     windows: int = 32
     samples: int = 16
-    dtype: DType = "float32"
-    device: str = "auto"
-    seed: int = 0
     out: str | None = None
 
 
@@ -76,25 +62,24 @@ def steps(settings: StepsSettings, console: Console) -> Results:
     Raises `InputError` before anything is measured.
     """
     needs("matplotlib")
-    check_seed(settings.seed)
-    for name in ("models", "data"):
-        if getattr(settings, name) is None:
-            raise InputError(f"{name} is not given; caddf benchmark steps needs --models RUNS and --data SET")
-    for name in ("windows", "samples"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} is {getattr(settings, name)}; it must be 1 or more")
+    at_least_one(windows=settings.windows, samples=settings.samples)
+    if settings.anchors:
+        once("anchors", settings.anchors)
+    for anchor in settings.anchors:
+        if not 0 <= anchor < 1:
+            raise InputError(
+                f"anchors holds {anchor:g}; each must be at least 0 and below 1, where nothing is denoised"
+            )
     wanted = None if settings.targets is None else perplexities(settings.targets)
-    data = TokenSet.open(str(settings.data))
-    roster = Roster.of(models=settings.models, device=settings.device, dtype=settings.dtype)
+    roster, data = settings.opened()
     readers = {name: roster[name] for name in roster.names if denoises(roster[name])}
     if not readers:
         raise InputError(f"models is {settings.models}; none of them denoises without being told the time")
-    for name, contestant in readers.items():
-        check_tokenizer(name, contestant.tokenizer, data)
     context = min(contestant.network.config.context for contestant in readers.values())
     windows = data.split(settings.split).spread(context, settings.windows)
 
-    results = Results.open("steps", settings.out or "results/steps", _plain(settings))
+    read = {"data": data.fingerprint(settings.split)}
+    results = Results.open("steps", settings.out or "results/steps", written(settings), read=read)
     values = results.values
     same_weights(results.folder, values.get("rows", []), readers)
     kept = {(row["model"], row["anchor"]): row for row in values.get("rows", [])}
@@ -116,8 +101,9 @@ def steps(settings: StepsSettings, console: Console) -> Results:
                 anchor,
             )
             if "targets" not in values:
-                values["targets"] = wanted or [curve.bound(max(1, round(share * context))).ppl for share in SHARES]
-            kept[name, anchor] = _row(name, contestant, curve, values["targets"])
+                reached = [curve.bound(max(1, round(share * context))).ppl for share in SHARES]
+                values["targets"] = wanted or rounded(reached)
+            kept[name, anchor] = rounded(_row(name, contestant, curve, values["targets"]))
         rows.append(kept[name, anchor])
         values["rows"] = rows
         results.save()
@@ -145,13 +131,6 @@ def perplexities(given: str) -> list[float]:
     if not targets or not all(1 < target < math.inf for target in targets):
         raise InputError(f"targets is {given}; it must be perplexities above 1, as in 60,80")
     return targets
-
-
-def _plain(settings: StepsSettings) -> dict[str, Any]:
-    values = {**dataclasses.asdict(settings), "anchors": list(settings.anchors)}
-    values |= {"models": named_runs(str(settings.models)), "data": name_of(str(settings.data))}
-    del values["out"]
-    return values
 
 
 def _row(name: str, contestant: Contestant, curve: StepCurve, targets: Sequence[float]) -> dict[str, Any]:
@@ -268,3 +247,13 @@ def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     plain_ticks(axes.yaxis)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
+
+
+STEPS = Benchmark(
+    "steps",
+    "Steps that a perplexity takes",
+    StepsSettings,
+    steps,
+    {"steps": Drawing("Perplexity against denoising steps", draw)},
+    "caddf benchmark steps --models RUNS --data SET",
+)

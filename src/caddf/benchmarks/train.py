@@ -15,15 +15,17 @@ from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from torch import Tensor
 
-from caddf.benchmarks.contest import whole_numbers
-from caddf.benchmarks.measure import Spread, allocated, fresh, in_turns, now, resident
-from caddf.benchmarks.results import Results, Told, dots, put, spread
+from caddf.benchmarks.given import whole_numbers, written
+from caddf.benchmarks.measure import Spread, allocated, fresh, now, resident
+from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, dots, in_rounds, put, put_median, spread
 from caddf.benchmarks.roster import needs
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least_one, once
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
 from caddf.text_model import check_seed, resolve_device
 from caddf.training.optimizer import build_optimizer
 
+Place = tuple[str, int, str]
+"""Of a row in the table: method, rows of a step, variant."""
 LEARNING_RATE = 1e-5
 """Of the steps that are timed; small, so that many of them leave the network about as it was."""
 COLUMNS = {
@@ -109,7 +111,7 @@ class FullLogits:
 class Stepper:
     """A network, its objective and its optimizer, of one variant; a call is a step."""
 
-    def __init__(self, settings: TrainSettings, method: str, variant: str, rows: int) -> None:
+    def __init__(self, settings: TrainSettings, method: str, rows: int, variant: str) -> None:
         device = resolve_device(settings.device)
         self.network, objective = build(settings, method)
         self.network.to(device).train()
@@ -167,11 +169,8 @@ def train(settings: TrainSettings, console: Console) -> Results:
     check(settings)
     if settings.memory and device.type == "cpu":
         needs("psutil")
-    values = dataclasses.asdict(settings)
-    del values["out"]
-    results = Results.open(
-        "train", settings.out or f"results/train-{settings.size}", values, free=("repeats", "memory")
-    )
+    folder = settings.out or f"results/train-{settings.size}"
+    results = Results.open("train", folder, written(settings), free=("repeats", "memory"))
     table = [
         (method, rows, variant)
         for method in settings.methods.split(",")
@@ -189,30 +188,32 @@ def train(settings: TrainSettings, console: Console) -> Results:
         if settings.memory and row["peak_memory"] is None and device.type == "cpu":
             row["peak_memory"] = fresh(resident_peak, settings, *place)
             results.save()
-    for turn, (place, row) in in_turns(rows, settings.repeats):
-        if len(row["rounds"]) > turn:
-            continue
-        if place not in steppers:
-            steppers[place] = Stepper(settings, place[0], place[2], place[1])
-            steppers[place]()
-        step = steppers[place]
+
+    def warm_up(place: Place, turn: int) -> None:
+        steppers[place] = Stepper(settings, *place)
+        steppers[place]()
+
+    def measure(place: Place, turn: int) -> dict[str, Any]:
+        step, figures = steppers[place], dict[str, Any]()
         if device.type == "cuda":
             with allocated(device) as peak:
                 seconds = timed(step, settings.steps, device)
-            row["peak_memory"] = max(row["peak_memory"] or 0, peak.most - peak.first)
+            figures["peak"] = peak.most - peak.first
         else:
             seconds = timed(step, settings.steps, device)
-        row["rounds"].append({"seconds": seconds, "tokens_per_second": place[1] * settings.length / seconds})
-        row["parameters"] = step.network.parameter_counts()["total"]
-        results.save()
-        console.print(
-            f"[{turn + 1}/{settings.repeats}] {' '.join(map(str, place))}: {seconds:.3f} s",
-            markup=False,
-            soft_wrap=True,
-        )
+        parameters = step.network.parameter_counts()["total"]
+        speed = place[1] * settings.length / seconds
+        return {"seconds": seconds, "tokens_per_second": speed, "parameters": parameters, **figures}
+
+    def say(place: Place, figures: dict[str, Any]) -> str:
+        return f"{' '.join(map(str, place))}: {figures['seconds']:.3f} s"
+
+    in_rounds(results, rows, settings.repeats, measure, say, console, warm_up)
     for _, row in rows:
-        speed = Spread.of([each["tokens_per_second"] for each in row["rounds"]])
-        row["tokens_per_second"], row["tokens_per_second_quartiles"] = speed.median, [speed.low, speed.high]
+        put_median(row, "tokens_per_second")
+        row["parameters"] = row.get("parameters") or row["rounds"][-1]["parameters"]
+        peaks = [each["peak"] for each in row["rounds"] if "peak" in each]
+        row["peak_memory"] = max(peaks) if peaks else row["peak_memory"]
     put(results.values, ratios(results.values["rows"]))
     text = f"Steps of {settings.length} tokens a row; random tokens and weights."
     results.write(text, COLUMNS, partial(cells, length=settings.length), partial(draw, rows=results.values["rows"]))
@@ -222,12 +223,11 @@ def train(settings: TrainSettings, console: Console) -> Results:
 def check(settings: TrainSettings) -> None:
     """Raises `InputError` for settings that do not fit."""
     check_seed(settings.seed)
+    once("methods", settings.methods.split(","))
     for method in settings.methods.split(","):
         if method not in METHODS:
             raise InputError(f"methods holds {method}; it must be of {', '.join(METHODS)}")
-    for name in ("length", "steps", "repeats"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} is {getattr(settings, name)}; it must be 1 or more")
+    at_least_one(length=settings.length, steps=settings.steps, repeats=settings.repeats)
 
 
 def timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
@@ -240,7 +240,7 @@ def timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
 
 def resident_peak(settings: TrainSettings, method: str, rows: int, variant: str) -> int:
     """What two steps add to the resident memory of this process beyond what they leave; run it in a `fresh` one."""
-    step = Stepper(settings, method, variant, rows)
+    step = Stepper(settings, method, rows, variant)
     weights = step.kept
     with resident() as peak:
         step()
@@ -278,3 +278,13 @@ def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     names = [f"{row['method']}, {row['batch']} rows, {row['variant']}" for row in rows]
     dots(axes, names, rows, ["C0" if row["variant"] == "ours" else "0.6" for row in rows])
     axes.set(xlabel="tokens per second of a training step (median, quartiles)")
+
+
+TRAIN = Benchmark(
+    "train",
+    "A training step",
+    TrainSettings,
+    train,
+    {"train": Drawing("Tokens per second of a training step", draw)},
+    "caddf benchmark train",
+)

@@ -101,6 +101,10 @@ class TokenSet:
         tokens = np.memmap(tokens_path(self.folder, name), dtype=self.manifest["dtype"], mode="r")
         return Split(name, tokens, about["documents"], about["bytes"])
 
+    def fingerprint(self, split: str) -> str:
+        """That of the tokens of a split."""
+        return str(self.manifest["splits"][split]["sha256"])
+
 
 def tokens_path(folder: Path, split: str) -> Path:
     """Where the tokens of a split lie."""

@@ -53,6 +53,16 @@ class Acceptance:
         return share, spread / len(before) ** 0.5
 
 
+def given_in_block(model: LanguageModel, target: Verifier, size: int, length: int) -> int:
+    """How many tokens of a block are given, not drafted; raises `InputError` where none is left, or none fits a row."""
+    given = int(target == "causal" or model.chained)
+    if not given < size <= length:
+        raise InputError(
+            f"block_size is {size}; with target {target} it must lie between {given + 1} and the row's length"
+        )
+    return given
+
+
 @torch.no_grad()
 def acceptance(
     model: Model,
@@ -76,13 +86,9 @@ def acceptance(
     model = checked(model, x0, vocab_size)
     size = model.block_size if block_size is None else block_size
     at_least_one(rounds=rounds, block_size=size)
-    given, blocks = int(target == "causal" or model.chained), x0.shape[1] // size
     if {target, "draft"} - model.heads:
         raise InputError(f"target is {target}; this model has the heads {', '.join(sorted(model.heads))} alone")
-    if not given < size <= x0.shape[1]:
-        raise InputError(
-            f"block_size is {size}; with target {target} it must lie between {given + 1} and the row's length"
-        )
+    given, blocks = given_in_block(model, target, size, x0.shape[1]), x0.shape[1] // size
     u = uniform((len(x0), rounds, 1 + size), noise).to(x0.device)
     start = (u[..., 0] * blocks).long() * size
     reached, last = u.new_empty(len(x0), rounds, size - given), start.amax(1)
