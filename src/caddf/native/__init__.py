@@ -2,8 +2,9 @@
 
 What decoding pays for is the reading of weights and, with small models, the steps between operations. `attach` gives a
 model's passes of a few positions over caches to `kernels.c`, which runs a whole stack of layers in one call, made of
-`maps.c` and `attention.c`, and rounds of the causal target to `rounds.c`; `threads.c` has the threads that share them,
-and `layout.c` says where `structures.py` must have the fields of what is passed.
+`maps.c` and `attention.c`, and rounds of left-to-right decoding to `rounds.c`, made of `drafts.c`, `draws.c` and
+`verification.c`; `threads.c` has the threads that share them, and `layout.c` says where `structures.py` must have the
+fields of what is passed.
 All else (training, whole rows, other dtypes) stays with the modules, which are the reference that tests compare with.
 """
 

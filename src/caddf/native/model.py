@@ -24,7 +24,7 @@ from caddf.models.states import Canvas
 from caddf.native.build import library
 from caddf.native.passes import KINDS, WIDEST, Biases, FusionPass, NativeHead, StackPass, Weights, few, threads_for
 from caddf.native.rounds import Rounds
-from caddf.native.structures import CDraft, CMap, address, cache_of, filters
+from caddf.native.structures import CDraft, CMap, CWarp, address, cache_of, warp_of
 from caddf.quantise import Quantisation, is_bf16
 
 PROPOSED: Quantisation = "int8"
@@ -260,12 +260,12 @@ class Native:
         first = (n - start).clamp(0, width - 1)
         tokens, q = before.new_empty(rows, count), u.new_zeros(rows, count, self.model.vocab_size)
         held = cast(NativeHead, self.heads["chain"]).tokens()
-        settings, drafted = self.draft_settings(held[0], rows, width, cache, warp, least), torch.empty_like(first)
+        banned, drafted = self.banned(warp), torch.empty_like(first)
+        settings = self.draft_settings(held[0], rows, width, cache, warp_of(warp, banned), least)
         made = {"states": h_cad, "before": before, "earlier": earlier, "first": first, "u": u}
-        banned = self.banned(warp)
-        made |= {"banned": banned} if given is None else {"banned": banned, "given": given}
+        made |= {} if given is None else {"given": given}
         made = {name: each.contiguous() for name, each in made.items()} | {"tokens": tokens, "q": q, "drafts": drafted}
-        settings.count, settings.bans = count, len(banned)
+        settings.count = count
         for name, each in made.items():
             setattr(settings, name, each.data_ptr())
         if library().caddf_draft(ctypes.addressof(stack.stack), ctypes.addressof(settings)):
@@ -277,7 +277,7 @@ class Native:
         banned, small = torch.arange(self.model.vocab_size)[list(warp.banned)], self.model.draft_tokens
         return banned if small is None else torch.isin(small, banned).nonzero()[:, 0]
 
-    def draft_settings(self, head: CMap, rows: int, width: int, cache: KVCache, warp: Warp, least: float) -> CDraft:
+    def draft_settings(self, head: CMap, rows: int, width: int, cache: KVCache, warp: CWarp, least: float) -> CDraft:
         """What windows of `width` are drafted by; what they are drafted from, and go to, is for the caller.
 
         `head` is the chain's, whose panels the caller holds.
@@ -287,8 +287,8 @@ class Native:
         read = self.stacks["chain"].weights.bytes + (4 >> head.type) * head.out * table.shape[1]
         return CDraft(
             rows=rows, width=width, embedding=address(table), shifted=address(shifted and shifted.weight), head=head,
-            ids=address(self.model.draft_tokens), vocabulary=self.model.vocab_size, least=least,
-            **filters(warp), cache=cache_of(cache), cos=address(cos), sin=address(sin), threads=threads_for(read, rows),
+            ids=address(self.model.draft_tokens), vocabulary=self.model.vocab_size, warp=warp,
+            least=least, cache=cache_of(cache), cos=address(cos), sin=address(sin), threads=threads_for(read, rows),
         )  # fmt: skip
 
 

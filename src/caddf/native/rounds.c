@@ -1,368 +1,7 @@
-// Drafts of a chain, and whole rounds: what left-to-right decoding does between two tokens that stand.
+// Whole rounds: what left-to-right decoding does between two tokens that stand (`decoding/speculative.py`).
 
-#include "kernels.c"
-
-// Drafts: a chain's steps, each with its head, its draw by inverse CDF, and the embedding of what was drawn.
-
-typedef struct {
-  int64_t rows, width, count;  // places of a window, and most drafts of a row
-  const int64_t *counts;       // [rows]: of each, 0: it drafts nothing; NULL: `count`
-  float *states;               // [rows, width, D]: what the chain reads besides tokens
-  int64_t *before;             // [rows, width]: the token before each place, known up to a row's first draft
-  int64_t *earlier;            // and the one before that, read where there is `shifted`
-  int64_t *first;              // [rows]: the place of that draft
-  int64_t *heard;              // [rows]: how many places `cache` holds, at most `first`; NULL: none
-  double *u;                   // [rows, count]: uniforms
-  const float *embedding, *shifted;  // [tokens, D]: of the token before; of the one before that, or NULL
-  Map head;                    // its logits are those of `ids`, or of all tokens where that is NULL
-  const int64_t *ids;
-  int64_t *given;              // [rows, count]: what stands at a place already, or -1; NULL: nothing does
-  const int64_t *banned;       // of the head's logits, those that are never drawn
-  int64_t bans;
-  int64_t vocabulary;
-  double temperature, least;   // drafting ends when the product of the largest probabilities falls below `least`
-  double top_p, min_p;         // filters, off at 1, 0
-  int64_t top_k;               // and 0
-  Cache cache;
-  const float *cos, *sin;
-  int64_t *tokens;             // [rows, count], drawn
-  double *q;                   // [rows, count, vocabulary], zero before (greedy, or outside `ids`): what they were drawn from
-  int64_t *drafts;             // [rows]: how many are to be verified, at least one
-  int64_t threads;
-} Draft;
-
-enum { BLOCK = 64 };
-typedef double d8 __attribute__((vector_size(64)));
-typedef int64_t l8 __attribute__((vector_size(64)));
-
-// The sum of at most BLOCK numbers.
-static double mass(const float *p, int64_t count) {
-  d8 sums = {0};
-  int64_t i = 0;
-  if (count > BLOCK) count = BLOCK;
-  for (; i + 8 <= count; i += 8) sums += __builtin_convertvector(load(p + i), d8);
-  double sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-  for (; i < count; i++) sum += p[i];
-  return sum;
-}
-
-static void add(float *to, const float *x, int64_t n) {
-  for (int64_t k = 0; k < n; k++) to[k] += x[k];
-}
-
-static float largest(const float *x, int64_t n, int64_t *at) {
-  int64_t whole = n / 8 * 8;
-  v8 tops = all(-INFINITY);
-  for (int64_t i = 0; i < whole; i += 8) tops = choose(load(x + i) > tops, load(x + i), tops);
-  float top = tops[0];
-  for (int i = 1; i < 8; i++) top = tops[i] > top ? tops[i] : top;
-  for (int64_t i = whole; i < n; i++) top = x[i] > top ? x[i] : top;
-  if (at)
-    for (*at = 0; *at < n - 1 && x[*at] != top;) ++*at;  // no number is the top of those that are none
-  return top;
-}
-
-static int are_numbers(const float *x, int64_t n) {
-  int64_t whole = n / 8 * 8;
-  v8 found = all(0.0f);
-  for (int64_t i = 0; i < whole; i += 8) found = choose(load(x + i) == load(x + i), found, all(1.0f));
-  int numbers = total(found) == 0;
-  for (int64_t i = whole; i < n; i++) numbers &= x[i] == x[i];
-  return numbers;
-}
-
-// exp((x - top) / temperature) in the place of logits. Returns whether they are numbers.
-static int weigh(float *x, int64_t n, double temperature) {
-  float top = largest(x, n, NULL);
-  int64_t whole = n / 8 * 8;
-  v8 scale = all((float)(1 / temperature));
-  for (int64_t i = 0; i < whole; i += 8) store(x + i, exponential((load(x + i) - all(top)) * scale));
-  for (int64_t i = whole; i < n; i++) x[i] = expf((x[i] - top) * scale[0]);
-  return isfinite(top);
-}
-
-static double weight_of(const float *p, int64_t n) {
-  double total = 0;
-  for (int64_t i = 0; i < n; i += BLOCK) total += mass(p + i, n - i);
-  return total;
-}
-
-static uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-// The largest weights stay, `count` at most, each of them while those before it sum to less than `most`; the rest become
-// 0. Among equals the first come first. The bits of numbers that are not negative are in their order: the last that
-// stays is found by its first bits, the next and the last, among those that share the bits before.
-static void keep_largest(float *p, int64_t n, int64_t count, double most) {
-  static const int shifts[] = {21, 10, 0};
-  uint32_t last = 0, known = 0;
-  int64_t number = 0;
-  double sum = 0;
-  for (int level = 0; level < 3; level++) {
-    uint32_t mask = level < 2 ? 2047 : 1023;
-    int64_t numbers[2048] = {0}, at = mask;
-    double sums[2048] = {0};
-    for (int64_t i = 0; i < n; i++) {
-      uint32_t bits = bits_of(p[i]);
-      if ((bits ^ last) & known) continue;
-      numbers[bits >> shifts[level] & mask]++, sums[bits >> shifts[level] & mask] += p[i];
-    }
-    for (; at > 0 && number + numbers[at] < count && sum + sums[at] < most; at--) number += numbers[at], sum += sums[at];
-    last |= (uint32_t)at << shifts[level], known |= mask << shifts[level];
-  }
-  for (int64_t i = 0; i < n; i++) {
-    uint32_t bits = bits_of(p[i]);
-    if (bits < last || (bits == last && (number >= count || sum >= most)))
-      p[i] = 0;
-    else if (bits == last)
-      number++, sum += p[i];
-  }
-}
-
-// The filters of `categorical.Warp`, in their order, on weights of which the largest is 1.
-static void filter(const Draft *d, float *p, int64_t n) {
-  if (d->top_k && d->top_k < n) keep_largest(p, n, d->top_k, INFINITY);
-  if (d->top_p < 1) keep_largest(p, n, n, d->top_p * weight_of(p, n));
-  if (d->min_p > 0)
-    for (int64_t i = 0; i < n; i++)
-      if (p[i] < d->min_p) p[i] = 0;
-}
-
-// The index at which the sum of weights first exceeds u times that of all.
-static int64_t pick(const float *p, int64_t n, double u, double *total) {
-  int64_t chosen = 0;
-  double sum = 0, next = 0, below = u * (*total = weight_of(p, n));
-  for (; chosen < n - BLOCK; chosen += BLOCK, sum = next)
-    if ((next = sum + mass(p + chosen, BLOCK)) > below) break;
-  for (int64_t end = chosen + BLOCK < n ? chosen + BLOCK - 1 : n - 1; chosen < end; chosen++)
-    if ((sum += p[chosen]) > below) break;
-  while (chosen > 0 && p[chosen] == 0) chosen--;  // u times the total may round up
-  return chosen;
-}
-
-// One draw; returns the largest probability at temperature 1.
-static double draw(const Draft *d, float *logits, double u, double *q, int64_t *token) {
-  int64_t n = d->head.out, chosen = 0;
-  double sure = 1;
-  if (d->least > 0) {
-    float top = largest(logits, n, NULL);
-    double total = 0;
-    for (int64_t i = 0; i < n; i++) total += expf(logits[i] - top);
-    sure = 1 / total;
-  }
-  for (int64_t i = 0; i < d->bans; i++) logits[d->banned[i]] = -INFINITY;
-  if (d->temperature == 0) {
-    largest(logits, n, &chosen);
-    q[d->ids ? d->ids[chosen] : chosen] = 1;
-  } else {
-    weigh(logits, n, d->temperature);
-    for (int64_t i = 0; i < d->bans; i++) logits[d->banned[i]] = 0;
-    filter(d, logits, n);
-    double total;
-    chosen = pick(logits, n, u, &total);
-    double share = 1 / total;
-    if (d->ids)
-      for (int64_t i = 0; i < n; i++) q[d->ids[i]] = logits[i] * share;
-    else
-      for (int64_t i = 0; i < n; i++) q[i] = logits[i] * share;
-  }
-  *token = d->ids ? d->ids[chosen] : chosen;
-  return sure;
-}
-
-typedef struct {
-  const Stack *stack;
-  const Draft *draft;
-  Pass pass;
-  float *x, *before, *logits, *room, *scores;
-  int64_t *positions, *read;  // [rows]: which of the states that the head reads is a row's
-  double *chance;
-  int64_t going, made, seen;
-} Drafting;
-
-static int64_t heard_of(const Draft *d, int64_t row) { return d->heard ? d->heard[row] : 0; }
-
-// The rows that draft once more, each at the place behind; the first step reads what stands before the first draft, too.
-static void go_on(Drafting *w, int64_t j) {
-  const Draft *d = w->draft;
-  int64_t *first = w->pass.first;
-  w->going = 0;
-  for (int64_t row = 0; row < d->rows; row++) {
-    int goes = j < (d->counts ? d->counts[row] : d->count) && d->drafts[row] == j;
-    first[row + 1] = first[row] + (!goes ? 0 : j ? 1 : d->first[row] - heard_of(d, row) + 1);
-    w->read[row] = goes ? w->going++ : -1;
-  }
-}
-
-static void draft(const void *of, int64_t thread, int64_t threads) {
-  Drafting *w = (Drafting *)of;
-  const Stack *s = w->stack;
-  const Draft *d = w->draft;
-  const Pass *p = &w->pass;
-  int64_t D = s->width;
-  for (int64_t j = 0; j < d->count; j++) {
-    if (thread == 0) go_on(w, j);
-    TOGETHER
-    if (!w->going) break;
-    for (int64_t row = thread; row < d->rows; row += threads)
-      for (int64_t i = 0; i < COUNT(p, row); i++) {
-        int64_t place = j ? d->first[row] + j : heard_of(d, row) + i, at = BEGIN(p, row) + i;
-        if (place > d->width - 1) place = d->width - 1;  // what is drafted beyond the window is nobody's
-        int64_t token = j ? d->tokens[row * d->count + j - 1] : d->before[row * d->width + place];
-        w->positions[at] = place;
-        memcpy(w->x + at * D, d->states + (row * d->width + place) * D, D * sizeof(float));
-        memcpy(w->before + at * D, d->embedding + token * D, D * sizeof(float));
-        if (!d->shifted) continue;
-        int64_t of = row * d->width;
-        int64_t earlier = j > 1 ? d->tokens[row * d->count + j - 2] : j ? d->before[of + d->first[row]] : d->earlier[of + place];
-        add(w->before + at * D, d->shifted + earlier * D, D);
-      }
-    TOGETHER
-    run(s, p, w->room, w->made, w->scores + thread * d->width * w->seen, w->seen, thread, threads);
-    TOGETHER
-    if (BEGIN(p, d->rows) > w->going) {  // the head reads the last place of each row alone
-      for (int64_t row = 0; row < d->rows && thread == 0; row++)
-        if (w->read[row] >= 0) memmove(w->x + w->read[row] * D, w->x + (BEGIN(p, row + 1) - 1) * D, D * sizeof(float));
-      TOGETHER
-    }
-    map(&d->head, w->x, w->going, w->logits, PLAIN, thread, threads, NULL);
-    TOGETHER
-    for (int64_t row = thread; row < d->rows; row += threads) {
-      int64_t at = row * d->count + j;
-      if (w->read[row] < 0) {
-        d->tokens[at] = 0;
-        continue;
-      }
-      double *q = d->q + at * d->vocabulary;
-      if (d->given && d->given[at] >= 0)
-        d->tokens[at] = d->given[at];
-      else
-        w->chance[row] *= draw(d, w->logits + w->read[row] * d->head.out, d->u[at], q, d->tokens + at);
-      if (j && w->chance[row] < d->least)
-        memset(q, 0, d->vocabulary * sizeof(double));
-      else
-        d->drafts[row] = j + 1;
-    }
-    TOGETHER
-  }
-}
-
-// What drafting needs by so many threads; `x` and `positions` are to be freed. 0, or -1 where memory is short.
-static int drafting(const Stack *s, const Draft *d, int64_t threads, Drafting *w) {
-  *w = (Drafting){.stack = s, .draft = d};
-  Pass *p = &w->pass;
-  int64_t states = d->rows * d->width * s->width;
-  *p = (Pass){.rows = d->rows, .n = d->width, .cos = d->cos, .sin = d->sin, .own = d->cache, .threads = threads};
-  int64_t room = floats_of(s, p, &w->made, &w->seen);
-  w->x = memory_of(2 * states + d->rows * d->head.out + room + threads * d->width * w->seen);
-  w->positions = malloc((d->rows * (d->width + 2) + 1) * sizeof(int64_t) + d->rows * sizeof(double));
-  if (!w->x || !w->positions) {
-    free(w->x), free(w->positions);
-    return -1;
-  }
-  w->read = w->positions + d->rows * d->width, p->first = w->read + d->rows, p->first[0] = 0;
-  w->chance = (double *)(p->first + d->rows + 1);
-  w->before = w->x + states, w->room = w->before + states, w->scores = w->room + room;
-  w->logits = w->scores + threads * d->width * w->seen;
-  p->x = w->x, p->before = w->before, p->positions = w->positions;
-  for (int64_t row = 0; row < d->rows; row++) w->chance[row] = 1, d->drafts[row] = 0;
-  return 0;
-}
-
-// 0, or -1 where memory is short.
-int caddf_draft(const Stack *s, const Draft *d) {
-  Drafting w;
-  if (drafting(s, d, d->threads, &w)) return -1;
-  share_out(draft, &w, d->threads);
-  free(w.x), free(w.positions);
-  return 0;
-}
-
-// Verification (`decoding/verification.py`) of a row's drafts: how many stand, and what follows them.
-
-typedef struct {
-  float *weights;        // of the target at each place, [places, V], unnormalised
-  const double *totals;  // [places]: their sums
-  const double *q;       // of the drafts, [places, V]; NULL: each is sure of itself
-  const int64_t *tokens, *before;  // at each place, and what stood there before drafts: the mask, or a given token
-  int64_t end;           // so many places are verified
-  int64_t vocabulary, mask;
-  double *may;           // [end + 1]: with what probability those before a place may stand, all together
-  double *rest;          // [end]: the sum of (may p - q)+ at a place
-} Drafted;
-
-// The sum of (scale p - q)+, and where `to` is given those numbers.
-static double spared(const float *p, double scale, const double *q, int64_t n, float *to) {
-  d8 sums = {0}, none = {0};
-  int64_t whole = n / 8 * 8;
-  double sum = 0;
-  for (int64_t i = 0; i < whole; i += 8) {
-    d8 q_i = none;
-    if (q) memcpy(&q_i, q + i, sizeof q_i);
-    d8 rest = __builtin_convertvector(load(p + i), d8) * scale - q_i;
-    rest = (d8)((l8)rest & (rest > none));
-    sums += rest;
-    if (to) store(to + i, __builtin_convertvector(rest, v8));
-  }
-  for (int i = 0; i < 8; i++) sum += sums[i];
-  for (int64_t i = whole; i < n; i++) {
-    double q_i = q ? q[i] : 0, rest = p[i] * scale - q_i > 0 ? p[i] * scale - q_i : 0;
-    sum += rest;
-    if (to) to[i] = rest;
-  }
-  return sum;
-}
-
-// That of what a row spares at a place; what is sure of itself has q = 1 where p is at most that.
-static double spared_of(const Drafted *d, int64_t i, double scale, int into) {
-  float *p = d->weights + i * d->vocabulary, *own = p + d->tokens[i], kept = *own;
-  if (!d->q) *own = 0;
-  double sum = spared(p, scale, d->q ? d->q + i * d->vocabulary : NULL, d->vocabulary, into ? p : NULL);
-  if (!d->q && !into) *own = kept;
-  return sum;
-}
-
-static int drafted_at(const Drafted *d, int64_t i) { return d->before[i] == d->mask; }
-
-static void may_stand(const Drafted *d) {
-  d->may[0] = 1;
-  for (int64_t i = 0; i < d->end; i++) {
-    int64_t drawn = i * d->vocabulary + d->tokens[i];
-    double share = drafted_at(d, i) ? d->weights[drawn] / d->totals[i] / (d->q ? d->q[drawn] : 1) : 1;
-    d->may[i + 1] = d->may[i] * share > 1 ? 1 : d->may[i] * share;
-  }
-}
-
-static void spare(const Drafted *d, int64_t i) {
-  if (!drafted_at(d, i))
-    d->rest[i] = 0;
-  else if (d->may[i] > 0)
-    d->rest[i] = spared_of(d, i, d->may[i] / d->totals[i], 0);
-}
-
-// `u` has a uniform for each place; behind given tokens that of the draft before them decides. `share` becomes that at
-// which drafts end.
-static int64_t verify(const Drafted *d, const double *u, double *share) {
-  int64_t stop = 0, decides = 0;
-  *share = 1;
-  for (int64_t i = 1; i <= d->end && d->may[i] > 0; i++) {
-    if (drafted_at(d, i - 1)) decides = i - 1;
-    double rest = i < d->end ? d->rest[i] : d->may[i], of = i < d->end ? rest + 1 - d->may[i] : 1;
-    if (of == 0 || u[decides] * of < rest) stop = i, *share = d->may[i];
-  }
-  return stop;
-}
-
-// The token behind the `stop` drafts that stand; weights there are overwritten.
-static int64_t following(const Drafted *d, int64_t stop, double share, double u) {
-  double total = d->totals[stop], scale = share / total;
-  if (stop < d->end && (stop ? d->rest[stop] : spared_of(d, stop, scale, 0)) > 0)
-    spared_of(d, stop, scale, 1);  // nothing is left where p is q up to rounding
-  return pick(d->weights + stop * d->vocabulary, d->vocabulary, u, &total);
-}
+#include "drafts.c"
+#include "verification.c"
 
 // The canvases of a fused target: one for the whole text, made beforehand, or each block's all-masked start, read when a
 // position of it is first asked for. A row's blocks of even number go to the first `block` slots, the others behind.
@@ -390,11 +29,11 @@ typedef struct {  // a round: a window of drafts that starts at the last token t
   const uint8_t *active;                  // [rows]: whether a row goes on
   const Stack *causal, *window, *chain;   // window NULL: drafts are copied, or there are none
   Pass *pass, *look;                      // with room for the widest round
-  Draft *draft;
+  Draft *draft;                           // as `window`
   const Canvas *canvas;                   // NULL: the target is causal
   Map head;
-  const int64_t *banned;                  // tokens that the target never draws
-  int64_t bans, head_threads;
+  Warp warp;                              // of the target
+  int64_t head_threads;
   const float *embedding, *shifted, *table;  // what the causal branch reads; shifted NULL: not the token before; table
                                           // NULL: rotary positions
   float *logits;                          // [rows, places + 1, V]
@@ -537,12 +176,10 @@ static void weigh_part(const void *of, int64_t thread, int64_t threads) {
     float *logits = r->logits + at * V;
     if (i >= COUNT(r->pass, row)) continue;
     int numbers = are_numbers(logits, V);
-    for (int64_t i = 0; i < r->bans; i++) logits[r->banned[i]] = -INFINITY;
+    ban(&r->warp, logits, -INFINITY);
     if (!numbers) logits[0] = INFINITY;  // which is no top, whatever the others are
-    if (r->draft->temperature == 0) continue;
-    int sound = weigh(logits, V, r->draft->temperature);
-    for (int64_t i = 0; i < r->bans; i++) logits[r->banned[i]] = 0;
-    filter(r->draft, logits, V);
+    if (r->warp.temperature == 0) continue;
+    int sound = weigh(&r->warp, logits, V);
     w->totals[at] = sound ? weight_of(logits, V) : NAN;
   }
 }
@@ -631,7 +268,7 @@ static void read_part(const void *of, int64_t thread, int64_t threads) {
   map_share(&w->head, thread, threads);
   TOGETHER
   weigh_part(v, thread, threads);
-  if (v->round->draft->temperature == 0) return;
+  if (v->round->warp.temperature == 0) return;
   TOGETHER
   for (int64_t row = thread; row < v->round->rows; row += threads) may_stand(&v->drafted[row]);
   TOGETHER
@@ -714,7 +351,7 @@ static int64_t settled(const Round *r, int64_t row, const Drafted *d, int64_t en
   const int64_t *x = r->x + row * r->length;
   const float *logits = d->weights;
   *token = -1;
-  if (r->draft->temperature == 0) {
+  if (r->warp.temperature == 0) {
     for (; stop < end; stop++) {
       if (!is_open(r, row, n + stop)) continue;
       if (!isfinite(largest(logits + stop * V, V, &top)) || top != x[n + stop]) break;
@@ -772,7 +409,7 @@ int caddf_round(const Round *r) {
   embed_places(r, p.shown);
 
   int64_t places = BEGIN(pass, rows);
-  double temperature = r->draft->temperature, totals[places + 1], may[places + rows], rest[places + 1];
+  double temperature = r->warp.temperature, totals[places + 1], may[places + rows], rest[places + 1];
   Drafted drafted[rows];
   for (int64_t row = 0; row < rows; row++) {
     int64_t first = BEGIN(pass, row), end = temperature > 0 && r->active[row] ? p.ends[row] - r->n[row] : 0;

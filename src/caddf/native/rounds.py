@@ -21,7 +21,7 @@ from caddf.interface import Block, Drafting, Round, Uniforms
 from caddf.models.states import Canvas
 from caddf.native.build import library
 from caddf.native.passes import FusionPass, NativeHead, StackPass, threads_for
-from caddf.native.structures import CCache, CCanvas, CDraft, CFusing, CPass, CRound, address, cache_of, filters
+from caddf.native.structures import CCache, CCanvas, CDraft, CFusing, CPass, CRound, address, cache_of, warp_of
 
 if TYPE_CHECKING:
     from caddf.native.model import Native
@@ -69,10 +69,9 @@ class Rounds:
             exchange_sin=address(exchange_turns[1]), threads=threads_for(causal.weights.bytes, rows * places),
             first=self._new(rows + 1, dtype=torch.long),
         )  # fmt: skip
-        self.look, self.draft = CPass(), CDraft(vocabulary=model.vocab_size, **filters(warp))
+        self.look, self.draft = CPass(), CDraft()
         if drafting.proposes:
             self._draft(native, rows, warp, drafting.least)
-        if size:
             self.draft.q = self._new(rows, size, model.vocab_size, dtype=torch.double)
             for name, shape in (("tokens", 2), ("given", 2), ("drafts", 1)):
                 setattr(self.draft, name, self._new(*(rows, size)[:shape], dtype=torch.long))
@@ -85,7 +84,7 @@ class Rounds:
             rows=rows, size=size, mask=model.mask_id, bos=model.config.bos_id, lookup=drafting.lookup,
             copies=drafting.copies, places=drafting.places, most=drafting.most, renew=drafting.renew,
             since=self._keep(torch.full((rows,), -1)).data_ptr(), lengths=self.lengths.data_ptr(),
-            causal=ctypes.addressof(causal.stack), head=read, banned=banned.data_ptr(), bans=len(banned),
+            causal=ctypes.addressof(causal.stack), head=read, warp=warp_of(warp, banned),
             head_threads=threads_for((4 >> read.type) * read.out * causal.width, rows * places),
             embedding=address(branch.embedding.weight), shifted=address(shifted),
             table=None if table is None else address(table.weight),
@@ -122,9 +121,8 @@ class Rounds:
         cache = model.allocate_drafts(rows, size)
         self.look = self._window(native, self.stacks["look"], rows, size)
         head, *_ = self._keep(cast(NativeHead, native.heads["chain"]).tokens())
-        self.draft = native.draft_settings(head, rows, size, self._keep(cache), warp, least)
-        banned = self._keep(native.banned(warp))
-        self.draft.banned, self.draft.bans = banned.data_ptr(), len(banned)
+        warped = warp_of(warp, self._keep(native.banned(warp)))
+        self.draft = native.draft_settings(head, rows, size, self._keep(cache), warped, least)
         self._keep((native.diffusion.embedding.weight, model.chain.shifted and model.chain.shifted.weight))
         self.draft.states = self._new(rows, size, self.stacks["look"].width)
         self.draft.u = self._new(rows, size, dtype=torch.double)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 
+from jaxtyping import Int
 from torch import Tensor
 
 from caddf.caches import KVCache
@@ -99,6 +100,15 @@ class CPreparing(ctypes.Structure):
     )  # fmt: skip
 
 
+class CWarp(ctypes.Structure):
+    """A warp of logits."""
+
+    _fields_ = (
+        ("temperature", ctypes.c_double), ("top_p", ctypes.c_double), ("min_p", ctypes.c_double), ("top_k", _number),
+        ("banned", _pointer), ("bans", _number),
+    )  # fmt: skip
+
+
 class CDraft(ctypes.Structure):
     """Drafts of a chain."""
 
@@ -106,9 +116,8 @@ class CDraft(ctypes.Structure):
         ("rows", _number), ("width", _number), ("count", _number), ("counts", _pointer), ("states", _pointer),
         ("before", _pointer),
         ("earlier", _pointer), ("first", _pointer), ("heard", _pointer), ("u", _pointer), ("embedding", _pointer),
-        ("shifted", _pointer), ("head", CMap), ("ids", _pointer), ("given", _pointer), ("banned", _pointer),
-        ("bans", _number), ("vocabulary", _number), ("temperature", ctypes.c_double), ("least", ctypes.c_double),
-        ("top_p", ctypes.c_double), ("min_p", ctypes.c_double), ("top_k", _number), ("cache", CCache),
+        ("shifted", _pointer), ("head", CMap), ("ids", _pointer), ("given", _pointer), ("warp", CWarp),
+        ("vocabulary", _number), ("least", ctypes.c_double), ("cache", CCache),
         ("cos", _pointer), ("sin", _pointer), ("tokens", _pointer), ("q", _pointer), ("drafts", _pointer),
         ("threads", _number),
     )  # fmt: skip
@@ -131,7 +140,7 @@ class CRound(ctypes.Structure):
         ("lookup", _number), ("copies", _number), ("most", _number), ("renew", _number), ("since", _pointer),
         ("before", _pointer), ("lengths", _pointer), ("n", _pointer), ("held", _pointer), ("active", _pointer),
         ("causal", _pointer), ("window", _pointer), ("chain", _pointer), ("pass", _pointer), ("look", _pointer),
-        ("draft", _pointer), ("canvas", _pointer), ("head", CMap), ("banned", _pointer), ("bans", _number),
+        ("draft", _pointer), ("canvas", _pointer), ("head", CMap), ("warp", CWarp),
         ("head_threads", _number), ("embedding", _pointer), ("shifted", _pointer), ("table", _pointer),
         ("logits", _pointer), ("u", _pointer), ("places", _number), ("x", _pointer), ("drafts", _pointer),
         ("fresh", _pointer), ("corrected", _pointer), ("next", _pointer), ("read", _pointer), ("work", _pointer),
@@ -167,9 +176,9 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def filters(warp: Warp) -> dict[str, float]:
-    """The fields of `CDraft` that a warp is, but for its banned tokens."""
-    return {"temperature": warp.temperature, "top_k": warp.top_k, "top_p": warp.top_p, "min_p": warp.min_p}
+def warp_of(warp: Warp, banned: Int[Tensor, " N"]) -> CWarp:
+    """A warp as C sees it; `banned` are the logits of its banned tokens, which the caller holds."""
+    return CWarp(warp.temperature, warp.top_p, warp.min_p, warp.top_k, banned.data_ptr(), len(banned))
 
 
 def cache_of(cache: KVCache | None) -> CCache:
