@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 
 from caddf.checkpoint import read_json, write_json_atomic
+from caddf.cli import main
 from caddf.errors import Failure, InputError
 from caddf.experiment import METHODS, ModelSettings, network_of
+from caddf.interrupted import INTERRUPTED
 from caddf.models.config import PRESETS
 from caddf.models.matching import TOLERANCE, count
 from caddf.report import report
@@ -163,13 +165,21 @@ def test_settings_are_checked_before_any_work(settings, others, said):
 
 def test_it_goes_on_where_it_was_interrupted(settings, jobs):
     jobs.stop = 5
-    out = reproduce("table1", settings, QUIET)
-    assert not (out / "table.md").exists() and len(jobs) == 5
+    assert reproduce("table1", settings, QUIET) is None and len(jobs) == 5
     done, jobs.stop = jobs[:4], None
     jobs.clear()
-    reproduce("table1", settings, QUIET)
-    assert (out / "table.md").exists()
+    out = reproduce("table1", settings, QUIET)
+    assert out is not None and (out / "table.md").exists()
     assert jobs and not set(done) & set(jobs)
+
+
+def test_an_interrupted_table_is_not_the_one_before(made, jobs, capsys):
+    settings, out = made
+    before, jobs.stop = (out / "table.md").read_text(), 1
+    given = vars(with_methods(settings, "gpt2,radd-ao"))
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    assert main(["reproduce", "table1", *options]) == INTERRUPTED
+    assert capsys.readouterr().out == "" and (out / "table.md").read_text() == before
 
 
 def test_the_dual_branch_is_compared_window_by_window(settings):

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from caddf.benchmarks import BENCHMARKS
 from caddf.commands.options import json_option
+from caddf.interrupted import INTERRUPTED
 from caddf.reproduce import TABLES, ReproduceSettings
 from caddf.reproduce import reproduce as make_table
 from caddf.settings import add_options, options, parse
@@ -35,6 +36,7 @@ def reproduce(parser: ArgumentParser, arguments: list[str]) -> int:
     settings = ReproduceSettings(**options(ReproduceSettings, values))
     check_seed(settings.seed)
     out = make_table(values.table, settings, Console(stderr=True))
-    if (out / "table.md").exists():
-        print((out / "table.md").read_text(encoding="utf-8"), end="")
+    if out is None:
+        return INTERRUPTED
+    print((out / "table.md").read_text(encoding="utf-8"), end="")
     return 0

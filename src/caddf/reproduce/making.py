@@ -23,11 +23,11 @@ from caddf.reproduce.workers import one_thread, side_by_side
 from caddf.text_model import resolve_device
 
 
-def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path:
+def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path | None:
     """Does what is missing of `table`, in order, and writes table.json, table.md and table.html; returns their folder.
 
-    Interrupted, it goes on where it stopped; nothing that is done is done again. Raises `InputError`, before any work,
-    for a table or method that is not there, and for pieces that were made with other settings.
+    Interrupted, it returns None and writes no table; called again, it goes on where it stopped. Raises `InputError`,
+    before any work, for a table or method that is not there, and for pieces that were made with other settings.
     """
     if table not in TABLES:
         raise InputError(f"table is {table}; it must be one of {', '.join(TABLES)}")
@@ -43,8 +43,9 @@ def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path
     out = Path(settings.out or f"results/{table}-{settings.scale}")
     wanted = (job for job in made.plan(shop, chosen) if settings.only in ("all", job.kind))
     left = [job for job in wanted if not job.product.exists()]
-    if _all_done(left, _workers(settings), console):
-        write(made, chosen, shop, out)
+    if not _all_done(left, _workers(settings), console):
+        return None
+    write(made, chosen, shop, out)
     return out
 
 
