@@ -13,7 +13,6 @@ from caddf.interrupted import INTERRUPTED
 from caddf.reproduce import TABLES, ReproduceSettings
 from caddf.reproduce import reproduce as make_table
 from caddf.settings import add_options, options, parse
-from caddf.text_model import check_seed
 
 
 def benchmark(parser: ArgumentParser, arguments: list[str]) -> int:
@@ -34,7 +33,6 @@ def reproduce(parser: ArgumentParser, arguments: list[str]) -> int:
     add_options(parser, ReproduceSettings)
     values = parse(parser, arguments)
     settings = ReproduceSettings(**options(ReproduceSettings, values))
-    check_seed(settings.seed)
     out = make_table(values.table, settings, Console(stderr=True))
     if out is None:
         return INTERRUPTED
