@@ -15,9 +15,9 @@ from caddf.command_line import changed
 from caddf.data import TokenSet
 from caddf.errors import Checked, InputError
 from caddf.evaluation import EvaluationConfig
+from caddf.evaluation.pairing import EXACT, named
 from caddf.experiment import METHODS, ModelSettings
 from caddf.models.accounts import accounts
-from caddf.reproduce.tables import EXACT, named
 from caddf.running import OWN, SETTINGS, RunSettings, ValidationSettings
 from caddf.scoring import evaluate, of_model
 from caddf.text_model import TextModel, load, model_folder

@@ -27,8 +27,9 @@ from caddf.benchmarks.scaling import draw as draw_scaling
 from caddf.benchmarks.steps import draw as draw_steps
 from caddf.benchmarks.train import draw as draw_train
 from caddf.checkpoint import write_text_atomic
+from caddf.evaluation.pairing import named
 from caddf.machine import machine
-from caddf.reproduce import named, paired_grid
+from caddf.reproduce import paired_grid
 from caddf.result_files import BENCHMARKS, Results, Source, Values, link_to
 
 T = TypeVar("T")

@@ -1,4 +1,7 @@
-"""Two evaluations of the same windows, compared window by window: what the windows have in common cancels."""
+"""An evaluation's likelihoods by name, and two evaluations of the same windows compared window by window.
+
+What the windows have in common cancels.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,15 @@ from caddf.evaluation.estimates import estimate
 
 EXACT = ("causal", "ar", "block")
 """Likelihoods that may be compared with a left-to-right model's."""
+
+
+def named(likelihoods: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every likelihood of an evaluation that a table may show, by name: exact ones and bounds, never `truncated`."""
+    for name in (*EXACT, "hybrid", "diffusion"):
+        if name == "hybrid":
+            yield from ((f"hybrid {each['lambda']:g}", each) for each in likelihoods.get(name, []))
+        elif name in likelihoods:
+            yield name, likelihoods[name]
 
 
 @dataclass(frozen=True)

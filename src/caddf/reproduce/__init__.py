@@ -5,6 +5,6 @@
 
 from caddf.reproduce.making import reproduce
 from caddf.reproduce.plan import SETS, ReproduceSettings
-from caddf.reproduce.tables import TABLES, named, paired_grid
+from caddf.reproduce.tables import TABLES, paired_grid
 
-__all__ = ["SETS", "TABLES", "ReproduceSettings", "named", "paired_grid", "reproduce"]
+__all__ = ["SETS", "TABLES", "ReproduceSettings", "paired_grid", "reproduce"]

@@ -12,7 +12,7 @@ from caddf.benchmarks.results import number, spread, within
 from caddf.benchmarks.roster import name_of, needs
 from caddf.checkpoint import read_json
 from caddf.errors import InputError
-from caddf.evaluation.pairing import EXACT, paired
+from caddf.evaluation.pairing import named, paired
 from caddf.experiment import DEFAULT_METHOD, METHODS
 from caddf.reproduce.plan import SETS, Job, Variant, Workshop, same
 
@@ -99,15 +99,6 @@ def paired_grid(values: Values) -> tuple[str, list[str], list[list[str]]]:
         "not have in common."
     )
     return about, ["perplexity", "over that of", *values["sets"].values()], rows
-
-
-def named(likelihoods: Values) -> Iterator[tuple[str, Values]]:
-    """Every likelihood of an evaluation that a table may show, by name: exact ones and bounds, never `truncated`."""
-    for name in (*EXACT, "hybrid", "diffusion"):
-        if name == "hybrid":
-            yield from ((f"hybrid {each['lambda']:g}", each) for each in likelihoods.get(name, []))
-        elif name in likelihoods:
-            yield name, likelihoods[name]
 
 
 def pairs(shop: Workshop, chosen: dict[str, Variant]) -> list[Values]:
