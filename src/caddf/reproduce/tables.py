@@ -12,11 +12,11 @@ from caddf.benchmarks.results import number, spread, within
 from caddf.benchmarks.roster import name_of, needs
 from caddf.checkpoint import read_json
 from caddf.errors import InputError
-from caddf.evaluation.pairing import named, paired
+from caddf.evaluation.pairing import paired
 from caddf.experiment import DEFAULT_METHOD, METHODS
+from caddf.reproduce.perplexities import Perplexities, Values, perplexities, times
 from caddf.reproduce.plan import SETS, Job, Variant, Workshop, same
 
-Values = dict[str, Any]
 DRAFTS = {"decoders": "speculative", "lookups": "0"}
 """Of Table 4: the model's own, none copied from the text."""
 
@@ -52,106 +52,6 @@ class Table(Protocol):
 def methods(names: Iterable[str]) -> dict[str, Variant]:
     """Methods as they are."""
     return {name: Variant(name, name) for name in names}
-
-
-@dataclass(frozen=True)
-class Perplexities:
-    """Tables 1 and 2: every likelihood of every method, zero-shot on all data sets."""
-
-    name: str
-    variants: dict[str, Variant]
-
-    @property
-    def standard(self) -> tuple[str, ...]:
-        """All."""
-        return tuple(self.variants)
-
-    def check(self, shop: Workshop) -> None:
-        """Nothing more than training and evaluation need."""
-
-    def plan(self, shop: Workshop, chosen: dict[str, Variant]) -> Iterator[Job]:
-        """Data, runs, evaluations."""
-        yield from shop.prepare(*SETS)
-        yield from (shop.train(variant) for variant in chosen.values())
-        yield from (shop.evaluate(variant, name) for variant in chosen.values() for name in SETS)
-
-    def values(self, shop: Workshop, chosen: dict[str, Variant]) -> Values:
-        """A row for each method and likelihood."""
-        return {
-            "sets": SETS, "sources": shop.sources(), "rows": perplexities(shop, chosen), "paired": pairs(shop, chosen),
-        }  # fmt: skip
-
-    def grid(self, values: Values) -> tuple[str, list[str], list[list[str]]]:
-        """What the dual branch costs and buys, paired."""
-        return paired_grid(values)
-
-
-def paired_grid(values: Values) -> tuple[str, list[str], list[list[str]]]:
-    """Ratios of perplexities: a text, columns, and rows of cells; nothing where a table has none."""
-    rows = []
-    if not (compared := values.get("paired")):  # of an earlier version, or of methods that do not compare
-        return "", [], []
-    for row in compared:
-        ours, theirs = (f"{row[method]} {row[of]}" for method, of in (("method", "likelihood"), ("other", "against")))
-        rows.append([ours, theirs, *(_times(row["sets"].get(name)) for name in values["sets"])])
-    about = (
-        "Ratios of perplexities over the same windows, paired: ± is the standard error over windows of what the two do "
-        "not have in common."
-    )
-    return about, ["perplexity", "over that of", *values["sets"].values()], rows
-
-
-def pairs(shop: Workshop, chosen: dict[str, Variant]) -> list[Values]:
-    """Ratios by which designs are judged, on each data set, of the evaluations that are there.
-
-    Of every method that reads left to right and denoises: its exact perplexities to GPT-2's, its diffusion bound to
-    every RADD's, and its hybrid bound nearest to left to right to its own diffusion bound.
-    """
-    rows: dict[tuple[str, str, str, str], Values] = {}
-    for name in SETS:
-        found = {label: shop.evaluation(variant, name) for label, variant in chosen.items()}
-        there = {label: read_json(path) for label, path in found.items() if path.exists()}
-        there = {label: each for label, each in there.items() if "per_window" in each}
-        for label, ours in there.items():
-            nats = ours["per_window"]["nats"]
-            if "block" not in nats:
-                continue
-            wanted = [(likelihood, "gpt2", "causal") for likelihood in ("causal", "block")]
-            wanted += [("diffusion", other, "diffusion") for other in there if other.startswith("radd")]
-            wanted += [(hybrid, label, "diffusion") for hybrid in [n for n in nats if n.startswith("hybrid")][-1:]]
-            for likelihood, other, against in wanted:
-                if other in there:
-                    ratio = paired(ours, there[other], likelihood, against)
-                    row = rows.setdefault((label, likelihood, other, against), {
-                        "method": label, "likelihood": likelihood, "other": other, "against": against, "sets": {},
-                    })  # fmt: skip
-                    row["sets"][name] = {"ratio": ratio.ratio, "standard_error": ratio.standard_error}
-    return list(rows.values())
-
-
-def perplexities(shop: Workshop, chosen: dict[str, Variant], only: tuple[str, ...] = ()) -> list[Values]:
-    """A row for each variant and likelihood (of `only`, if given), from the evaluations that are there."""
-    rows: dict[tuple[str, str], Values] = {}
-    for label, variant in chosen.items():
-        for name in SETS:
-            path = shop.evaluation(variant, name)
-            if not path.exists():
-                continue
-            evaluated = read_json(path)
-            counts = evaluated["accounts"]["parameters"]
-            for likelihood, cell in named(evaluated["likelihoods"]):
-                if only and likelihood not in only:
-                    continue
-                row = rows.setdefault((label, likelihood), {
-                    "method": label, "likelihood": likelihood, "parameters": counts["total"],
-                    "non_embedding": counts["total"] - counts["embeddings"],
-                    "flops_per_token": evaluated["accounts"]["flops_per_token"], "training": shop.trained(variant),
-                    "sets": {},
-                })  # fmt: skip
-                measured_on = "ar" if likelihood == "causal" and "ar" not in evaluated["likelihoods"] else likelihood
-                accuracy = evaluated["accuracy"].get(measured_on)
-                row["sets"][name] = {**cell, "accuracy": accuracy, "windows": evaluated["windows"]}
-    return list(rows.values())
 
 
 @dataclass(frozen=True)
@@ -326,8 +226,8 @@ class Ablations:
             low_high = row["ratio_quartiles"]
             rows.append([
                 row["model"], decoder(row), str(row["batch"]), f"{row['parameters']:,}", f"{row['tokens_seen']:,}",
-                _said(row["target_ppl"]), _times(row["target_ratio"]), _said(row["diffusion_ppl"]),
-                _times(row["diffusion_ratio"]), f"{row['mtp_accuracy']:.1%}",
+                _said(row["target_ppl"]), times(row["target_ratio"]), _said(row["diffusion_ppl"]),
+                times(row["diffusion_ratio"]), f"{row['mtp_accuracy']:.1%}",
                 "" if row["mtp_agreement"] is None else f"{row['mtp_agreement']:.1%}",
                 within(row["tokens_per_round"], row["tokens_per_round_error"]), speed(row),
                 "" if low_high is None else spread(row["ratio"], low_high),
@@ -397,10 +297,6 @@ def _ppl(likelihood: Values | None) -> Values | None:
         return None
     error = likelihood["standard_error"]
     return {"ppl": likelihood["ppl"], "standard_error": None if error is None else likelihood["ppl"] * error}
-
-
-def _times(cell: Values | None) -> str:
-    return "" if cell is None else within(cell["ratio"], cell["standard_error"])
 
 
 def _said(cell: Values | None) -> str:
