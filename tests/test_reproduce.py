@@ -21,7 +21,7 @@ from caddf.interrupted import INTERRUPTED
 from caddf.models.config import PRESETS
 from caddf.models.matching import TOLERANCE, count
 from caddf.report import report
-from caddf.reproduce import SETS, TABLES, ReproduceSettings, reproduce
+from caddf.reproduce import SETS, TABLES, ReproduceSettings, plus_minus, reproduce
 from caddf.reproduce.plan import Job, Variant, Workshop
 from caddf.reproduce.tables import Ablations
 from caddf.reproduce.workers import end_with, side_by_side
@@ -180,6 +180,16 @@ def test_an_interrupted_table_is_not_the_one_before(made, jobs, capsys):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     assert main(["reproduce", "table1", *options]) == INTERRUPTED
     assert capsys.readouterr().out == "" and (out / "table.md").read_text() == before
+
+
+def test_one_window_has_no_standard_error(made):
+    settings, _ = made
+    shutil.rmtree(Workshop(settings).folder / "evaluations")
+    out = reproduce("table1", with_methods(settings, "gpt2", windows=1), QUIET)
+    for kind, row in (("md", "| gpt2 | causal |"), ("html", "<td>gpt2<td>causal")):
+        text = (out / f"table.{kind}").read_text()
+        assert row in text and "±" not in text[text.index(row) :]
+    assert plus_minus({"ppl": 41.37, "standard_error": None}) == "41.4"
 
 
 def test_the_dual_branch_is_compared_window_by_window(settings):

@@ -29,7 +29,7 @@ from caddf.benchmarks.train import draw as draw_train
 from caddf.checkpoint import write_text_atomic
 from caddf.evaluation.pairing import named
 from caddf.machine import machine
-from caddf.reproduce import paired_grid
+from caddf.reproduce import paired_grid, perplexity, plus_minus
 from caddf.result_files import BENCHMARKS, Results, Source, Values, link_to
 
 T = TypeVar("T")
@@ -240,13 +240,7 @@ def _perplexity(cell: Values | None) -> Cell:
         return Cell("")
     accuracy = cell.get("accuracy")
     exact = f"{_nats(cell)}, {cell['windows']} windows" if "windows" in cell else _nats(cell)
-    return Cell(_ppl(cell), "" if accuracy is None else f"{100 * accuracy:.1f}%", exact)
-
-
-def _ppl(cell: Values) -> str:
-    """A perplexity with its standard error, by the delta method."""
-    error = cell.get("standard_error")
-    return f"{cell['ppl']:.1f}" + ("" if error is None else f" ± {cell['ppl'] * error:.1f}")
+    return Cell(plus_minus(perplexity(cell)), "" if accuracy is None else f"{100 * accuracy:.1f}%", exact)
 
 
 def _nats(cell: Values) -> str:
@@ -334,7 +328,7 @@ def _ratios(values: Values) -> Grid:
 def _likelihoods(source: Source) -> tuple[Source, dict[str, Cell]]:
     """The cells of an evaluation: its likelihoods by name, and behind them bits per byte."""
     likelihoods = dict(named(source.values["likelihoods"]))
-    cells = {name: Cell(_ppl(each), exact=_nats(each)) for name, each in likelihoods.items()}
+    cells = {name: Cell(plus_minus(perplexity(each)), exact=_nats(each)) for name, each in likelihoods.items()}
     first = likelihoods.get("block", next(iter(likelihoods.values()), {}))
     return source, cells | {BITS: Cell("" if first.get("bits_per_byte") is None else f"{first['bits_per_byte']:.3f}")}
 

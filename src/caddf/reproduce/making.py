@@ -17,6 +17,7 @@ from rich.console import Console
 from caddf.checkpoint import write_json_atomic, write_text_atomic
 from caddf.errors import InputError
 from caddf.machine import machine
+from caddf.reproduce.perplexities import perplexity, plus_minus
 from caddf.reproduce.plan import Job, ReproduceSettings, Variant, Workshop
 from caddf.reproduce.tables import TABLES, Table
 from caddf.reproduce.workers import one_thread, side_by_side
@@ -112,6 +113,7 @@ def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -
     shown |= {"about": about, "columns": columns, "grid": rows}
     out.mkdir(parents=True, exist_ok=True)
     templates = Environment(loader=PackageLoader("caddf"), trim_blocks=True, autoescape=select_autoescape())
+    templates.filters |= {"perplexity": perplexity, "plus_minus": plus_minus}
     write_json_atomic(out / "table.json", values)
     for kind in ("md", "html"):
         write_text_atomic(out / f"table.{kind}", templates.get_template(f"table.{kind}").render({**values, **shown}))

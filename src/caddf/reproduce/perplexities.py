@@ -114,6 +114,23 @@ def perplexities(shop: Workshop, chosen: dict[str, Variant], only: tuple[str, ..
     return list(rows.values())
 
 
+# Cells.
+
+
+def perplexity(likelihood: Values) -> Values:
+    """A perplexity with its standard error, by the delta method; of one window there is none."""
+    error = likelihood.get("standard_error")
+    return {"ppl": likelihood["ppl"], "standard_error": None if error is None else likelihood["ppl"] * error}
+
+
+def plus_minus(cell: Values | None) -> str:
+    """A perplexity with its standard error, where there is one."""
+    if cell is None:
+        return ""
+    error = cell["standard_error"]
+    return f"{cell['ppl']:.1f}" + ("" if error is None else f" ± {error:.1f}")
+
+
 def times(cell: Values | None) -> str:
     """A ratio with its standard error, where there is one."""
     return "" if cell is None else within(cell["ratio"], cell["standard_error"])

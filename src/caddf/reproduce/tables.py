@@ -14,7 +14,7 @@ from caddf.checkpoint import read_json
 from caddf.errors import InputError
 from caddf.evaluation.pairing import paired
 from caddf.experiment import DEFAULT_METHOD, METHODS
-from caddf.reproduce.perplexities import Perplexities, Values, perplexities, times
+from caddf.reproduce.perplexities import Perplexities, Values, perplexities, perplexity, plus_minus, times
 from caddf.reproduce.plan import SETS, Job, Variant, Workshop, same
 
 DRAFTS = {"decoders": "speculative", "lookups": "0"}
@@ -194,9 +194,9 @@ class Ablations:
             **{name: row[name] for name in ("model", "decoder", "target", "batch", "parameters")},
             "settings": {name: value for name, value in row["settings"].items() if name != "lookup"},
             "tokens_seen": shop.trained(variant)["tokens"],
-            "target_ppl": _ppl(exact),
+            "target_ppl": None if exact is None else perplexity(exact),
             "target_ratio": None if exact is None else self._to_full(evaluated, full_model, name),
-            "diffusion_ppl": _ppl(likelihoods["diffusion"]),
+            "diffusion_ppl": perplexity(likelihoods["diffusion"]),
             "diffusion_ratio": self._to_full(evaluated, full_model, "diffusion"),
             "mtp_accuracy": drafts["accuracy"],
             "mtp_agreement": drafts.get("agreement"),
@@ -226,7 +226,7 @@ class Ablations:
             low_high = row["ratio_quartiles"]
             rows.append([
                 row["model"], decoder(row), str(row["batch"]), f"{row['parameters']:,}", f"{row['tokens_seen']:,}",
-                _said(row["target_ppl"]), times(row["target_ratio"]), _said(row["diffusion_ppl"]),
+                plus_minus(row["target_ppl"]), times(row["target_ratio"]), plus_minus(row["diffusion_ppl"]),
                 times(row["diffusion_ratio"]), f"{row['mtp_accuracy']:.1%}",
                 "" if row["mtp_agreement"] is None else f"{row['mtp_agreement']:.1%}",
                 within(row["tokens_per_round"], row["tokens_per_round_error"]), speed(row),
@@ -289,15 +289,3 @@ def decoder(row: Values) -> str:
 def speed(row: Values) -> str:
     """Tokens a second of the whole batch."""
     return spread(row["tokens_per_second"], row["tokens_per_second_quartiles"])
-
-
-def _ppl(likelihood: Values | None) -> Values | None:
-    """A perplexity with its standard error, by the delta method."""
-    if likelihood is None:
-        return None
-    error = likelihood["standard_error"]
-    return {"ppl": likelihood["ppl"], "standard_error": None if error is None else likelihood["ppl"] * error}
-
-
-def _said(cell: Values | None) -> str:
-    return "" if cell is None else f"{cell['ppl']:.1f} ± {cell['standard_error']:.1f}"
