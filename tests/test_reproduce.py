@@ -71,12 +71,12 @@ def jobs(monkeypatch):
     done = Done()
     init = Job.__init__
 
-    def recorded(self, about, product, kind, do):
+    def recorded(self, about, product, kind, do, **others):
         def instead(console):
             done.append(product)
             return len(done) != done.stop and do(console)
 
-        init(self, about, product, kind, instead)
+        init(self, about, product, kind, instead, **others)
 
     monkeypatch.setattr(Job, "__init__", recorded)
     return done
@@ -288,11 +288,29 @@ def test_efficiency_is_measured_of_the_trained_methods(settings, tmp_path, monke
     reproduce("table3", only, QUIET)
     assert not jobs
     file = next(Workshop(only).folder.glob("decode/*/decode.json"))
+    more = with_methods(only, only.methods, repeats=2)
+    with pytest.raises(InputError, match=r"repeats is 2, but .* was made with 1"):
+        reproduce("table3", with_methods(more, more.methods, only="table"), QUIET)
+    with pytest.raises(InputError, match=r"batch is 2, but .* was made with 1"):
+        reproduce("table3", with_methods(more, more.methods, batch="2"), QUIET)
+    measured = read_json(file)["rows"]
+    reproduce("table3", more, QUIET)
     decoded = read_json(file)
+    assert jobs == [file.with_suffix(".md")]  # one round more
+    assert [row["rounds"][:1] for row in decoded["rows"]] == [row["rounds"] for row in measured]
+    assert all(len(row["rounds"]) == 2 for row in decoded["rows"])
+    assert "of 2 rounds" in json.loads((out / "table.json").read_text())["about"]
+    with pytest.raises(InputError, match=r"repeats is 1, but .* was made with 2"):
+        reproduce("table3", only, QUIET)
+    jobs.clear()
+    name, shown = file.parent.name.removesuffix("-0"), decoded.pop("shown")
+    write_json_atomic(file, decoded)
+    assert not Workshop(more).decoded(name)  # interrupted among its rounds
+    decoded["shown"] = shown
     decoded["rows"][2]["weights"] = "0" * 16
     write_json_atomic(file, decoded)
     with pytest.raises(InputError, match=r"decode/.* was made of another radd-ao than any run is now; remove it"):
-        reproduce("table3", only, QUIET)
+        reproduce("table3", more, QUIET)
     assert not jobs
 
 

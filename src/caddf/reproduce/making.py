@@ -43,7 +43,7 @@ def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path
     made.values(shop, chosen)  # raises for decodings under other settings
     out = Path(settings.out or f"results/{table}-{settings.scale}")
     wanted = (job for job in made.plan(shop, chosen) if settings.only in ("all", job.kind))
-    left = [job for job in wanted if not job.product.exists()]
+    left = [job for job in wanted if job.left]
     if not _all_done(left, _workers(settings), console):
         return None
     write(made, chosen, shop, out)

@@ -57,7 +57,7 @@ class ReproduceSettings(Checked):
     judge: a run or model folder that reads left to right, by which generated text is scored (table3); not set, the
         table's own GPT-2, which flatters its own text.
     batch: rows decoded together, as in 1,8; each size is measured (table3, table4).
-    repeats: rounds in which every decoder runs once (table3, table4).
+    repeats: rounds in which every decoder runs once (table3, table4); those beyond what is measured are added.
     only: do the data, training, evaluation or decoding part alone; the table is written from what is there.
     workers: trainings and evaluations side by side, each of one thread on a CPU, so that no figure depends on how many
         there are; not set, as many as PyTorch has threads, and one on a GPU.
@@ -109,12 +109,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work: done if `product` exists. `do` is False if it was interrupted."""
+    """One piece of work: done if `product` exists, and is `whole`. `do` is False if it was interrupted."""
 
     about: str
     product: Path
     kind: str
     do: Callable[[Console], bool]
+    whole: bool = True
+
+    @property
+    def left(self) -> bool:
+        """Whether it is still to be done."""
+        return not (self.whole and self.product.exists())
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,14 @@ class Workshop:
     def decoding(self, contest: str) -> Path:
         """The folder of what `benchmark decode` leaves."""
         return self.folder / "decode" / f"{contest}-{self.settings.seed}"
+
+    def decoded(self, contest: str) -> bool:
+        """Whether all rounds of a contest are measured, and as many as are wanted."""
+        folder = self.decoding(contest)
+        if not (folder / "decode.md").exists():
+            return False
+        measured = read_json(folder / "decode.json")
+        return "shown" in measured and measured["settings"]["repeats"] >= self.settings.repeats
 
     def sources(self) -> dict[str, dict[str, Any]]:
         """What was read of each data set that is prepared: its name or files (`source`), and how many documents."""
@@ -224,10 +238,10 @@ class Workshop:
         return Job(about, product, "evaluate", partial(self._evaluate, variant, name, product))
 
     def decode(self, contest: str, variants: dict[str, Variant], **settings: Any) -> Job:
-        """All of `variants`, by name, in turns on one machine; interrupted, it goes on with what is not measured."""
+        """All of `variants`, by name, in turns on one machine; it goes on with the rounds that are not measured."""
         product = self.decoding(contest) / "decode.md"  # written once all is measured
-        about = f"decode with {', '.join(variants)}"
-        return Job(about, product, "decode", partial(self._decode, variants, product.parent, settings))
+        about, do = f"decode with {', '.join(variants)}", partial(self._decode, variants, product.parent, settings)
+        return Job(about, product, "decode", do, whole=self.decoded(contest))
 
     # How they are done.
 

@@ -258,14 +258,19 @@ def contest(table: Table, chosen: dict[str, Variant]) -> str:
 
 
 def decodings(shop: Workshop, contest: str, **settings: Any) -> Values:
-    """What `benchmark decode` left, once all of it was measured; raises `InputError` if with other settings."""
+    """What `benchmark decode` left, once all of it was measured; raises `InputError` if with other settings.
+
+    Of fewer repeats it goes on, unless the decoding part is left out.
+    """
     folder, given = shop.decoding(contest), shop.settings
     if not (folder / "decode.md").exists():
         return {"rows": []}
-    decoded = read_json(folder / "decode.json")
-    wanted = {name: getattr(given, name) for name in ("prompts", "batch", "repeats", "windows")} | settings
-    same(folder, wanted, decoded["settings"])
-    return decoded
+    decoded, whole = read_json(folder / "decode.json"), shop.decoded(contest)
+    names = ["prompts", "batch", "windows"]
+    if whole or given.only not in ("all", "decode"):
+        names.append("repeats")
+    same(folder, {name: getattr(given, name) for name in names} | settings, decoded["settings"])
+    return decoded if whole else {"rows": []}
 
 
 def _conditions(given: Values) -> str:
