@@ -103,7 +103,7 @@ def _all_done(jobs: Sequence[Job], workers: int | None, console: Console) -> boo
 def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -> None:
     """The table from what is there, in three forms."""
     settings = asdict(shop.settings)
-    for name in ("data_root", "work", "out", "workers"):  # of this machine, and no figure's
+    for name in ("data_root", "work", "out", "workers", "only"):  # of this machine and call, and no figure's
         del settings[name]
     if settings["judge"] is not None:
         settings["judge"] = Path(settings["judge"]).name
