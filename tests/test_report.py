@@ -8,6 +8,7 @@ import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from rich.console import Console
@@ -280,6 +281,16 @@ def test_a_table_of_any_shape_is_shown_whole(tmp_path):
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     for said in ("Table 4. Ablations, scale demo", "mtp accuracy", "0.4321", "12.34", "yes", "1, 2", "less", "23.46"):
         assert said in page.text
+
+
+def test_folders_of_any_name_have_links_that_lead_to_their_files(tmp_path):
+    write(tmp_path, {f"{folder}/c#d/e/100%.json": EVALUATION for folder in ("a", "b?")})
+    report(tmp_path, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    links = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
+    files = {unquote(link) for link in links if not link.startswith("#")}
+    assert files == {f"{folder}/c#d/{file}" for folder in ("a", "b?") for file in ("e/100%.json", "hybrid.svg")}
+    assert not any(set("#? ") & set(link) for link in links if not link.startswith("#"))
 
 
 # What is decoded for it.
