@@ -283,7 +283,7 @@ def test_a_table_of_any_shape_is_shown_whole(tmp_path):
         assert said in page.text
 
 
-def test_folders_of_any_name_have_links_that_lead_to_their_files(tmp_path):
+def test_folders_of_any_name_have_links_and_identifiers_of_their_own(tmp_path):
     write(tmp_path, {f"{folder}/c#d/e/100%.json": EVALUATION for folder in ("a", "b?")})
     report(tmp_path, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
@@ -291,6 +291,7 @@ def test_folders_of_any_name_have_links_that_lead_to_their_files(tmp_path):
     files = {unquote(link) for link in links if not link.startswith("#")}
     assert files == {f"{folder}/c#d/{file}" for folder in ("a", "b?") for file in ("e/100%.json", "hybrid.svg")}
     assert not any(set("#? ") & set(link) for link in links if not link.startswith("#"))
+    assert len(page.ids) == len(set(page.ids)) > 4
 
 
 # What is decoded for it.

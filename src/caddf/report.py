@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
@@ -124,6 +125,24 @@ class Entry:
     folded: bool = False
 
 
+@dataclass(frozen=True)
+class Page:
+    """Where the page lies, and the folder of results that it is of."""
+
+    path: Path
+    results: Path
+
+    def id(self, path: Path) -> str:
+        """What the page calls what is made of `path`: where that lies within the results, which nothing else does."""
+        return quote(path.relative_to(self.results).as_posix()).replace("%", ".")
+
+    def figure(self, title: str, draw: plots.Draw, folder: Path, name: str, save: bool = True) -> Figure:
+        """A drawing as FOLDER/NAME.png and .svg, unless the command that measured left one there, and on the page."""
+        svg = plots.saved(draw, folder if save else None, name, self.id(folder / name))
+        drawn = folder / f"{name}.svg"
+        return Figure(title, Markup(svg), link_to(drawn, self.path) if drawn.exists() else "")
+
+
 def report(folder: Path, page: Path, progress: Callable[[int, int], None] | None = None) -> Results:
     """Writes the page from the files in `folder`, and the figures beside the files they are drawn from.
 
@@ -142,12 +161,12 @@ def report(folder: Path, page: Path, progress: Callable[[int, int], None] | None
         if progress is not None:
             progress(next(drawn), files)
 
-    fitting = partial(_fitting, unread=results.unread, tell=tell)
+    fitting, shown = partial(_fitting, unread=results.unread, tell=tell), Page(page, folder)
     sections = {
-        "Tables": _by_name(TABLES, results.tables, "table", partial(_table, page=page), fitting),
-        "Benchmarks": _by_name(_titles(), results.benchmarks, "benchmark", partial(_benchmark, page=page), fitting),
-        "Likelihoods": _evaluations(fitting(_likelihoods, results.evaluations), page),
-        "Training": [_losses(results.losses, page)],
+        "Tables": _by_name(TABLES, results.tables, "table", partial(_table, page=shown), fitting),
+        "Benchmarks": _by_name(_titles(), results.benchmarks, "benchmark", partial(_benchmark, page=shown), fitting),
+        "Likelihoods": _evaluations(fitting(_likelihoods, results.evaluations), shown),
+        "Training": [_losses(results.losses, shown)],
     }
     html = templates.get_template("report.html").render(
         results=results, sections=sections, commands=COMMANDS, samples=fitting(_samples, results.samples),
@@ -194,20 +213,13 @@ def _by_name(
     return entries
 
 
-def _figure(title: str, draw: plots.Draw, folder: Path, name: str, page: Path, save: bool = True) -> Figure:
-    """A drawing as FOLDER/NAME.png and .svg, unless the command that measured has left one there, and on the page."""
-    svg = plots.saved(draw, folder if save else None, name, re.sub(r"\W+", "-", f"{folder.name}-{name}"))
-    drawn = folder / f"{name}.svg"
-    return Figure(title, Markup(svg), link_to(drawn, page) if drawn.exists() else "")
-
-
 # Tables.
 
 
-def _table(source: Source, title: str, page: Path) -> Entry:
+def _table(source: Source, title: str, page: Page) -> Entry:
     values, settings = source.values, source.about
     title = f"{title}, scale {settings['scale']}" if "scale" in settings else title
-    title, name = f"{title} ({source.place})", _id(source)
+    title, name = f"{title} ({source.place})", page.id(source.path)
     if "sets" not in values:
         return Entry(name, title, str(values.get("about", "")), [source], [_plain_grid(values["rows"])])
     about = (
@@ -225,7 +237,7 @@ def _table(source: Source, title: str, page: Path) -> Entry:
     figures = []
     if curves:
         draw = partial(plots.draw_hybrid, evaluations=curves)
-        figures.append(_figure("Perplexity against l*", draw, source.path.parent, "table-hybrid", page))
+        figures.append(page.figure("Perplexity against l*", draw, source.path.parent, "table-hybrid"))
     grids = [Grid(dict.fromkeys(columns, ""), rows)]
     said, columns, ratios = paired_grid(values)
     if ratios:
@@ -292,7 +304,7 @@ def _said(value: Any) -> str:
 # Benchmarks.
 
 
-def _benchmark(source: Source, title: str, page: Path) -> Entry:
+def _benchmark(source: Source, title: str, page: Page) -> Entry:
     values, shown = source.values, source.values["shown"]
     rows = [[Cell(text.replace("<br>", "\n")) for text in row] for row in shown["rows"]]
     grids = [Grid(shown["columns"], rows)]
@@ -300,16 +312,11 @@ def _benchmark(source: Source, title: str, page: Path) -> Entry:
         grids.append(_ratios(values))
     drawings = DRAWINGS.get(values["benchmark"], {})
     figures = [
-        _figure(said, partial(draw, rows=values["rows"]), source.path.parent, file, page, save=file != source.path.stem)
+        page.figure(said, partial(draw, rows=values["rows"]), source.path.parent, file, save=file != source.path.stem)
         for file, (said, draw) in drawings.items()
         if file not in VARIES or len({row[VARIES[file]] for row in values["rows"]}) > 1
     ]
-    return Entry(_id(source), f"{title} ({source.place})", shown["about"], [source], grids, figures)
-
-
-def _id(source: Source) -> str:
-    """Where the page has it."""
-    return re.sub(r"\W+", "-", f"{source.place}-{source.path.stem}")
+    return Entry(page.id(source.path), f"{title} ({source.place})", shown["about"], [source], grids, figures)
 
 
 def _ratios(values: Values) -> Grid:
@@ -336,7 +343,7 @@ def _likelihoods(source: Source) -> tuple[Source, dict[str, Cell]]:
 BITS = "bits per byte"
 
 
-def _evaluations(found: list[tuple[Source, dict[str, Cell]]], page: Path) -> list[Entry]:
+def _evaluations(found: list[tuple[Source, dict[str, Cell]]], page: Page) -> list[Entry]:
     """Of each folder of results a table of its evaluations, and figures of those that lie side by side."""
     if not found:
         return [Entry("evaluations", "Evaluations", missing=COMMANDS["evaluations"])]
@@ -355,13 +362,13 @@ def _evaluations(found: list[tuple[Source, dict[str, Cell]]], page: Path) -> lis
                 curves = {each.label: each.values["likelihoods"] for each in beside}
                 curves = {label: each for label, each in curves.items() if each.get(key)}
                 if 0 < len(curves) <= CURVES:
-                    figures.append(_figure(said, partial(draw, evaluations=curves), folder, key, page))
-        title = f"Evaluations ({group})"
-        entries.append(Entry(f"evaluations-{group}", title, about, sources, [Grid(columns, rows)], figures))
+                    figures.append(page.figure(said, partial(draw, evaluations=curves), folder, key))
+        title, name = f"Evaluations ({group})", page.id(page.results / group / "evaluations")
+        entries.append(Entry(name, title, about, sources, [Grid(columns, rows)], figures))
     return entries
 
 
-def _losses(sources: list[Source], page: Path) -> Entry:
+def _losses(sources: list[Source], page: Page) -> Entry:
     """Loss curves, a figure for the runs in one folder."""
     if not sources:
         return Entry("losses", "Loss curves", missing=COMMANDS["losses"])
@@ -369,7 +376,7 @@ def _losses(sources: list[Source], page: Path) -> Entry:
     figures = []
     for folder, some in _by_folder(sources).items():
         draw = partial(plots.draw_losses, runs={each.label: each.values["rows"] for each in some})
-        figures.append(_figure(f"Losses ({some[0].place})", draw, folder, "losses", page))
+        figures.append(page.figure(f"Losses ({some[0].place})", draw, folder, "losses"))
     return Entry("losses", "Loss curves", about, sources, [], figures)
 
 
