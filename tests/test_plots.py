@@ -34,6 +34,7 @@ EVALUATIONS = {
     },
     "theirs": {"hybrid": [bound(58.0, **{"lambda": 0.5})], "nfe": [bound(70.0, steps=8)]},
 }
+HYBRID = {name: plots.Curve.hybrid(each) for name, each in EVALUATIONS.items()}
 ACCEPTANCE = [
     {"model": "m", "target": target, "temperature": temperature, "step": step, "by_offset": [0.8, 0.5],
      "by_offset_errors": [0.1, 0.1], "tokens_per_round": step / 10 + temperature, "standard_error": 0.1}
@@ -48,7 +49,7 @@ def points(axes):
 
 
 def test_hybrid_bounds_start_at_the_diffusion_bound_and_run_to_the_right(axes):
-    plots.draw_hybrid(axes, EVALUATIONS)
+    plots.draw_hybrid(axes, HYBRID)
     assert points(axes) == [[(0.0, 60.0), (0.25, 55.0), (0.75, 50.0)], [(0.5, 58.0)]]
     assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [40.0]
     # An error of 0.01 nats is one of 0.01 PPL; the bars end there.
@@ -57,7 +58,7 @@ def test_hybrid_bounds_start_at_the_diffusion_bound_and_run_to_the_right(axes):
 
 
 def test_bounds_at_steps_are_in_order_whatever_the_errors(axes):
-    plots.draw_nfe(axes, EVALUATIONS)
+    plots.draw_nfe(axes, {name: plots.Curve.nfe(each) for name, each in EVALUATIONS.items()})
     assert points(axes) == [[(4, 90.0), (32, 65.0)], [(8, 70.0)]]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["4", "8", "32"]
 
@@ -110,7 +111,7 @@ def test_a_drawing_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
 
 def test_on_a_page_ink_is_the_pages_and_names_are_its_own():
     def draw(axes):
-        plots.draw_hybrid(axes, EVALUATIONS)
+        plots.draw_hybrid(axes, HYBRID)
 
     one, other = plots.saved(draw, None, "hybrid", "one"), plots.saved(draw, None, "hybrid", "other")
     assert "currentColor" in one and plots.INK not in one and "http" not in one and "<style" not in one

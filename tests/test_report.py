@@ -32,8 +32,8 @@ def cell(ppl, accuracy=0.25):
             "windows": 8}  # fmt: skip
 
 
-def row(method, likelihood, ppls, parameters):
-    sets = {name: cell(ppl, accuracy=ppl / 1000) for name, ppl in zip(("one", "two"), ppls, strict=True)}
+def row(method, likelihood, ppls, parameters, **where):
+    sets = {name: {**where, **cell(ppl, ppl / 1000)} for name, ppl in zip(("one", "two"), ppls, strict=True)}
     return {
         "method": method,
         "likelihood": likelihood,
@@ -51,7 +51,7 @@ TABLE = {
     "rows": [
         row("gpt2", "causal", (41.37, 52.48), 1_234_567),
         row("caddf", "diffusion", (63.59, 74.61), 1_234_999),
-        row("caddf", "hybrid 0.5", (58.72, 69.83), 1_234_999),
+        row("caddf", "hybrid 0.5", (58.72, 69.83), 1_234_999, **{"lambda": 0.5}),
         {**row("radd", "diffusion", (85.94, 96.05), 1_230_001),
          "sets": {"one": {**cell(85.94, None), "standard_error": None}}},
     ],
@@ -262,6 +262,45 @@ def test_what_does_not_fit_is_named_and_the_rest_stands(tmp_path):
     assert [Path(link).parts[1] for link in shown.unread] == ["a", "b", "c", "d", "f", "e"]
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "41.4 ± 0.4" in page.text and all(link in page.text for link in shown.unread)
+
+
+def without(values, name):
+    return {key: value for key, value in values.items() if key != name}
+
+
+ODD = {
+    "table": ({"table": {}, "rows": []}, "table is {}; it must be text"),
+    "benchmark": ({**BENCHMARK, "benchmark": ["scaling"]}, "benchmark is ['scaling']; it must be text"),
+    "drawn": ({**BENCHMARK, "rows": [without(BENCHMARK["rows"][0], "context")]}, "context is missing"),
+    "unknown": ({"benchmark": "new", "shown": BENCHMARK["shown"], "ratio_of": {"a": "this"}}, "ratios is missing"),
+    "shown": ({**BENCHMARK, "shown": {**BENCHMARK["shown"], "columns": ["model"]}}, "columns is ['model']; it must be"),
+    "cell": ({**TABLE, "rows": [row("gpt2", "hybrid 0.5", (41.0, 52.0), 9)]}, "lambda is missing"),
+    "machine": ({**EVALUATION, "machine": "text"}, "machine is 'text'; it must be a dict"),
+    "steps": ({**EVALUATION, "likelihoods": {"nfe": [cell(33.2)]}}, "steps is missing"),
+    "recording": ({**RECORDING, "recording": {"model": "m"}}, "decoder is missing"),
+    "samples": ({**SAMPLES, "settings": without(SAMPLES["settings"], "budget")}, "budget is missing"),
+    "list": ({"samples": "none"}, "samples is 'none'; it must be a list, each a dict"),
+}
+
+
+def test_odd_files_are_named_and_change_nothing_else(whole, html, tmp_path):
+    shutil.copytree(whole / "results", tmp_path / "results")
+    write(tmp_path / "results", {f"{name}/odd.json": values for name, (values, _) in ODD.items()})
+    write(tmp_path / "results", {"loss/odd.jsonl": '{"step": 1, "loss": "low"}\n'})
+    unread = report(tmp_path / "results", tmp_path / "report.html").unread
+    assert unread.keys() == {*(f"results/{name}/odd.json" for name in ODD), "results/loss/odd.jsonl"}
+    assert all(unread[f"results/{name}/odd.json"].startswith(why) for name, (_, why) in ODD.items())
+    beside = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(f"<li>{link}: " in beside for link in unread)
+    ours, theirs = (text[text.index("<main>") : text.index('<h2 id="reproduce">')] for text in (html, beside))
+    assert ours == theirs
+
+
+def test_mistakes_of_ours_are_no_odd_files(tmp_path, monkeypatch):
+    write(tmp_path / "results", {"table4/table.json": {"table": "table4", "rows": []}})
+    monkeypatch.setattr("caddf.report._plain_grid", lambda rows: {}["rows"])
+    with pytest.raises(KeyError):
+        report(tmp_path / "results", tmp_path / "report.html")
 
 
 def test_files_beside_no_folder_have_the_name_of_the_results(tmp_path):

@@ -146,10 +146,10 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises `InputError` where it is missing or no JSON object."""
+def read_json(path: Path, kind: type[dict[str, Any]] = dict) -> dict[str, Any]:
+    """The JSON object in `path`, its objects of `kind`; raises `InputError` where it is missing or no JSON object."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_hook=None if kind is dict else kind)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
     except ValueError as error:

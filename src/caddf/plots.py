@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,47 +106,57 @@ def for_page(svg: str, label: str) -> str:
 # Likelihoods.
 
 
-def draw_hybrid(axes: Any, evaluations: Mapping[str, Mapping[str, Any]]) -> None:
-    """PPL against l*, the share masked where the causal branch takes over, a line per evaluation.
+@dataclass(frozen=True)
+class Curve:
+    """Bounds of an evaluation from left to right (place, PPL, standard error), and the PPL that they approach."""
 
-    At 0 stands the diffusion bound, which is the hybrid one there; dotted, the exact block likelihood.
-    """
-    for i, (name, likelihoods) in enumerate(evaluations.items()):
-        points = list(likelihoods["hybrid"])
+    points: list[tuple[float, float, float]]
+    limit: float | None
+
+    @classmethod
+    def hybrid(cls, likelihoods: Mapping[str, Any]) -> Curve:
+        """Against l*, to the exact block likelihood; at 0 stands the diffusion bound, which is the hybrid one there."""
+        bounds = [(each["lambda"], each) for each in likelihoods["hybrid"]]
         if "diffusion" in likelihoods:
-            points.insert(0, {"lambda": 0.0, **likelihoods["diffusion"]})
-        points.sort(key=lambda each: each["lambda"])
-        colour = COLOURS[i % len(COLOURS)]
-        axes.errorbar(
-            [each["lambda"] for each in points], [each["ppl"] for each in points], yerr=_errors(points), marker="o",
-            capsize=3, color=colour, label=name,
-        )  # fmt: skip
-        if "block" in likelihoods:
-            axes.axhline(likelihoods["block"]["ppl"], color=colour, ls=":", lw=1.2)
+            bounds.append((0.0, likelihoods["diffusion"]))
+        return cls._of(bounds, likelihoods.get("block"))
+
+    @classmethod
+    def nfe(cls, likelihoods: Mapping[str, Any]) -> Curve:
+        """Of a sampler with n steps against n, to the bound at infinitely many."""
+        return cls._of([(each["steps"], each) for each in likelihoods["nfe"]], likelihoods.get("diffusion"))
+
+    @classmethod
+    def _of(cls, bounds: Iterable[tuple[float, Mapping[str, Any]]], limit: Mapping[str, Any] | None) -> Curve:
+        """Errors of perplexities are from those of nats per token (the delta method)."""
+        points = [(x, each["ppl"], each["ppl"] * (each.get("standard_error") or 0.0)) for x, each in bounds]
+        return cls(sorted(points), None if limit is None else limit["ppl"])
+
+
+def draw_hybrid(axes: Any, curves: Mapping[str, Curve]) -> None:
+    """PPL against l*, the share masked where the causal branch takes over; dotted, the exact block likelihood."""
+    _draw_curves(axes, curves, ":")
     axes.set(xlabel="l*: 0 is diffusion alone", ylabel="PPL (upper bound ± standard error)", yscale="log")
     finish(axes, axes.yaxis)
 
 
-def draw_nfe(axes: Any, evaluations: Mapping[str, Mapping[str, Any]]) -> None:
+def draw_nfe(axes: Any, curves: Mapping[str, Curve]) -> None:
     """PPL of a sampler with n steps against n; dashed, the bound at infinitely many."""
-    for i, (name, likelihoods) in enumerate(evaluations.items()):
-        points = sorted(likelihoods["nfe"], key=lambda each: each["steps"])
-        colour = COLOURS[i % len(COLOURS)]
-        axes.errorbar(
-            [each["steps"] for each in points], [each["ppl"] for each in points], yerr=_errors(points), marker="o",
-            capsize=3, color=colour, label=name,
-        )  # fmt: skip
-        if "diffusion" in likelihoods:
-            axes.axhline(likelihoods["diffusion"]["ppl"], color=colour, ls="--", lw=1.2)
+    _draw_curves(axes, curves, "--")
     axes.set(xlabel="steps (NFE)", ylabel="PPL (upper bound ± standard error)", xscale="log", yscale="log")
-    axes.set_xticks(*labelled({each["steps"] for e in evaluations.values() for each in e["nfe"]}))
+    axes.set_xticks(*labelled({int(x) for curve in curves.values() for x, _, _ in curve.points}))
     axes.minorticks_off()
     finish(axes, axes.yaxis)
 
 
-def _errors(points: Rows) -> list[float]:
-    """Of perplexities, from those of nats per token (the delta method)."""
-    return [each["ppl"] * (each.get("standard_error") or 0.0) for each in points]
+def _draw_curves(axes: Any, curves: Mapping[str, Curve], limits: str) -> None:
+    """A line for each, and one of the style `limits` where it has a limit."""
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        xs, ppls, errors = zip(*curve.points, strict=True)
+        axes.errorbar(xs, ppls, yerr=errors, marker="o", capsize=3, color=colour, label=name)
+        if curve.limit is not None:
+            axes.axhline(curve.limit, color=colour, ls=limits, lw=1.2)
 
 
 # Training.

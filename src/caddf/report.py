@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -28,6 +28,7 @@ from caddf.benchmarks.scaling import draw as draw_scaling
 from caddf.benchmarks.steps import draw as draw_steps
 from caddf.benchmarks.train import draw as draw_train
 from caddf.checkpoint import write_text_atomic
+from caddf.errors import InputError
 from caddf.evaluation.pairing import named
 from caddf.machine import machine
 from caddf.reproduce import paired_grid, perplexity, plus_minus
@@ -110,31 +111,58 @@ class Figure:
 
 @dataclass(frozen=True)
 class Entry:
-    """A part of the page: tables and figures of some sources, or what is missing and the command that makes it.
-
-    `folded` is shown when it is asked for.
-    """
+    """A part of the page. group: the folder of results that it is of. folded: it is shown when it is asked for."""
 
     name: str
     title: str
-    about: str = ""
-    sources: list[Source] = field(default_factory=list)
-    grids: list[Grid] = field(default_factory=list)
-    figures: list[Figure] = field(default_factory=list)
-    missing: str = ""
+    shown: Markup
+    group: str = ""
     folded: bool = False
 
 
 @dataclass(frozen=True)
 class Page:
-    """Where the page lies, and the folder of results that it is of."""
+    """What is being written: where it lies, the results that it is of, and how its parts are written.
+
+    tell: called after each file.
+    """
 
     path: Path
-    results: Path
+    results: Results
+    parts: Any
+    tell: Callable[[], None]
+
+    def each(self, build: Callable[[Source], T], sources: Iterable[Source]) -> list[T]:
+        """What is built of each source; one of another version, or edited, is unread, and the rest stands."""
+        built = []
+        for source in sources:
+            try:
+                built.append(build(source))
+            except InputError as error:
+                self.results.unread[source.link] = str(error)
+            self.tell()
+        return built
 
     def id(self, path: Path) -> str:
         """What the page calls what is made of `path`: where that lies within the results, which nothing else does."""
-        return quote(path.relative_to(self.results).as_posix()).replace("%", ".")
+        return quote(path.relative_to(self.results.folder).as_posix()).replace("%", ".")
+
+    def entry(
+        self,
+        path: Path,
+        title: str,
+        about: str,
+        sources: Sequence[Source],
+        grids: Sequence[Grid] = (),
+        figures: Sequence[Figure] = (),
+    ) -> Entry:
+        """A part made of `path`: tables and figures of some sources."""
+        shown = self.parts.shown(about, sources, grids, figures)
+        return Entry(self.id(path), title, shown, sources[0].group)
+
+    def missing(self, name: str, title: str) -> Entry:
+        """A part for which there is no file."""
+        return Entry(name, title, self.parts.missing(COMMANDS[name]))
 
     def figure(self, title: str, draw: plots.Draw, folder: Path, name: str, save: bool = True) -> Figure:
         """A drawing as FOLDER/NAME.png and .svg, unless the command that measured left one there, and on the page."""
@@ -143,14 +171,14 @@ class Page:
         return Figure(title, Markup(svg), link_to(drawn, self.path) if drawn.exists() else "")
 
 
-def report(folder: Path, page: Path, progress: Callable[[int, int], None] | None = None) -> Results:
+def report(folder: Path, path: Path, progress: Callable[[int, int], None] | None = None) -> Results:
     """Writes the page from the files in `folder`, and the figures beside the files they are drawn from.
 
     `progress` hears how many of the files are drawn. Raises `InputError` where there is no such folder, or matplotlib
     is missing.
     """
     needs("matplotlib")
-    results = Results.read(folder, page)
+    results = Results.read(folder, path)
     templates = Environment(
         loader=PackageLoader("caddf"), autoescape=select_autoescape(), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -161,19 +189,20 @@ def report(folder: Path, page: Path, progress: Callable[[int, int], None] | None
         if progress is not None:
             progress(next(drawn), files)
 
-    fitting, shown = partial(_fitting, unread=results.unread, tell=tell), Page(page, folder)
+    page = Page(path, results, templates.get_template("report_parts.html").module, tell)
     sections = {
-        "Tables": _by_name(TABLES, results.tables, "table", partial(_table, page=shown), fitting),
-        "Benchmarks": _by_name(_titles(), results.benchmarks, "benchmark", partial(_benchmark, page=shown), fitting),
-        "Likelihoods": _evaluations(fitting(_likelihoods, results.evaluations), shown),
-        "Training": [_losses(results.losses, shown)],
+        "Tables": _by_name(page, TABLES, results.tables, "table", _table),
+        "Benchmarks": _by_name(page, _titles(), results.benchmarks, "benchmark", _benchmark),
+        "Likelihoods": _evaluations(page, results.evaluations),
+        "Training": [_losses(page, results.losses)],
     }
     html = templates.get_template("report.html").render(
-        results=results, sections=sections, commands=COMMANDS, samples=fitting(_samples, results.samples),
-        recordings=fitting(_recording, results.recordings), machine=machine(),
+        results=results, sections=sections, commands=COMMANDS, machine=machine(),
+        samples=page.each(partial(_samples, page), results.samples),
+        recordings=page.each(partial(_recording, page), results.recordings),
     )  # fmt: skip
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(page, html)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(path, html)
     return results
 
 
@@ -181,47 +210,31 @@ def _titles() -> dict[str, str]:
     return {name: title for name, (title, _) in BENCHMARKS.items()}
 
 
-def _fitting(
-    build: Callable[[Source], T], sources: Iterable[Source], unread: dict[str, str], tell: Callable[[], None]
-) -> list[T]:
-    """What is built of each source; one of another version, or edited, is unread, and the rest stands."""
-    built = []
-    for source in sources:
-        try:
-            built.append(build(source))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            unread[source.link] = f"does not fit this version ({type(error).__name__}: {error})"
-        tell()
-    return built
-
-
 def _by_name(
-    titles: dict[str, str],
-    sources: Sequence[Source],
-    key: str,
-    entry: Callable[..., Entry],
-    fitting: Callable[[Callable[[Source], Entry], Iterable[Source]], list[Entry]],
+    page: Page, titles: dict[str, str], sources: Sequence[Source], key: str, entry: Callable[[Page, str, Source], Entry]
 ) -> list[Entry]:
     """The sources of each title, others after them, and what is missing."""
     entries = []
     for name in dict.fromkeys([*titles, *(source.values[key] for source in sources)]):
         title = titles.get(name, name)
-        found = fitting(partial(entry, title=title), [source for source in sources if source.values[key] == name])
-        groups = Counter(each.sources[0].group for each in found)
-        found = [replace(each, folded=groups[each.sources[0].group] > MANY) for each in found]
-        entries += found or [Entry(name, title, missing=COMMANDS.get(name, ""))]
+        found = page.each(partial(entry, page, title), [source for source in sources if source.values[key] == name])
+        groups = Counter(each.group for each in found)
+        entries += [replace(each, folded=groups[each.group] > MANY) for each in found]
+        if name in titles and not found:
+            entries.append(page.missing(name, title))
     return entries
 
 
 # Tables.
 
 
-def _table(source: Source, title: str, page: Page) -> Entry:
+def _table(page: Page, title: str, source: Source) -> Entry:
     values, settings = source.values, source.about
     title = f"{title}, scale {settings['scale']}" if "scale" in settings else title
-    title, name = f"{title} ({source.place})", page.id(source.path)
+    title = f"{title} ({source.place})"
     if "sets" not in values:
-        return Entry(name, title, str(values.get("about", "")), [source], [_plain_grid(values["rows"])])
+        about = str(values.get("about", ""))
+        return page.entry(source.path, title, about, [source], [_plain_grid(values["rows"])])
     about = (
         f"Perplexity ± standard error, below it the accuracy; zero-shot, trained on {settings['training_set']}. "
         "causal, ar and block are exact, hybrid and diffusion are upper bounds: compare like with like. "
@@ -236,14 +249,14 @@ def _table(source: Source, title: str, page: Page) -> Entry:
     curves = _hybrid_curves(values)
     figures = []
     if curves:
-        draw = partial(plots.draw_hybrid, evaluations=curves)
+        draw = partial(plots.draw_hybrid, curves=curves)
         figures.append(page.figure("Perplexity against l*", draw, source.path.parent, "table-hybrid"))
     grids = [Grid(dict.fromkeys(columns, ""), rows)]
     said, columns, ratios = paired_grid(values)
     if ratios:
         about += f" Below: {said[0].lower()}{said[1:]}"
         grids.append(Grid(dict.fromkeys(columns, ""), [[Cell(cell) for cell in row] for row in ratios]))
-    return Entry(name, title, about, [source], grids, figures)
+    return page.entry(source.path, title, about, [source], grids, figures)
 
 
 def _perplexity(cell: Values | None) -> Cell:
@@ -261,18 +274,17 @@ def _nats(cell: Values) -> str:
     return said if bits is None else f"{said}, {bits:.4f} bits per byte"
 
 
-def _hybrid_curves(values: Values) -> dict[str, Values]:
+def _hybrid_curves(values: Values) -> dict[str, plots.Curve]:
     """Against l*, for each method and set that has hybrid bounds."""
-    curves: dict[str, Values] = {}
+    found: dict[str, Values] = {}
     for row in values["rows"]:
         for name, cell in row["sets"].items():
-            curve = curves.setdefault(f"{row['method']}, {values['sets'][name]}", {"hybrid": []})
-            kind, _, anchor = row["likelihood"].partition(" ")
-            if kind == "hybrid":
-                curve["hybrid"].append({"lambda": float(anchor), **cell})
-            elif kind in ("diffusion", "block"):
-                curve[kind] = cell
-    return {name: curve for name, curve in curves.items() if curve["hybrid"]}
+            likelihoods = found.setdefault(f"{row['method']}, {values['sets'][name]}", {"hybrid": []})
+            if row["likelihood"].startswith("hybrid "):
+                likelihoods["hybrid"].append(cell)
+            else:
+                likelihoods[row["likelihood"]] = cell
+    return {name: plots.Curve.hybrid(each) for name, each in found.items() if each["hybrid"]}
 
 
 def _plain_grid(rows: Sequence[Values]) -> Grid:
@@ -304,7 +316,7 @@ def _said(value: Any) -> str:
 # Benchmarks.
 
 
-def _benchmark(source: Source, title: str, page: Page) -> Entry:
+def _benchmark(page: Page, title: str, source: Source) -> Entry:
     values, shown = source.values, source.values["shown"]
     rows = [[Cell(text.replace("<br>", "\n")) for text in row] for row in shown["rows"]]
     grids = [Grid(shown["columns"], rows)]
@@ -316,7 +328,7 @@ def _benchmark(source: Source, title: str, page: Page) -> Entry:
         for file, (said, draw) in drawings.items()
         if file not in VARIES or len({row[VARIES[file]] for row in values["rows"]}) > 1
     ]
-    return Entry(page.id(source.path), f"{title} ({source.place})", shown["about"], [source], grids, figures)
+    return page.entry(source.path, f"{title} ({source.place})", shown["about"], [source], grids, figures)
 
 
 def _ratios(values: Values) -> Grid:
@@ -332,55 +344,72 @@ def _ratios(values: Values) -> Grid:
 # Likelihoods and losses.
 
 
-def _likelihoods(source: Source) -> tuple[Source, dict[str, Cell]]:
-    """The cells of an evaluation: its likelihoods by name, and behind them bits per byte."""
-    likelihoods = dict(named(source.values["likelihoods"]))
-    cells = {name: Cell(plus_minus(perplexity(each)), exact=_nats(each)) for name, each in likelihoods.items()}
-    first = likelihoods.get("block", next(iter(likelihoods.values()), {}))
-    return source, cells | {BITS: Cell("" if first.get("bits_per_byte") is None else f"{first['bits_per_byte']:.3f}")}
-
-
 BITS = "bits per byte"
+FIGURES = {
+    "hybrid": ("Perplexity against l*", plots.Curve.hybrid, plots.draw_hybrid),
+    "nfe": ("Perplexity against steps", plots.Curve.nfe, plots.draw_nfe),
+}
+"""The figures of evaluations: the likelihoods that each shows, its title, how its curves are read and drawn."""
 
 
-def _evaluations(found: list[tuple[Source, dict[str, Cell]]], page: Page) -> list[Entry]:
+@dataclass(frozen=True)
+class Evaluation:
+    """What is shown of a source: cells by the name of the likelihood, and bits per byte; curves by their figure."""
+
+    source: Source
+    cells: dict[str, Cell]
+    curves: dict[str, plots.Curve]
+
+    @classmethod
+    def of(cls, source: Source) -> Evaluation:
+        """All of it, so that what is missing is known before evaluations are put together."""
+        likelihoods = source.values["likelihoods"]
+        by_name = dict(named(likelihoods))
+        cells = {name: Cell(plus_minus(perplexity(each)), exact=_nats(each)) for name, each in by_name.items()}
+        first = by_name.get("block", next(iter(by_name.values()), {}))
+        bits = Cell("" if first.get("bits_per_byte") is None else f"{first['bits_per_byte']:.3f}")
+        curves = {key: curve(likelihoods) for key, (_, curve, _) in FIGURES.items() if likelihoods.get(key)}
+        return cls(source, cells | {BITS: bits}, curves)
+
+
+def _evaluations(page: Page, sources: Sequence[Source]) -> list[Entry]:
     """Of each folder of results a table of its evaluations, and figures of those that lie side by side."""
+    found = page.each(Evaluation.of, sources)
     if not found:
-        return [Entry("evaluations", "Evaluations", missing=COMMANDS["evaluations"])]
+        return [page.missing("evaluations", "Evaluations")]
     entries, about = [], "Perplexity ± standard error. causal, ar and block are exact; hybrid and diffusion are bounds."
-    for group in dict.fromkeys(source.group for source, _ in found):
-        some = [(source, cells) for source, cells in found if source.group == group]
-        names = {name: None for _, cells in some for name in cells if name != BITS}
+    for group in dict.fromkeys(each.source.group for each in found):
+        some = [each for each in found if each.source.group == group]
+        names = {name: None for each in some for name in each.cells if name != BITS}
         columns = {"evaluation": "", **dict.fromkeys(names, ""), BITS: "of block, or of the first there is"}
-        rows = [[Cell(source.label), *(cells.get(name, Cell("")) for name in [*names, BITS])] for source, cells in some]
-        sources, figures = [source for source, _ in some], []
+        rows = [
+            [Cell(each.source.label), *(each.cells.get(name, Cell("")) for name in [*names, BITS])] for each in some
+        ]
+        sources, figures = [each.source for each in some], []
+        of = {each.source.path: each.curves for each in some}
         for folder, beside in _by_folder(sources, above=1).items():
-            for key, said, draw in (
-                ("hybrid", "Perplexity against l*", plots.draw_hybrid),
-                ("nfe", "Perplexity against steps", plots.draw_nfe),
-            ):
-                curves = {each.label: each.values["likelihoods"] for each in beside}
-                curves = {label: each for label, each in curves.items() if each.get(key)}
+            for key, (title, _, draw) in FIGURES.items():
+                curves = {each.label: of[each.path][key] for each in beside if key in of[each.path]}
                 if 0 < len(curves) <= CURVES:
-                    figures.append(page.figure(said, partial(draw, evaluations=curves), folder, key))
-        title, name = f"Evaluations ({group})", page.id(page.results / group / "evaluations")
-        entries.append(Entry(name, title, about, sources, [Grid(columns, rows)], figures))
+                    figures.append(page.figure(title, partial(draw, curves=curves), folder, key))
+        path, title = page.results.folder / group / "evaluations", f"Evaluations ({group})"
+        entries.append(page.entry(path, title, about, sources, [Grid(columns, rows)], figures))
     return entries
 
 
-def _losses(sources: list[Source], page: Page) -> Entry:
+def _losses(page: Page, sources: Sequence[Source]) -> Entry:
     """Loss curves, a figure for the runs in one folder."""
     if not sources:
-        return Entry("losses", "Loss curves", missing=COMMANDS["losses"])
+        return page.missing("losses", "Loss curves")
     about = "Each method's own objective: curves of different methods compare only where their validation is alike."
     figures = []
     for folder, some in _by_folder(sources).items():
         draw = partial(plots.draw_losses, runs={each.label: each.values["rows"] for each in some})
         figures.append(page.figure(f"Losses ({some[0].place})", draw, folder, "losses"))
-    return Entry("losses", "Loss curves", about, sources, [], figures)
+    return page.entry(page.results.folder / "losses", "Loss curves", about, sources, [], figures)
 
 
-def _by_folder(sources: list[Source], above: int = 0) -> dict[Path, list[Source]]:
+def _by_folder(sources: Sequence[Source], above: int = 0) -> dict[Path, list[Source]]:
     """Sources by the folder that they lie in, or where `above` is 1 the one that holds it, within those of results."""
     folders: dict[Path, list[Source]] = {}
     for each in sources:
@@ -392,23 +421,17 @@ def _by_folder(sources: list[Source], above: int = 0) -> dict[Path, list[Source]
 # Text.
 
 
-def _samples(source: Source) -> Values:
+def _samples(page: Page, source: Source) -> Markup:
     """The samples of each prompt, in their order."""
     values = source.values
-    return {
-        "source": source,
-        "about": values["settings"],
-        "unit": values["unit"],
-        "prompts": {
-            prompt: [each for each in values["samples"] if each["prompt"] == prompt] for prompt in values["prompts"]
-        },
-    }
+    prompts = {name: [each for each in values["samples"] if each["prompt"] == name] for name in values["prompts"]}
+    shown: Markup = page.parts.samples(values, prompts, source)
+    return shown
 
 
-def _recording(source: Source) -> Values:
+def _recording(page: Page, source: Source) -> Markup:
     """The rows of a recording, each with the number of its pieces by what became of them, over all frames."""
-    rows = []
-    for row in source.values["rows"]:
-        kinds = Counter(kind for frame in row["frames"] for _, kind in frame["pieces"])
-        rows.append({**row, "kinds": kinds, "drafted": kinds["accepted"] + kinds["rejected"]})
-    return {"source": source, "about": source.values["recording"], "rows": rows}
+    values = source.values
+    kinds = [Counter(kind for frame in row["frames"] for _, kind in frame["pieces"]) for row in values["rows"]]
+    shown: Markup = page.parts.recording(values["recording"], list(zip(values["rows"], kinds, strict=True)), source)
+    return shown

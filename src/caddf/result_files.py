@@ -6,19 +6,27 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from caddf import benchmarks
 from caddf.checkpoint import read_json
 from caddf.command_line import changed
-from caddf.errors import InputError
+from caddf.errors import InputError, check_types
 from caddf.reproduce import ReproduceSettings
 
 Values = dict[str, Any]
+
+
+class Said(dict[str, Any]):
+    """A JSON object of a file; asked for what it does not say, it raises `InputError`, as no mistake of ours does."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise InputError(f"{name} is missing; the file is of another version, or was edited")
+
 
 BENCHMARKS: dict[str, tuple[str, type]] = {
     "decode": ("Decoders: speed, passes, memory", benchmarks.DecodeSettings),
@@ -37,6 +45,18 @@ KINDS = {
     "recording": "recordings",
 }
 """The key by which a file is known, and its kind; an evaluation has a number of samples too."""
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("table", "benchmark"), str),
+    **dict.fromkeys(("likelihoods", "recording", "settings", "machine", "sets", "shown"), dict),
+    **dict.fromkeys(("ratio_of", "ratios", "ratio_quartiles"), dict | None),
+    "rows": Sequence[dict],
+    "prompts": Sequence[str],
+}
+"""Of what a file says, whatever its kind."""
+SHOWN: dict[str, Any] = {"about": str, "columns": dict, "rows": Sequence[Sequence[str]]}
+"""Of a benchmark's table."""
+STEP: dict[str, Any] = {"step": int, "loss": float, "validation": float}
+"""Of a line of a run's metrics."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +87,8 @@ class Source:
     @cached_property
     def about(self) -> Values:
         """The settings of whatever kind it is."""
-        told = self.values.get("settings", self.values.get("recording", self.values))
-        return told if isinstance(told, dict) else {}
+        told: Any = self.values.get("settings", self.values.get("recording", self.values))
+        return told
 
     @property
     def seed(self) -> str:
@@ -131,11 +151,10 @@ class Results:
         for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.jsonl")]):
             link = link_to(path, page)
             try:
-                values = {"rows": _lines(path)} if path.suffix == ".jsonl" else read_json(path)
+                kind, values = _read(path)
             except InputError as error:
                 unread[link] = str(error)
                 continue
-            kind = "losses" if path.suffix == ".jsonl" else next((KINDS[key] for key in KINDS if key in values), None)
             if kind is None:
                 unread[link] = "of no kind that this page shows"
             elif kind == "benchmarks" and "shown" not in values:
@@ -153,11 +172,26 @@ class Results:
         return [source for part in parts for source in part]
 
 
+def _read(path: Path) -> tuple[str | None, Values]:
+    """A file's kind, if it is of one that is shown, and what it says; raises `InputError` where that is not right."""
+    if path.suffix == ".jsonl":
+        return "losses", {"rows": _lines(path)}
+    values = read_json(path, Said)
+    kind = next((KINDS[key] for key in KINDS if key in values), None)
+    if kind is not None:
+        check_types(TYPES | ({"samples": Sequence[dict]} if kind == "samples" else {}), values)
+        check_types(SHOWN, values.get("shown", {}))
+    return kind, values
+
+
 def _lines(path: Path) -> list[Values]:
     """The steps of a run's metrics; raises `InputError` where they are none."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [{key: row[key] for key in ("step", "loss", "validation") if key in row} for row in rows if row["step"]]
+        steps = [{key: row[key] for key in STEP if key in row} for row in rows if row["step"]]
+        for step in steps:
+            check_types(STEP, step)
+        return steps
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no metrics.jsonl of a run; every line must be a JSON object with a step") from None
 
