@@ -474,7 +474,9 @@ def test_acceptance_is_measured_at_each_checkpoint(accepted, tmp_path):
         for share in row["by_offset"]:
             reached *= share
             stand += reached
-        assert row["tokens_per_round"] == pytest.approx(1 + stand)  # windows slide: what is accepted whole adds a token
+        assert row["tokens_per_round"] == pytest.approx(
+            1 + stand, rel=2e-5
+        )  # six digits are kept; windows slide: what is accepted whole adds a token
     report(tmp_path, tmp_path / "report.html")
     assert (tmp_path / "a" / "acceptance-temperature.svg").is_file() and not (
         tmp_path / "a" / "acceptance-step.svg"

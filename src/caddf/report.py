@@ -19,20 +19,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from caddf import plots
-from caddf.benchmarks.acceptance import draw_by_offset, draw_by_step, draw_by_temperature
-from caddf.benchmarks.decode import draw as draw_decode
-from caddf.benchmarks.infill import draw as draw_infill
-from caddf.benchmarks.pareto import draw as draw_pareto
+from caddf.benchmarks import BENCHMARKS
 from caddf.benchmarks.roster import needs
-from caddf.benchmarks.scaling import draw as draw_scaling
-from caddf.benchmarks.steps import draw as draw_steps
-from caddf.benchmarks.train import draw as draw_train
 from caddf.checkpoint import write_text_atomic
 from caddf.errors import InputError
 from caddf.evaluation.pairing import named
 from caddf.machine import machine
 from caddf.reproduce import paired_grid, perplexity, plus_minus
-from caddf.result_files import BENCHMARKS, Results, Source, Values, link_to
+from caddf.result_files import Results, Source, Values, link_to
 
 T = TypeVar("T")
 TABLES = {
@@ -41,30 +35,9 @@ TABLES = {
     "table3": "Table 3. Efficiency",
     "table4": "Table 4. Ablations",
 }
-VARIES = {"acceptance-temperature": "temperature", "acceptance-step": "step"}
-"""Drawings that say nothing unless the rows differ in this."""
-DRAWINGS: dict[str, dict[str, tuple[str, Callable[..., None]]]] = {
-    "decode": {"decode": ("Tokens per second", draw_decode)},
-    "pareto": {"pareto": ("Tokens per second against quality", draw_pareto)},
-    "scaling": {"scaling": ("Cost of a round against the context", draw_scaling)},
-    "steps": {"steps": ("Perplexity against denoising steps", draw_steps)},
-    "acceptance": {
-        "acceptance": ("Share of drafts accepted against their place", draw_by_offset),
-        "acceptance-temperature": ("Tokens per round against temperature", draw_by_temperature),
-        "acceptance-step": ("Tokens per round against the training step", draw_by_step),
-    },
-    "infill": {"infill": ("Perplexity of a span against its length", draw_infill)},
-    "train": {"train": ("Tokens per second of a training step", draw_train)},
-}
 COMMANDS = {
     **{f"{table}": f"caddf reproduce {table} --scale demo" for table in TABLES},
-    "decode": "caddf benchmark decode --models RUNS --prompts SET",
-    "pareto": "caddf benchmark pareto --models RUNS --prompts SET --judge RUN",
-    "scaling": "caddf benchmark scaling",
-    "steps": "caddf benchmark steps --models RUNS --data SET",
-    "acceptance": "caddf benchmark acceptance --models RUNS --data SET --checkpoints all",
-    "infill": "caddf benchmark infill --models RUNS --data SET",
-    "train": "caddf benchmark train",
+    **{name: each.example for name, each in BENCHMARKS.items()},
     "evaluations": "caddf evaluate RUN --data SET --json > results/NAME/evaluation.json",
     "losses": "cp RUN/metrics.jsonl results/NAME/RUN.jsonl",
     "samples": "caddf samples --models NAME=RUN,... --prompt TEXT --out results/samples",
@@ -192,7 +165,9 @@ def report(folder: Path, path: Path, progress: Callable[[int, int], None] | None
     page = Page(path, results, templates.get_template("report_parts.html").module, tell)
     sections = {
         "Tables": _by_name(page, TABLES, results.tables, "table", _table),
-        "Benchmarks": _by_name(page, _titles(), results.benchmarks, "benchmark", _benchmark),
+        "Benchmarks": _by_name(
+            page, {name: each.title for name, each in BENCHMARKS.items()}, results.benchmarks, "benchmark", _benchmark
+        ),
         "Likelihoods": _evaluations(page, results.evaluations),
         "Training": [_losses(page, results.losses)],
     }
@@ -204,10 +179,6 @@ def report(folder: Path, path: Path, progress: Callable[[int, int], None] | None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, html)
     return results
-
-
-def _titles() -> dict[str, str]:
-    return {name: title for name, (title, _) in BENCHMARKS.items()}
 
 
 def _by_name(
@@ -322,11 +293,11 @@ def _benchmark(page: Page, title: str, source: Source) -> Entry:
     grids = [Grid(shown["columns"], rows)]
     if values.get("ratio_of"):
         grids.append(_ratios(values))
-    drawings = DRAWINGS.get(values["benchmark"], {})
+    benchmark, rows_of = BENCHMARKS.get(values["benchmark"]), values["rows"]
     figures = [
-        page.figure(said, partial(draw, rows=values["rows"]), source.path.parent, file, save=file != source.path.stem)
-        for file, (said, draw) in drawings.items()
-        if file not in VARIES or len({row[VARIES[file]] for row in values["rows"]}) > 1
+        page.figure(each.title, partial(each.draw, rows=rows_of), source.path.parent, file, file != source.path.stem)
+        for file, each in (benchmark.drawings.items() if benchmark is not None else ())
+        if not each.varies or len({row[each.varies] for row in rows_of}) > 1
     ]
     return page.entry(source.path, f"{title} ({source.place})", shown["about"], [source], grids, figures)
 

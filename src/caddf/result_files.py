@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from caddf import benchmarks
+from caddf.benchmarks import BENCHMARKS
 from caddf.checkpoint import read_json
 from caddf.command_line import changed
 from caddf.errors import InputError, check_types
@@ -28,15 +28,6 @@ class Said(dict[str, Any]):
         raise InputError(f"{name} is missing; the file is of another version, or was edited")
 
 
-BENCHMARKS: dict[str, tuple[str, type]] = {
-    "decode": ("Decoders: speed, passes, memory", benchmarks.DecodeSettings),
-    "pareto": ("Speed against quality", benchmarks.ParetoSettings),
-    "scaling": ("Cost against context", benchmarks.ScalingSettings),
-    "steps": ("Steps that a perplexity takes", benchmarks.StepsSettings),
-    "acceptance": ("Drafts that stand", benchmarks.AcceptanceSettings),
-    "infill": ("Spans filled in", benchmarks.InfillSettings),
-    "train": ("A training step", benchmarks.TrainSettings),
-}
 KINDS = {
     "table": "tables",
     "benchmark": "benchmarks",
@@ -114,7 +105,8 @@ class Source:
         if "table" in values:
             words = ["reproduce", values["table"], *_settings(self.about, ReproduceSettings), "--out", out]
         elif "benchmark" in values:
-            settings = BENCHMARKS[values["benchmark"]][1] if values["benchmark"] in BENCHMARKS else None
+            benchmark = BENCHMARKS.get(values["benchmark"])
+            settings = None if benchmark is None else benchmark.settings
             words = ["benchmark", values["benchmark"], *_settings(self.about, settings), "--out", out]
         else:
             return ""
