@@ -397,7 +397,7 @@ def test_workers_train_the_same_weights(settings, tmp_path):
 @pytest.fixture
 def found(monkeypatch):
     """Workers find the jobs of these tests."""
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)
 
 
 def waits(console):
