@@ -16,8 +16,6 @@ from caddf.version import installed_version
 
 def machine() -> dict[str, Any]:
     """Processor, GPU, versions, commit and date, as plain values."""
-    folder = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -26,9 +24,20 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "caddf": installed_version(),
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _commit() -> str | None:
+    """Of the repository that this file is tracked in; None where there is none, or no git."""
+    file = Path(__file__)
+    try:
+        for asked in (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"]):
+            git = subprocess.run(["git", *asked], cwd=file.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git.stdout.strip()
 
 
 def _processor() -> str:
