@@ -227,7 +227,7 @@ def test_one_batch_is_learnt_by_heart(name):
     [
         (lambda: BlockDiffusion(8, 0.5, 0.4), "beta and omega are 0.5 and 0.4"),
         (lambda: BlockDiffusion(8, 0.0, 0.0), "omega above 0"),
-        (lambda: BlockDiffusion(0)(network(), EVERY, generator()), "block size is 0"),
+        (lambda: BlockDiffusion(0)(network(), EVERY, generator()), "block_size is 0"),
         (lambda: BlockDiffusion()(network(draft="chained"), EVERY, generator()), "draft is chained"),
         (lambda: block_diffusion_bound(network(draft="chained"), EVERY, 1, generator()), "factorised"),
         (lambda: SemiAutoregressive(steps=0), "steps is 0"),

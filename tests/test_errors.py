@@ -1,6 +1,7 @@
 """Settings and arguments of a wrong type are said, by name, wherever they are given."""
 
 import dataclasses
+import math
 import re
 import types
 from pathlib import Path
@@ -22,7 +23,7 @@ from caddf.export import ExportSettings
 from caddf.models.backbone import DualBranch
 from caddf.objectives.forms import DenoisingConfig
 from caddf.reproduce import ReproduceSettings
-from caddf.running import RunSettings
+from caddf.running import RunSettings, ValidationSettings
 from caddf.text_model import TextModel
 from caddf.tokenizer import Tokenizer
 from caddf.training.config import ResolvedTrainConfig
@@ -93,6 +94,22 @@ def test_settings_are_checked_by_type(make, said):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ModelSettings(match=0), "model.match is 0; it must be 1 or more, or not set"),
+        (lambda: ValidationSettings(windows=0), "validation.windows is 0; it must be 1 or more"),
+        (lambda: EvaluationConfig(nfe=(4, 0)), "nfe holds 0; each must be 1 or more"),
+        (lambda: EvaluationConfig(anchors=(0.5, math.nan)), "anchors holds nan; each must lie in [0, 1]"),
+        (lambda: EvaluationConfig(paths=-1), "paths is -1; it must be 0 or more (0: off)"),
+        (lambda: EvaluationConfig(seed=2**62), f"seed is {2**62}; it must be 0 or more, and less than 2**62"),
+    ],
+)
+def test_settings_are_checked_by_range(make, said):
+    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+        make()
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -120,7 +137,7 @@ def model():
         ({"drafts": 2.5}, "drafts is 2.5; it must be a whole number"),
         ({"lookup": None}, "lookup is None; it must be a whole number"),
         ({"decoder": "ancestral", "steps": "4"}, "steps is '4'; it must be a whole number"),
-        ({"decoder": "hybrid", "steps": 0}, "steps is 0; it must be at least 1"),
+        ({"decoder": "hybrid", "steps": 0}, "steps is 0; it must be 1 or more"),
         ({"model": "checkpoints/tiny"}, "model is 'checkpoints/tiny'; it must be a TextModel"),
     ],
 )

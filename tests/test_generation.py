@@ -155,7 +155,7 @@ def test_left_to_right_goes_beyond_the_context(model):
         ({"prompt": "a", "batch": 2}, "batch is set, .* and all decoders have max_new_tokens, temperature, top_k"),
         ({"prompt": "a", "block_size": 33}, "block_size is 33; it must lie between 1 and the context, 32"),
         ({"prompt": "a", "block_size": 0}, "block_size is 0; it must lie between 1"),
-        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
         ({"prompt": "a", "stop": ["x", ""]}, "stop holds an empty string"),
         ({"prompt": "a", "seed": -1}, "seed is -1; it must be 0 or more"),
         ({"prompt": "a", "seed": 2**63}, "seed is 9223372036854775808"),

@@ -208,7 +208,7 @@ def test_a_setting_of_a_decoder_reaches_it(model):
         ("gpt2", {"max_length": 33}, "max_length is 33; it must lie between 1 and the context, 32"),
         ("gpt2", {"block_size": 0}, "block_size is 0; it must lie between 1 and the context, 32"),
         ("gpt2", {"batch_size": "auto"}, "batch_size is auto; it must be a number of rows"),
-        ("gpt2", {"samples": 0}, "samples is 0; it must be at least 1"),
+        ("gpt2", {"samples": 0}, "samples is 0; it must be 1 or more"),
         ("gpt2", {"seed": -1}, "seed is -1"),
     ],
 )

@@ -150,7 +150,7 @@ def test_fewer_drafts_are_made_where_they_are_unsure():
     with pytest.raises(InputError, match="least is 2"):
         Speculative(least=2.0)
     for name in ("drafts", "renew"):
-        with pytest.raises(InputError, match=f"{name} is 0; it must be at least 1, or not set"):
+        with pytest.raises(InputError, match=f"{name} is 0; it must be 1 or more, or not set"):
             Speculative(**{name: 0})
 
 

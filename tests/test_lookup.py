@@ -172,7 +172,7 @@ def test_a_copy_is_as_long_as_what_has_matched():
 def test_what_cannot_be():
     with pytest.raises(InputError, match="lookup is -1"):
         Speculative(lookup=-1)
-    with pytest.raises(InputError, match="copies is 0; it must be at least 1, or not set"):
+    with pytest.raises(InputError, match="copies is 0; it must be 1 or more, or not set"):
         Speculative(copies=0)
     with pytest.raises(InputError, match="copies is 65; it must be at most 64"):
         Speculative(copies=65)

@@ -174,7 +174,7 @@ def test_what_cannot_be_cut(protocol, complaint):
 
 @pytest.mark.parametrize("setting", ["length", "stride", "max_windows", "samples"])
 def test_bad_settings(setting):
-    with pytest.raises(InputError, match=f"{setting} is 0; it must be at least 1"):
+    with pytest.raises(InputError, match=f"{setting} is 0; it must be 1 or more"):
         Protocol(**{setting: 0})
 
 

@@ -611,7 +611,7 @@ def changed(name, **parts):
         ("gpt2", changed("gpt2", layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"),
         ("gpt2", changed("gpt2", n_inner=24), "n_inner is 24"),
         ("gpt2", changed("gpt2", tie_word_embeddings=False), "tie_word_embeddings is False"),
-        ("gpt2", changed("gpt2", n_layer="two"), "n_layer is 'two'; it must be a whole number of at least 1"),
+        ("gpt2", changed("gpt2", n_layer="two"), "n_layer is 'two'; it must be a whole number of 1 or more"),
         ("gpt2", changed("gpt2", n_head=3), "width 16 over 3 heads"),
         ("gpt2", changed("gpt2", n_positions=LENGTH + 1), r"another shape for wpe\.weight"),
         ("sedd-scaled", changed("sedd-scaled", model={"n_heads": None}), r"model\.n_heads is None"),

@@ -59,7 +59,7 @@ def test_scores_are_the_likelihoods_token_by_token(model):
         ("", {}, "a text has 0 tokens; to be scored it must have 1 to 32"),
         ("a" * 33, {}, "a text has 33 tokens"),
         ("a", {"likelihood": "diffusion"}, "likelihood is diffusion; it must be one of causal, ar, block"),
-        ("a", {"likelihood": "block", "block_size": 0}, "block_size is 0; it must be at least 1"),
+        ("a", {"likelihood": "block", "block_size": 0}, "block_size is 0; it must be 1 or more"),
     ],
 )
 def test_what_has_no_score(model, text, settings, sentence):

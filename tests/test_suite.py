@@ -255,7 +255,7 @@ def test_a_choice_of_windows() -> None:
         ({"samples": 0}, "samples is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"anchors": (0.5, 2.0)}, "anchors holds 2.0"),
-        ({"nfe": (0,)}, "nfe is 0"),
+        ({"nfe": (0,)}, "nfe holds 0"),
         ({"paths": -1}, "paths is -1"),
         ({"max_windows": 0}, "max_windows is 0"),
         ({"seed": -1}, "seed is -1"),

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, a_share, at_least
 
 COLDEST = 1e-6
 """The least temperature above 0: log-probabilities are divided by it."""
@@ -39,12 +39,10 @@ class Warp(Checked):
             raise InputError(
                 f"temperature is {self.temperature}; it must be 0 (greedy), or finite and at least {COLDEST:g}"
             )
-        if self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        at_least(0, self, "top_k", note="0: off")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+        a_share(self, "min_p")
 
     @property
     def plain(self) -> bool:

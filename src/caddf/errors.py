@@ -11,11 +11,42 @@ class InputError(ValueError):
     """Bad input: the message names the setting, the value, and what would be right. The command line exits with 2."""
 
 
-def at_least_one(**settings: int) -> None:
+def at_least(least: float, of: object = None, /, *names: str, note: str = "", **settings: Any) -> None:
+    """Raises `InputError` where one of `names` of the settings `of`, or one of `settings`, is below `least`.
+
+    None passes; of a list each is looked at. `note` is said in brackets.
+    """
+    _check(lambda value: value >= least, f"be {least} or more", of, names, note, settings)
+
+
+def a_share(of: object = None, /, *names: str, note: str = "", **settings: Any) -> None:
+    """Raises `InputError` where one is not in [0, 1], as `at_least` does where it is below."""
+    _check(lambda value: 0 <= value <= 1, "lie in [0, 1]", of, names, note, settings)
+
+
+def _check(
+    holds: Callable[[Any], bool], right: str, of: object, names: Sequence[str], note: str, settings: Mapping[str, Any]
+) -> None:
+    section = getattr(of, "section", "")
+    optional = {section + name for name in names if getattr(type(of), name, 0) is None}
+    for name, value in {**{section + name: getattr(of, name) for name in names}, **settings}.items():
+        listed = isinstance(value, list | tuple)
+        said, subject = ("holds", "each") if listed else ("is", "it")
+        for each in value if listed else [value]:
+            if each is not None and not holds(each):
+                more = (", or not set" if name in optional else "") + (f" ({note})" if note else "")
+                raise InputError(f"{name} {said} {each}; {subject} must {right}{more}")
+
+
+def at_least_one(**settings: Any) -> None:
     """Raises `InputError` on a setting below 1."""
-    for name, value in settings.items():
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
+    at_least(1, **settings)
+
+
+def check_seed(seed: int) -> None:
+    """Raises `InputError` for a seed that not every generator takes; rows and processes add their index to it."""
+    if not 0 <= seed < 2**62:
+        raise InputError(f"seed is {seed}; it must be 0 or more, and less than 2**62")
 
 
 def once(name: str, values: Sequence[Any]) -> None:

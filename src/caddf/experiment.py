@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least
 from caddf.evaluation.block import block_diffusion_bound
 from caddf.evaluation.d3pm import d3pm_bound
 from caddf.evaluation.plaid import plaid_bound
@@ -70,6 +70,8 @@ class ModelSettings(Checked):
         where there is cross-attention.
     """
 
+    section = "model."
+
     size: Size = "demo"
     match: int | None = None
     causal: Literal["on", "off"] = "on"
@@ -90,9 +92,7 @@ class ModelSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("match", "causal_layers", "diffusion_layers"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"model.{name} is {value}; it must be 1 or more")
+        at_least(1, self, "match", "causal_layers", "diffusion_layers")
 
     @property
     def preset(self) -> Preset:

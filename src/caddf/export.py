@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 from caddf.checkpoint import Weights, atomic_folder, read_json, rounded, save_model, write_text_atomic
 from caddf.command_line import changed
 from caddf.data import TokenSet
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least
 from caddf.evaluation import EvaluationConfig
 from caddf.evaluation.pairing import EXACT, named
 from caddf.experiment import METHODS, ModelSettings
@@ -65,8 +65,7 @@ def export(source: str, settings: ExportSettings) -> Path:
         raise InputError(f"out is {settings.out}, which exists and holds other things than a model; give a new folder")
     if out.exists() and not settings.overwrite:
         raise InputError(f"out is {settings.out}, which exists; give a new folder, or --overwrite to replace it")
-    if settings.windows < 1:
-        raise InputError(f"windows is {settings.windows}; it must be 1 or more")
+    at_least(1, settings, "windows")
     data = None if settings.data is None else TokenSet.open(settings.data)
     model = load(folder)
     own = of_model(model) if settings.evaluations else {}

@@ -27,10 +27,10 @@ from caddf.decoding import (
     Task,
 )
 from caddf.decoding.task import NO_TOKEN, DecodingError, hit_rate
-from caddf.errors import InputError, check_arguments
+from caddf.errors import InputError, at_least, check_arguments, check_seed
 from caddf.interface import LanguageModel
 from caddf.models.plaid import Plaid
-from caddf.text_model import TextModel, check_seed
+from caddf.text_model import TextModel
 from caddf.tokenizer import Tokenizer
 
 HOLE, WIDTH = re.compile(r"\[MASK\b([^\[\]]*)\]"), re.compile(r"(?::([0-9]{1,99}))?")
@@ -257,8 +257,7 @@ def generate(
     if template is not None and settings.get("target") == "causal":
         raise InputError("target is causal, beside a template, of which it sees nothing behind a hole; leave it out")
     new = NEW if max_new_tokens is None else max_new_tokens
-    if new < 1:
-        raise InputError(f"max_new_tokens is {new}; it must be at least 1")
+    at_least(1, max_new_tokens=new)
     words = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in words:
         raise InputError("stop holds an empty string, which every text contains; give the text that ends a row")

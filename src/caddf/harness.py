@@ -26,14 +26,14 @@ from tqdm import tqdm
 
 from caddf.categorical import RowGenerators, Warp
 from caddf.decoding import Confidence, Task
-from caddf.errors import InputError, at_least_one
+from caddf.errors import InputError, at_least, check_seed
 from caddf.evaluation import diffusion_bound
 from caddf.evaluation.likelihood import Likelihood, read_exact
 from caddf.evaluation.reading import Readout
 from caddf.evaluation.suite import window_generator
 from caddf.generation import decoder_of, generate
 from caddf.interface import LanguageModel
-from caddf.text_model import DType, TextModel, check_seed, load
+from caddf.text_model import DType, TextModel, load
 
 Request = tuple[Any, list[int], list[int]]
 """What the harness calls it, the tokens that are given, and those that are scored."""
@@ -79,7 +79,7 @@ class HarnessModel(TemplateLM):
         if not str(batch_size).isdecimal():
             raise InputError(f"batch_size is {batch_size}; it must be a number of rows")
         self.batch_size = int(batch_size)
-        at_least_one(batch_size=self.batch_size, samples=samples, max_gen_toks=max_gen_toks)
+        at_least(1, batch_size=self.batch_size, samples=samples, max_gen_toks=max_gen_toks)
         check_seed(seed)
         if device == "cuda:0" and not torch.cuda.is_available():  # the harness's word where nobody named a device
             device = "auto"

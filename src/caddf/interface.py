@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.categorical import Warp
-from caddf.errors import InputError
+from caddf.errors import InputError, at_least
 
 Head = Literal["fused", "draft", "causal"]
 
@@ -52,8 +52,7 @@ class Block:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise InputError(f"block size is {self.size}; it must be at least 1")
+        at_least(1, block_size=self.size)
         if not 0 <= self.offset < self.size:
             raise InputError(f"block offset is {self.offset}; it must lie in [0, {self.size})")
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from caddf.checkpoint import atomic_folder, locked, read_json, write_json_atomic, write_text_atomic
 from caddf.data import Batches, TokenSet
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least, check_seed
 from caddf.evaluation import block_nll, causal_nll, diffusion_bound
 from caddf.evaluation.suite import Bound
 from caddf.experiment import (
@@ -33,7 +33,7 @@ from caddf.experiment import (
 from caddf.generation import generate
 from caddf.interface import LanguageModel
 from caddf.models.backbone import DualBranch
-from caddf.text_model import TextModel, check_seed, initialise_from, resolve_device
+from caddf.text_model import TextModel, initialise_from, resolve_device
 from caddf.training import Result, TrainConfig, train
 from caddf.training.config import Device, Precision
 
@@ -63,9 +63,7 @@ class ValidationSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("windows", "samples", "sample_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"validation.{name} is {getattr(self, name)}; it must be 1 or more")
+        at_least(1, self, "windows", "samples", "sample_tokens")
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from caddf import evaluation
 from caddf.data import TokenSet
-from caddf.errors import InputError, check_arguments
+from caddf.errors import InputError, check_arguments, check_seed
 from caddf.evaluation import EvaluationConfig
 from caddf.evaluation.likelihood import Likelihood
 from caddf.evaluation.protocol import PRESETS, Protocol, Window, preset, windows
 from caddf.evaluation.reading import Model
-from caddf.text_model import TextModel, check_seed, fingerprint
+from caddf.text_model import TextModel, fingerprint
 
 UNNAMED = replace(PRESETS["caddf"], split="validation")
 """What is evaluated where no protocol is named: the windows of the tables, of the validation split."""

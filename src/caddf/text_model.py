@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from caddf.checkpoint import atomic_folder, load_model_config, load_state, save_model
 from caddf.compile import Compile, compiled
 from caddf.errors import InputError, check_arguments
+from caddf.errors import check_seed as check_seed
 from caddf.evaluation.suite import Bound
 from caddf.experiment import METHODS, Method, Network, network_of
 from caddf.models.backbone import DualBranch
@@ -244,12 +245,6 @@ def resolve_device(device: str | torch.device) -> torch.device:
         has = " or ".join(["auto", *(name for name, available in there.items() if available), "cpu"])
         raise InputError(f"device is {device}, which this machine does not have; give {has}") from None
     return resolved
-
-
-def check_seed(seed: int) -> None:
-    """Raises `InputError` for a seed that not every generator takes; rows and processes add their index to it."""
-    if not 0 <= seed < 2**62:
-        raise InputError(f"seed is {seed}; it must be 0 or more, and less than 2**62")
 
 
 def _branch(network: Network, name: str) -> BranchConfig | None:

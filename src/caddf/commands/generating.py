@@ -14,7 +14,7 @@ from caddf.checkpoint import check_writable
 from caddf.commands.options import json_option, model_options
 from caddf.compile import Compile
 from caddf.decoding import DECODERS
-from caddf.errors import InputError
+from caddf.errors import InputError, at_least
 from caddf.generation import NEW
 from caddf.samples import Recording
 from caddf.settings import add_choices, options, parse
@@ -51,8 +51,7 @@ def generate(parser: ArgumentParser, arguments: list[str]) -> int:
     json_option(parser)
     add_choices(parser, "settings of some decoders; not set, the decoder's own default", DECODERS, skip=("until",))
     values = parse(parser, arguments)
-    if values.batch < 1:
-        raise InputError(f"batch is {values.batch}; it must be at least 1")
+    at_least(1, batch=values.batch)
     if values.record is not None:
         check_writable("record", values.record)
     texts = {name: values[name] for name in ("prompt", "template") if values[name] is not None}

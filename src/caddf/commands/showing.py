@@ -11,12 +11,12 @@ from rich.console import Console
 
 from caddf import display
 from caddf.checkpoint import check_writable, write_json_atomic
+from caddf.errors import check_seed
 from caddf.export import ExportSettings
 from caddf.export import export as write_folder
 from caddf.report import report as write_page
 from caddf.samples import SamplesSettings, collect_samples
 from caddf.settings import add_options, options, parse
-from caddf.text_model import check_seed
 
 
 def export(parser: ArgumentParser, arguments: list[str]) -> int:

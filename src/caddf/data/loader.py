@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
-from caddf.errors import InputError
+from caddf.errors import InputError, at_least, check_seed
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,8 @@ class Batches:
     """
 
     def __init__(self, tokens: Integer[np.ndarray, " T"], length: int, batch_size: int, seed: int) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-        if seed < 0:
-            raise InputError(f"seed is {seed}; it must be 0 or more")
+        at_least(1, batch_size=batch_size)
+        check_seed(seed)
         if len(tokens) < length:
             raise InputError(f"the training data has {len(tokens)} tokens; one window needs {length}")
         self.tokens, self.length, self.batch_size, self.seed = tokens, length, batch_size, seed

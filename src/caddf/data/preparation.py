@@ -16,7 +16,7 @@ from caddf.checkpoint import atomic_folder, write_json_atomic
 from caddf.data.named import named
 from caddf.data.sources import Source
 from caddf.data.token_set import FORMAT, MANIFEST, SPLITS, VERSION, TokenSet, tokens_path
-from caddf.errors import InputError
+from caddf.errors import InputError, check_seed
 from caddf.tokenizer import Tokenizer, bpe_size, pieces
 from caddf.version import installed_version
 
@@ -57,8 +57,7 @@ def prepare(
     out, report = Path(out), progress or (lambda stage, documents: None)
     _check_folder(out, overwrite)
     specs = _requested(input, {"train": train, "validation": validation, "test": test}, tokenizer, data_root)
-    if seed < 0:
-        raise InputError(f"seed is {seed}; it must be 0 or more")
+    check_seed(seed)
     if isinstance(tokenizer, str) and bpe_size(tokenizer) is None:
         tokenizer = Tokenizer.build(tokenizer)
     source = partial(Source, column=column, streaming=streaming, max_documents=max_documents, data_root=data_root)

@@ -14,7 +14,7 @@ from pathlib import Path
 from caddf.data.named import NAMED, named
 from caddf.data.rows import cell, explained, file_rows, files_of, hub_rows
 from caddf.data.token_set import MANIFEST
-from caddf.errors import InputError
+from caddf.errors import InputError, at_least
 
 _PARAGRAPH = re.compile(r".+?(?:\n\s*\n|\Z)", re.DOTALL)
 # Installed packages, tests, files that are broken on purpose, and tables made by programs.
@@ -50,8 +50,7 @@ class Source:
         if self.paragraphs:
             blocks = (block for text in documents for block in _PARAGRAPH.findall(text))
             documents = (block for block in blocks if not block.isspace())
-        if self.max_documents is not None and self.max_documents < 1:
-            raise InputError(f"max_documents is {self.max_documents}; it must be 1 or more")
+        at_least(1, self, "max_documents")
         documents = itertools.islice(documents, self.max_documents)
         first = next(documents, None)
         if first is None:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from caddf.decoding.task import Counts, Frame, Task, fill, full_pass
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, at_least
 from caddf.interface import LanguageModel
 from caddf.schedules import SCHEDULES, ScheduleName
 
@@ -40,8 +40,7 @@ class Ancestral(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}; it must be at least 1")
+        at_least(1, self, "steps")
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame for each step that reveals something."""

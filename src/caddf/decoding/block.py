@@ -13,7 +13,7 @@ from torch import Tensor
 from caddf.decoding.ancestral import masking_times
 from caddf.decoding.plan import first_open
 from caddf.decoding.task import Counts, Frame, Task, draw, evaluate, full_pass
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least
 from caddf.interface import Block, BlockReader, LanguageModel
 from caddf.schedules import SCHEDULES, ScheduleName
 
@@ -39,8 +39,7 @@ class SemiAutoregressive(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps is {self.steps}; it must be at least 1, or not set")
+        at_least(1, self, "steps")
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame for each step that reveals something."""

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from caddf.decoding.task import NO_TOKEN, Counts, DecodingError, Frame, Task, denoise, draw, full_pass
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, at_least
 from caddf.interface import LanguageModel
 
 
@@ -63,10 +63,8 @@ class Confidence(SurestFirst, Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.threshold >= 0:
-            raise InputError(f"threshold is {self.threshold}; it must be 0 or more (above 1: one position at a time)")
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps is {self.steps}; it must be at least 1")
+        at_least(0, self, "threshold", note="above 1: one position at a time")
+        at_least(1, self, "steps")
 
     def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
         """max_v q(v)."""
@@ -107,8 +105,7 @@ class EntropyBound(SurestFirst, Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.bound >= 0:
-            raise InputError(f"bound is {self.bound}; it must be 0 nats or more")
+        at_least(0, self, "bound", note="nats")
 
     def sureness(self, log_q: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
         """The negative entropy (nats)."""

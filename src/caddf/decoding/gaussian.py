@@ -12,7 +12,7 @@ from torch import Tensor
 
 from caddf.categorical import arg_max
 from caddf.decoding.task import Counts, Frame, Task, draw, read_rows
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least
 from caddf.evaluation.plaid import GaussianModel, alpha, level, normal, sigma
 
 
@@ -41,8 +41,7 @@ class Gaussian(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}; it must be at least 1")
+        at_least(1, self, "steps")
         if not self.score_temperature > 0:
             raise InputError(f"score_temperature is {self.score_temperature}; it must be above 0")
 

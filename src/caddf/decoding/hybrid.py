@@ -10,7 +10,7 @@ from caddf.decoding.autoregressive import Autoregressive
 from caddf.decoding.first_hitting import FirstHitting
 from caddf.decoding.speculative import Speculative
 from caddf.decoding.task import Counts, Frame, Task
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, a_share
 from caddf.interface import LanguageModel
 
 
@@ -33,8 +33,7 @@ class Hybrid(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.anchor <= 1:
-            raise InputError(f"anchor is {self.anchor}; it is the share still masked when infilling starts, in [0, 1]")
+        a_share(self, "anchor", note="the share still masked when infilling starts")
         self._any_order()  # raises
 
     def _any_order(self) -> FirstHitting | Ancestral:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from caddf.concrete_score import Process, ScoreModel, Step, Uniform, log_scores, process_of
 from caddf.decoding.task import Counts, Frame, Task, denoise, draw, evaluate, full_pass
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least
 from caddf.interface import AnyOrder, LanguageModel
 from caddf.schedules import SCHEDULES, Schedule, ScheduleName
 
@@ -41,8 +41,7 @@ class Rates(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}; it must be at least 1")
+        at_least(1, self, "steps")
         if not 0 < self.end < 1:
             raise InputError(f"end is {self.end}; it must lie between 0 and 1")
 

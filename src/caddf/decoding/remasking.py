@@ -13,7 +13,7 @@ from torch import Tensor
 
 from caddf.decoding.ancestral import masking_times
 from caddf.decoding.task import Counts, Frame, Task, denoise, draw, full_pass
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, a_share, at_least
 from caddf.interface import LanguageModel
 from caddf.schedules import SCHEDULES, ScheduleName
 
@@ -64,10 +64,8 @@ class Remasking(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}; it must be at least 1")
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"eta is {self.eta}; it must lie in [0, 1]")
+        at_least(1, self, "steps")
+        a_share(self, "eta")
         if not 0 <= self.end < self.start <= 1:
             raise InputError(f"start is {self.start} and end {self.end}; 0 <= end < start <= 1 is needed")
         if self.hold is None:

@@ -11,7 +11,7 @@ from caddf.decoding.left_to_right import reader_for
 from caddf.decoding.plan import Plan, Target, first_open, most_rounds
 from caddf.decoding.round_by_parts import RoundByParts
 from caddf.decoding.task import Counts, Frame, Task
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, a_share, at_least
 from caddf.interface import Drafting, LanguageModel
 
 MOST_COPIES = 64
@@ -47,14 +47,9 @@ class Speculative(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.least <= 1:
-            raise InputError(f"least is {self.least}; it must lie in [0, 1]")
-        if self.lookup < 0:
-            raise InputError(f"lookup is {self.lookup}; it must be a number of tokens, or 0 for never")
-        for name in ("drafts", "renew", "copies"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1, or not set")
-
+        a_share(self, "least")
+        at_least(0, self, "lookup", note="0: never")
+        at_least(1, self, "drafts", "renew", "copies")
         if self.copies is not None and self.copies > MOST_COPIES:
             raise InputError(f"copies is {self.copies}; it must be at most {MOST_COPIES}")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from caddf.caches import Caches
 from caddf.categorical import Warp, inverse_cdf
 from caddf.decoding.verification import shares
-from caddf.errors import InputError, at_least_one
+from caddf.errors import InputError, at_least
 from caddf.evaluation.masks import Noise, uniform
 from caddf.evaluation.reading import Model, checked
 from caddf.interface import Block, Head, Incremental, LanguageModel
@@ -85,7 +85,7 @@ def acceptance(
     """
     model = checked(model, x0, vocab_size)
     size = model.block_size if block_size is None else block_size
-    at_least_one(rounds=rounds, block_size=size)
+    at_least(1, rounds=rounds, block_size=size)
     if {target, "draft"} - model.heads:
         raise InputError(f"target is {target}; this model has the heads {', '.join(sorted(model.heads))} alone")
     given, blocks = given_in_block(model, target, size, x0.shape[1]), x0.shape[1] // size

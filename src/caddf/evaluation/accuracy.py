@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError, at_least_one
+from caddf.errors import InputError, at_least
 from caddf.evaluation.bounds import draw
 from caddf.evaluation.likelihood import read_exact
 from caddf.evaluation.masks import Noise, counted, interval_weights, nth, uniform
@@ -75,7 +75,7 @@ def mtp(
     A chained draft knows the drafts before it: it is rolled on its own arg maxes, never on the text. What it drafts
     would be the later blocks' prefix, so one block per row is rolled, drawn from `noise` (by default from seed 0).
     """
-    at_least_one(block_size=block_size)
+    at_least(1, block_size=block_size)
     model, (rows, length) = checked(model, x0, vocab_size), x0.shape
     if not (blocks := length // block_size):
         raise InputError(f"block_size is {block_size}; it must be at most the row's length, {length}")

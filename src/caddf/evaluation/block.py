@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError, at_least_one
+from caddf.errors import InputError, at_least
 from caddf.evaluation.masks import Noise, counted, strata, uniform
 from caddf.evaluation.reading import Model, checked, read
 from caddf.interface import Block
@@ -35,7 +35,7 @@ def block_diffusion_bound(
     if "draft" not in model.heads or model.chained:
         raise InputError("the block diffusion bound reads a factorised draft head, which this model does not have")
     size = model.block_size if block_size is None else block_size
-    at_least_one(block_size=size)
+    at_least(1, block_size=size)
     pattern, positions, rows = Block(size), torch.arange(x0.shape[1]), len(x0)
     scored, _ = counted(x0, scored)
     block = pattern.index(positions)

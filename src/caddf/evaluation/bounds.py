@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError, at_least_one
+from caddf.errors import InputError, a_share, at_least
 from caddf.evaluation.masks import (
     Noise,
     binomial,
@@ -45,8 +45,7 @@ Reading = Callable[[LanguageModel, Int[Tensor, "B L"], Bool[Tensor, "B L"]], Rea
 
 def check_anchor(model: LanguageModel, anchor: float) -> None:
     """Raises `InputError` where `anchor` is no probability, or the model cannot infill below it."""
-    if not 0 <= anchor <= 1:
-        raise InputError(f"anchor is {anchor}; it must lie in [0, 1]")
+    a_share(anchor=anchor)
     if anchor > 0 and "fused" not in model.heads:
         raise InputError(f"anchor is {anchor}; a model without a causal branch cannot infill, so it must be 0")
 
@@ -261,7 +260,7 @@ def importance_weighted_bound(
     tokens revealed there (the probabilities of the path itself cancel), times that of the infilling below `anchor`.
     More paths tighten it (Burda et al. 2016). At most `paths * (steps + 1)` evaluations.
     """
-    at_least_one(paths=paths)
+    at_least(1, paths=paths)
     model = checked(model, x0, vocab_size)
     check_anchor(model, anchor)
     scored, _ = counted(x0, scored)

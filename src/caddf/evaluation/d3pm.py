@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from caddf.errors import InputError
+from caddf.errors import at_least
 from caddf.evaluation.masks import Noise, counted, nth, strata, uniform
 from caddf.evaluation.reading import Model, checked
 from caddf.forward_process import mask_tokens, resample_tokens
@@ -49,8 +49,7 @@ class Chain(ABC):
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}; it must be at least 1")
+        at_least(1, self, "steps")
 
     @abstractmethod
     def noised(self, t: Int[Tensor, "..."]) -> Float[Tensor, "..."]:

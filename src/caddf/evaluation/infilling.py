@@ -12,7 +12,7 @@ from torch import Tensor
 
 from caddf.categorical import RowGenerators, Warp
 from caddf.decoding import Autoregressive, Confidence, Decoder, Task
-from caddf.errors import InputError, at_least_one
+from caddf.errors import InputError, at_least
 from caddf.evaluation.bounds import diffusion_bound
 from caddf.evaluation.likelihood import read_exact
 from caddf.evaluation.reading import infilled
@@ -53,7 +53,7 @@ def fill_spans(
     `samples` masked sets per row make the bound; greedy filling is one token at a time, for `diffusion` the surest
     first. Raises `InputError` where a span leaves its row, or the model does not have the reading.
     """
-    at_least_one(size=size, samples=samples)
+    at_least(1, size=size, samples=samples)
     if reading not in readings(model):
         raise InputError(f"reading is {reading}; this model has {', '.join(readings(model))}")
     if start.min() < 0 or start.max() + size > x0.shape[1]:

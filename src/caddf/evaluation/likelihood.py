@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError, at_least_one
+from caddf.errors import InputError, at_least
 from caddf.evaluation.reading import Model, Readout, checked, read
 from caddf.interface import Block, Head, Infill, LanguageModel, Pattern
 
@@ -24,7 +24,7 @@ def read_exact(
     Raises `InputError` on a likelihood that the model does not have.
     """
     size = model.block_size if block_size is None else block_size
-    at_least_one(block_size=size)
+    at_least(1, block_size=size)
     readings: dict[str, tuple[Pattern, Head]] = {
         "causal": (Infill(), "causal"),
         "ar": (Infill(), "fused"),

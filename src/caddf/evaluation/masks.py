@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from caddf.categorical import inverse_cdf
-from caddf.errors import InputError, at_least_one
+from caddf.errors import InputError, at_least
 
 Noise = torch.Generator | Sequence[torch.Generator]
 """CPU generators, moved on: one for all rows, or one per row."""
@@ -37,7 +37,7 @@ def counted(x0: Int[Tensor, "B L"], scored: Bool[Tensor, "B L"] | None) -> tuple
         )
     least, most = scored.sum(-1).aminmax()
     if not 0 < least == most:
-        raise InputError(f"scored marks {least} to {most} positions of a row; it must be one number, at least 1")
+        raise InputError(f"scored marks {least} to {most} positions of a row; it must be one number, 1 or more")
     return scored.cpu(), int(most)
 
 
@@ -90,7 +90,7 @@ def uniform(shape: tuple[int, ...], noise: Noise) -> Float[Tensor, "B ..."]:
 
 def strata(rows: int, samples: int, noise: Noise) -> Float[Tensor, "B S"]:
     """Uniforms in [0, 1), one in each of `samples` equal parts."""
-    at_least_one(samples=samples)
+    at_least(1, samples=samples)
     return (torch.arange(samples) + uniform((rows, samples), noise)) / samples
 
 

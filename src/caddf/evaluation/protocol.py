@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
-from caddf.errors import Checked, InputError, at_least_one
+from caddf.errors import Checked, InputError, at_least
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,7 @@ class Protocol(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(samples=self.samples)
-        for name in ("length", "stride", "max_windows"):
-            if (value := getattr(self, name)) is not None:
-                at_least_one(**{name: value})
+        at_least(1, self, "length", "stride", "max_windows", "samples")
 
 
 _PUBLISHED = Protocol(length=1024, max_windows=None, samples=1, split="validation")

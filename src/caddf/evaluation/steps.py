@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from caddf.errors import InputError, at_least_one
+from caddf.errors import InputError, at_least
 from caddf.evaluation.bounds import Draws, check_anchor, draw, infilling
 from caddf.evaluation.estimates import Estimate, estimate
 from caddf.evaluation.masks import Noise, step_weights
@@ -117,7 +117,7 @@ def step_curve(
     model, length = checked(model, x0, vocab_size), x0.shape[1]
     check_anchor(model, anchor)
     most = length if most is None else most
-    at_least_one(samples=samples, most=most)
+    at_least(1, samples=samples, most=most)
     if length < 2:
         raise InputError("x0 has rows of 1 token; a chain of several steps needs at least 2")
     if anchor == 1:

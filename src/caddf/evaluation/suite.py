@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import Checked, InputError, at_least_one
+from caddf.errors import Checked, InputError, a_share, at_least, check_seed
 from caddf.evaluation.accuracy import mtp
 from caddf.evaluation.bounds import draw, finite_step_bound, importance_weighted_bound, infilling
 from caddf.evaluation.estimates import estimate
@@ -56,23 +56,10 @@ class EvaluationConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(
-            batch_size=self.batch_size,
-            samples=self.samples,
-            importance_steps=self.importance_steps,
-        )
-        if self.paths < 0:
-            raise InputError(f"paths is {self.paths}; it must be 0 (off) or more")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; it must be 0 or more")
-        for name in ("max_windows", "block_size"):
-            if (value := getattr(self, name)) is not None:
-                at_least_one(**{name: value})
-        for steps in self.nfe:
-            at_least_one(nfe=steps)
-        for anchor in self.anchors:
-            if not 0 <= anchor <= 1:
-                raise InputError(f"anchors holds {anchor}; each must lie in [0, 1]")
+        at_least(1, self, "batch_size", "samples", "nfe", "importance_steps", "max_windows", "block_size")
+        at_least(0, self, "paths", note="0: off")
+        a_share(self, "anchors")
+        check_seed(self.seed)
 
 
 class Bound(Protocol):

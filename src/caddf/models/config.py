@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,7 @@ class BranchConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layers", "width", "heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        at_least(1, self, "layers", "width", "heads")
         if self.width % self.heads or self.width // self.heads % 2:
             raise InputError(
                 f"width {self.width} over {self.heads} heads gives no even head size; choose a width that is an even "
@@ -82,8 +80,7 @@ class ModelConfig(Checked):
             )
         if not 0 <= self.bos_id < self.vocab_size:
             raise InputError(f"bos_id is {self.bos_id}; it must be one of the {self.vocab_size} tokens")
-        if self.context < 1:
-            raise InputError(f"context is {self.context}; it must be at least 1")
+        at_least(1, self, "context")
         if not 1 <= self.block_size <= self.context:
             raise InputError(f"block_size is {self.block_size}; it must lie between 1 and the context, {self.context}")
         if self.draft_vocab is not None:

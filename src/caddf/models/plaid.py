@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least
 from caddf.models.config import BranchConfig
 from caddf.models.layers import Layer, Layers, head_log_probs, head_nll, initialise, rotation
 
@@ -45,9 +45,7 @@ class PlaidConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("vocab_size", "context", "embedding_width", "schedule_width"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        at_least(1, self, "vocab_size", "context", "embedding_width", "schedule_width")
         if not self.gamma_0 < self.gamma_1:
             raise InputError(f"gamma_0 is {self.gamma_0} and gamma_1 {self.gamma_1}; noise must rise from one to other")
         if self.branch.positions != "rotary":

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least
 from caddf.interface import AnyOrder, Block, Head, Pattern, Projection
 from caddf.models.config import BranchConfig
 from caddf.models.diffusion import DiffusionBranch
@@ -55,9 +55,7 @@ class SingleConfig(Checked):
             )
         if not 0 <= self.bos_id < self.vocab_size:
             raise InputError(f"bos_id is {self.bos_id}; it must be one of the {self.vocab_size} tokens")
-        for name in ("context", "level_width"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        at_least(1, self, "context", "level_width")
         if self.score == "scaled" and self.process == "uniform":
             raise InputError("score is scaled with process uniform, whose scores have no factor of time; set unscaled")
         if self.score is not None and not self.time:

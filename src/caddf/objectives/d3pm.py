@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from caddf.errors import InputError
+from caddf.errors import InputError, at_least
 from caddf.evaluation.d3pm import CHAINS, Chain, Process
 from caddf.interface import AnyOrder, LanguageModel
 from caddf.objectives.loss import Loss, Times, draw_times
@@ -36,10 +36,8 @@ class D3PM:
     def __post_init__(self) -> None:
         if self.process not in CHAINS:
             raise InputError(f"process is {self.process}; it must be one of {', '.join(CHAINS)}")
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}; it must be at least 1")
-        if self.auxiliary < 0:
-            raise InputError(f"auxiliary is {self.auxiliary}; a weight must be 0 or more")
+        at_least(1, self, "steps")
+        at_least(0, self, "auxiliary")
 
     @property
     def chain(self) -> Chain:

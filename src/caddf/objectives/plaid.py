@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from caddf.errors import InputError
+from caddf.errors import InputError, a_share
 from caddf.evaluation.plaid import GaussianModel, denoise, diffuse, diffusion, level, prior, reconstruction
 from caddf.objectives.loss import Loss, Times, draw_times, whole
 
@@ -32,8 +32,7 @@ class PlaidLoss:
     def __post_init__(self) -> None:
         if not 0 < self.reconstruction < 1:
             raise InputError(f"reconstruction is {self.reconstruction}; a share of rows between 0 and 1 is needed")
-        if not 0 <= self.self_conditioned <= 1:
-            raise InputError(f"self_conditioned is {self.self_conditioned}; a share must lie in [0, 1]")
+        a_share(self, "self_conditioned")
 
     def __call__(self, model: GaussianModel, x0: Int[Tensor, "B L"], generator: torch.Generator) -> Loss:
         """The mean over tokens: an unbiased estimate of the bound, whatever the number of rows.

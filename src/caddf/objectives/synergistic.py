@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, a_share, at_least
 from caddf.forward_process import mask_tokens
 from caddf.interface import AnyOrder, Block, Infill, LanguageModel, Pattern
 from caddf.objectives.distillation import Distillation, Divergence
@@ -68,14 +68,9 @@ class SynergisticConfig(Checked):
             raise InputError(
                 f"denoise, infill and block are {shares}; shares must be 0 or more, and one of them above 0"
             )
-        for name in ("denoise", "all_masked", "revealed", "draft_decay", "distill"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        if self.revealed_most is not None and self.revealed_most < 1:
-            raise InputError(f"revealed_most is {self.revealed_most}; it must be 1 or more (revealed 0 reveals none)")
-        for name in ("draft_weight", "causal_weight"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; a weight must be 0 or more")
+        a_share(self, "denoise", "all_masked", "revealed", "draft_decay", "distill")
+        at_least(1, self, "revealed_most", note="revealed 0 reveals none")
+        at_least(0, self, "draft_weight", "causal_weight")
 
 
 class Synergistic(ByReadings):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, a_share, at_least
 from caddf.models.config import Preset
 from caddf.training.compiling import CompileSteps
 from caddf.training.optimizer import OptimizerName
@@ -68,14 +68,12 @@ class TrainConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep"):
-            self._check(name, lambda value: value >= 1, "1 or more")
-        for name in ("warmup", "evaluate_every", "sample_every", "seed"):
-            self._check(name, lambda value: value >= 0, "0 or more")
+        at_least(1, self, "steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep")
+        at_least(0, self, "warmup", "evaluate_every", "sample_every", "seed")
+        a_share(self, "min_ratio")
         for name in ("weight_decay", "clip"):
             self._check(name, lambda value: 0 <= value < math.inf, "0 or more, and finite")
         self._check("learning_rate", lambda value: 0 < value < math.inf, "above 0, and finite")
-        self._check("min_ratio", lambda value: 0 <= value <= 1, "in [0, 1]")
         self._check("ema", lambda value: 0 <= value < 1, "in [0, 1)")
         if self.steps is not None and self.warmup is not None and self.warmup > self.steps:
             raise InputError(f"train.warmup is {self.warmup}; it must be at most train.steps, {self.steps}")

@@ -61,12 +61,10 @@ class Settings:
         return Settings(values if isinstance(values, dict) else {}, f"{self.name}{name}.")
 
     def whole(self, name: str) -> int:
-        """A whole number of at least 1, as every size is."""
+        """A whole number of 1 or more, as every size is."""
         value = self.values.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(
-                f"the checkpoint's {self.name}{name} is {value!r}; it must be a whole number of at least 1"
-            )
+            raise InputError(f"the checkpoint's {self.name}{name} is {value!r}; it must be a whole number of 1 or more")
         return value
 
     def only(self, **supported: tuple[Any, ...]) -> None:
