@@ -19,8 +19,8 @@ from caddf.data import prepare
 from caddf.data.token_set import Split
 from caddf.decoding import Autoregressive, Counts, Speculative, Task
 from caddf.errors import InputError
-from caddf.experiment import ModelSettings
 from caddf.interface import AnyOrder, Block, Infill
+from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 from caddf.models.chain import DraftChain
 from caddf.models.config import BranchConfig, ModelConfig

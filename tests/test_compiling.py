@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings
+from caddf.experiment import ARCHITECTURES, METHODS
+from caddf.model_settings import ModelSettings
 from caddf.models.layers import nearest
 from caddf.objectives.reading import read
 from caddf.training.compiling import (

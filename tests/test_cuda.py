@@ -9,8 +9,9 @@ import torch
 from caddf.categorical import RowGenerators, Warp
 from caddf.decoding import Autoregressive, Speculative, Task
 from caddf.evaluation import block_nll, causal_nll, diffusion_bound
-from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings
+from caddf.experiment import ARCHITECTURES, METHODS
 from caddf.graphs import Graphs
+from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.objectives.reading import read

@@ -15,7 +15,8 @@ import torch
 from caddf.categorical import RowGenerators
 from caddf.cli import main
 from caddf.decoding import Task
-from caddf.experiment import METHODS, ModelSettings
+from caddf.experiment import METHODS
+from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 
 ROOT = Path(__file__).parent.parent

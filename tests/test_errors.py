@@ -18,8 +18,8 @@ from caddf.decoding import Speculative
 from caddf.errors import Checked, InputError
 from caddf.evaluation import EvaluationConfig
 from caddf.evaluation.protocol import Protocol
-from caddf.experiment import ModelSettings
 from caddf.export import ExportSettings
+from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 from caddf.objectives.forms import DenoisingConfig
 from caddf.reproduce import ReproduceSettings

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from caddf import InputError
-from caddf.experiment import METHODS, ModelSettings, network_of
+from caddf.experiment import METHODS, network_of
+from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 from caddf.tokenizer import Tokenizer
 

@@ -17,8 +17,9 @@ import caddf
 from caddf.checkpoint import SCALES, load_state, restored, rounded, save_model
 from caddf.cli import main
 from caddf.errors import InputError
-from caddf.experiment import METHODS, ModelSettings
+from caddf.experiment import METHODS
 from caddf.export import ExportSettings, export, training_command
+from caddf.model_settings import ModelSettings
 from caddf.quantise import WEIGHT_LEVELS, integers
 from caddf.running import RunSettings, start
 from caddf.training import TrainConfig

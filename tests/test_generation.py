@@ -12,9 +12,10 @@ from caddf import InputError, TextModel, generate
 from caddf.categorical import RowGenerators
 from caddf.decoding import DECODERS, Autoregressive, FirstHitting, Speculative, Task
 from caddf.decoding.task import DecodingError
-from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings
+from caddf.experiment import ARCHITECTURES, METHODS
 from caddf.generation import _StopWords
 from caddf.interface import as_model
+from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.tokenizer import Tokenizer

@@ -9,7 +9,8 @@ import torch
 from enumeration import denoiser_of
 
 from caddf import InputError, TextModel, generate, score
-from caddf.experiment import METHODS, ModelSettings, network_of
+from caddf.experiment import METHODS, network_of
+from caddf.model_settings import ModelSettings
 from caddf.tokenizer import Tokenizer
 
 pytest.importorskip("lm_eval")

@@ -28,8 +28,9 @@ from caddf.evaluation import (
 )
 from caddf.evaluation.d3pm import Uniform
 from caddf.evaluation.suite import Bound
-from caddf.experiment import METHODS, ModelSettings, Network, network_of
+from caddf.experiment import METHODS, Network, network_of
 from caddf.interface import Block, DenoiserModel, Infill, LanguageModel, Pattern, as_model
+from caddf.model_settings import ModelSettings
 from caddf.models.config import BranchConfig
 from caddf.models.plaid import Plaid
 from caddf.objectives import AnyOrderLoss, LambdaDCE, Synergistic, SynergisticConfig, TimeDCE

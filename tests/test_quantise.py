@@ -16,8 +16,8 @@ from caddf.compile import compiled
 from caddf.data import prepare
 from caddf.decoding import Autoregressive, Speculative, Task
 from caddf.errors import InputError
-from caddf.experiment import ModelSettings
 from caddf.interface import AnyOrder, Block
+from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig

@@ -12,7 +12,8 @@ import caddf.checkpoint
 from caddf import InputError, load
 from caddf.checkpoint import locked
 from caddf.data import prepare
-from caddf.experiment import METHODS, ModelSettings
+from caddf.experiment import METHODS
+from caddf.model_settings import ModelSettings
 from caddf.objectives import SynergisticConfig
 from caddf.running import SETTINGS, RunSettings, ValidationSettings, resume, start
 from caddf.training import TrainConfig

@@ -14,7 +14,8 @@ from caddf.data import TokenSet, prepare
 from caddf.evaluation import EvaluationConfig, block_nll, causal_nll
 from caddf.evaluation import score as lk_score
 from caddf.evaluation.protocol import PRESETS, Protocol
-from caddf.experiment import METHODS, ModelSettings
+from caddf.experiment import METHODS
+from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 from caddf.running import RunSettings, ValidationSettings, start
 from caddf.scoring import UNNAMED

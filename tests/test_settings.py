@@ -8,7 +8,8 @@ import pytest
 from caddf.decoding import DECODERS
 from caddf.errors import InputError
 from caddf.evaluation import EvaluationConfig
-from caddf.experiment import METHODS, ModelSettings
+from caddf.experiment import METHODS
+from caddf.model_settings import ModelSettings
 from caddf.running import ValidationSettings
 from caddf.settings import add_choices, add_options, add_section, documented, new_parser, options, parse, section
 from caddf.training import TrainConfig

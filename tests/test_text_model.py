@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import caddf.text_model
 from caddf import InputError, TextModel, load
 from caddf.checkpoint import load_tensors
-from caddf.experiment import ModelSettings
 from caddf.interface import AnyOrder, Block, Infill
+from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig

@@ -16,7 +16,8 @@ from caddf.data import TokenSet
 from caddf.errors import Checked, InputError, at_least
 from caddf.evaluation import EvaluationConfig
 from caddf.evaluation.pairing import EXACT, named
-from caddf.experiment import METHODS, ModelSettings
+from caddf.experiment import METHODS
+from caddf.model_settings import ModelSettings
 from caddf.models.accounts import accounts
 from caddf.running import OWN, SETTINGS, RunSettings, ValidationSettings
 from caddf.scoring import evaluate, of_model

@@ -22,16 +22,10 @@ from caddf.data import Batches, TokenSet
 from caddf.errors import Checked, InputError, at_least, check_seed
 from caddf.evaluation import block_nll, causal_nll, diffusion_bound
 from caddf.evaluation.suite import Bound
-from caddf.experiment import (
-    ARCHITECTURES,
-    DEFAULT_METHOD,
-    METHODS,
-    ModelSettings,
-    Network,
-    describe,
-)
+from caddf.experiment import ARCHITECTURES, DEFAULT_METHOD, METHODS, Network, describe
 from caddf.generation import generate
 from caddf.interface import LanguageModel
+from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 from caddf.text_model import TextModel, initialise_from, resolve_device
 from caddf.training import Result, TrainConfig, train

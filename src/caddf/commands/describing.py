@@ -10,7 +10,8 @@ from jsonargparse import ArgumentParser
 from caddf import display
 from caddf.commands.options import json_option
 from caddf.errors import InputError
-from caddf.experiment import DEFAULT_METHOD, METHODS, ModelSettings, network_of
+from caddf.experiment import DEFAULT_METHOD, METHODS, network_of
+from caddf.model_settings import ModelSettings
 from caddf.models.accounts import accounts
 from caddf.settings import add_section, parse, section
 from caddf.text_model import describe_folder, model_folder
