@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawing import generator
 from enumeration import exact_denoiser, masks, random_denoiser, random_source, sequences
 from torch import Tensor
 
@@ -12,10 +13,6 @@ from caddf.evaluation import autoregressive_accuracy, diffusion_accuracy, mtp
 from caddf.interface import Block
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def network(**settings: object) -> DualBranch:

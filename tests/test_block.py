@@ -13,12 +13,11 @@ from dataclasses import replace
 import pytest
 import torch
 from catalogue import MODELS, build, draw_tokens
+from drawing import generator, last, p_value, task
 from enumeration import entropy, exact_denoiser, masks, random_denoiser, random_source, sequences
 from torch import Tensor
 
-from caddf.categorical import RowGenerators, Warp
 from caddf.decoding.block import SemiAutoregressive
-from caddf.decoding.task import Task
 from caddf.errors import InputError
 from caddf.evaluation import diffusion_bound
 from caddf.evaluation.block import block_diffusion_bound
@@ -32,10 +31,6 @@ from caddf.schedules import LogLinear
 V, L = 2, 4
 SOURCE = random_source(V, L)
 EVERY = sequences(V, L)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def network(vocab: int = V, context: int = L, block_size: int = 2, scale: float = 8, **settings) -> DualBranch:
@@ -239,30 +234,6 @@ def test_settings_that_do_not_fit(wrong, says):
 
 
 # The decoder.
-
-
-def task(model, tokens: Tensor, seed: int = 0, rows=None, warp: Warp | None = None, lengths=None, **settings) -> Task:
-    lengths = torch.full((len(tokens),), tokens.shape[1]) if lengths is None else torch.tensor(lengths)
-    generators = RowGenerators(seed, len(tokens) if rows is None else rows)
-    return Task(tokens, lengths, model.mask_id, generators, warp or Warp(), **settings)
-
-
-def last(frames):
-    frame = None
-    for frame in frames:  # noqa: B007
-        pass
-    return frame
-
-
-def p_value(drawn: Tensor, p: Tensor) -> float:
-    """Chi-squared over all sequences, rare ones pooled."""
-    seen = torch.bincount(drawn @ V ** torch.arange(L - 1, -1, -1), minlength=V**L).double()
-    expected = p * len(drawn)
-    assert expected.sum() == pytest.approx(len(drawn))
-    rare = expected < 5
-    seen, expected = (torch.cat([n[~rare], n[rare].sum()[None]]) for n in (seen, expected))
-    statistic = ((seen - expected) ** 2 / expected.clamp(min=1e-9)).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2), statistic / 2))
 
 
 @pytest.mark.parametrize("name, size", CASES)

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from drawing import generator
 from enumeration import (
     CONFIGS,
     entropy,
@@ -48,10 +49,6 @@ SIGMAS = 5
 V, L = 2, 4
 SOURCE = random_source(V, L)
 network = partial(random_network, V, L)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def over_masks(model: LanguageModel, x0: Tensor, infill: bool = False) -> Tensor:

@@ -11,12 +11,12 @@ import math
 
 import pytest
 import torch
+from drawing import generator, last, p_value, task
 from enumeration import entropy, exact_denoiser, masks, random_denoiser, random_source, sequences, uniform_posterior
 from torch import Tensor
 
-from caddf.categorical import RowGenerators, Warp
+from caddf.categorical import Warp
 from caddf.decoding.d3pm import D3PMAbsorbing, D3PMUniform
-from caddf.decoding.task import Task
 from caddf.errors import InputError
 from caddf.evaluation import diffusion_bound
 from caddf.evaluation.d3pm import CHAINS, Absorbing, Uniform, d3pm_bound
@@ -123,10 +123,6 @@ def enumerated_divergence(chain, told: Told, x0: Tensor, x_t: Tensor, t: int) ->
     q = kernel(chain, t - 1)[x0] * kernel(chain, t, t - 1)[:, x_t].T
     q = q / q.sum(-1, keepdim=True)
     return (torch.xlogy(q, q) - torch.xlogy(q, p)).sum((-2, -1))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -314,28 +310,6 @@ def test_one_batch_is_learnt_by_heart(process):
 # Reverse chains.
 
 
-def task(tokens: Tensor, warp: Warp | None = None, seed: int = 0, **settings) -> Task:
-    lengths = settings.pop("lengths", torch.full((len(tokens),), tokens.shape[1]))
-    rows = settings.pop("rows", len(tokens))
-    return Task(tokens, lengths, V, RowGenerators(seed, rows), warp or Warp(), **settings)
-
-
-def last(frames):
-    frame = None
-    for frame in frames:  # noqa: B007
-        pass
-    return frame
-
-
-def p_value(drawn: Tensor, p: Tensor) -> float:
-    """Chi-squared over all sequences."""
-    seen = torch.bincount(drawn @ V ** torch.arange(L - 1, -1, -1), minlength=V**L).double()
-    expected = p * len(drawn)
-    assert expected.min() > 5 and expected.sum() == pytest.approx(len(drawn))
-    statistic = ((seen - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((V**L - 1) / 2), statistic / 2))
-
-
 def law(chain, told: Told) -> Tensor:
     """p(x_0) of the reverse chain, state by state."""
     states = states_of(chain)
@@ -354,37 +328,33 @@ def law(chain, told: Told) -> Tensor:
 def test_samples_are_the_chain_s(process, decoder):
     chain = CHAINS[process](T)
     told = random_told(chain)
-    frame = last(decoder(T)(told, task(torch.full((4000, L), V))))
+    frame = last(decoder(T)(told, task(told, torch.full((4000, L), V))))
     assert p_value(frame.tokens, law(chain, told)) > 1e-6
+
+
+TOLD = Told(lambda x, t: torch.sin(x.cumsum(-1)[..., None] * torch.arange(1, V + 1) + t[:, None, None]).log_softmax(-1))
 
 
 @pytest.mark.parametrize("decoder", [D3PMAbsorbing, D3PMUniform])
 def test_given_tokens_stay_and_a_row_gets_what_it_would_get_alone(decoder):
     tokens, lengths = torch.tensor([[V, 1, V, V], [V, V, V, 0], [2, V, V, V]]), torch.tensor([4, 3, 4])
-
-    def function(x: Tensor, level: Tensor) -> Tensor:
-        return torch.sin(x.cumsum(-1)[..., None] * torch.arange(1, V + 1) + level[:, None, None]).log_softmax(-1)
-
     filled = torch.zeros_like(tokens, dtype=torch.bool)
-    for frame in decoder(6)(Told(function), task(tokens, lengths=lengths)):
+    for frame in decoder(6)(TOLD, task(TOLD, tokens, lengths=lengths)):
         assert torch.equal(frame.tokens[tokens < V], tokens[tokens < V])
         filled |= frame.fresh
-    wanted = task(tokens, lengths=lengths).wanted
+    wanted = task(TOLD, tokens, lengths=lengths).wanted
     assert torch.equal(filled, wanted) and (frame.tokens[wanted] < V).all()
     for r in range(3):
-        one = task(tokens[r : r + 1, : lengths[r]], rows=[r])
-        alone = last(decoder(6)(Told(function), one))
+        one = task(TOLD, tokens[r : r + 1, : lengths[r]], rows=[r])
+        alone = last(decoder(6)(TOLD, one))
         assert torch.equal(alone.tokens[0], frame.tokens[r, : lengths[r]])
         assert alone.counts.computed[0] == frame.counts.computed[r]
 
 
 def test_the_absorbing_chain_costs_nothing_where_nothing_is_revealed():
-    def function(x: Tensor, level: Tensor) -> Tensor:
-        return torch.sin(x.cumsum(-1)[..., None] * torch.arange(1, V + 1) + level[:, None, None]).log_softmax(-1)
-
     tokens, lengths = torch.tensor([[V, 1, V, V], [V, V, V, 0], [2, V, V, V]]), torch.tensor([4, 3, 4])
     cached, uncached = (
-        last(D3PMAbsorbing(40, cache=cache)(Told(function), task(tokens, lengths=lengths))) for cache in (True, False)
+        last(D3PMAbsorbing(40, cache=cache)(TOLD, task(TOLD, tokens, lengths=lengths))) for cache in (True, False)
     )
     assert torch.equal(cached.tokens, uncached.tokens) and torch.equal(cached.counts.needed, uncached.counts.needed)
     assert torch.equal(uncached.counts.computed, uncached.counts.needed)
@@ -394,7 +364,7 @@ def test_the_absorbing_chain_costs_nothing_where_nothing_is_revealed():
 @pytest.mark.parametrize("decoder", [D3PMAbsorbing, D3PMUniform])
 def test_the_warp_is_on_the_prediction_of_x0(decoder):
     told = Told(lambda x, level: torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log().expand(*x.shape, V))
-    frame = last(decoder(T)(told, task(torch.full((20, L), V), Warp(temperature=0))))
+    frame = last(decoder(T)(told, task(told, torch.full((20, L), V), warp=Warp(temperature=0))))
     assert (frame.tokens == 1).all()
 
 

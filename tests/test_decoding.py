@@ -2,15 +2,15 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 from catalogue import hear
-from enumeration import absorbing_posterior, denoiser_of
+from drawing import last, p_value, task
+from enumeration import absorbing_posterior, denoiser_of, sequences
 from torch import Tensor
 
-from caddf.categorical import RowGenerators, Warp
+from caddf.categorical import Warp
 from caddf.decoding import (
     DECODERS,
     Ancestral,
@@ -20,7 +20,6 @@ from caddf.decoding import (
     FirstHitting,
     Hybrid,
     Speculative,
-    Task,
 )
 from caddf.errors import InputError
 from caddf.interface import Block, Infill, as_model
@@ -52,37 +51,6 @@ def dual(kind: str, vocab: int = V, block_size: int = 2, context: int = 24) -> D
     return hear(model).requires_grad_(False)
 
 
-def task(model, tokens, seed=0, rows=None, warp=None, template=False, lengths=None) -> Task:
-    tokens = torch.as_tensor(tokens)
-    lengths = torch.full((len(tokens),), tokens.shape[1]) if lengths is None else torch.tensor(lengths)
-    generators = RowGenerators(seed, len(tokens) if rows is None else rows)
-    return Task(tokens, lengths, model.mask_id, generators, warp or Warp(), template=template)
-
-
-def last(frames: Iterator):
-    frame = None
-    for frame in frames:  # noqa: B007
-        pass
-    return frame
-
-
-def sequences(vocab: int = V, length: int = L) -> Tensor:
-    return torch.tensor(list(itertools.product(range(vocab), repeat=length)))
-
-
-def chi_squared(drawn: Tensor, log_p: Tensor) -> float:
-    """The p-value of `drawn` [rows, L] having the distribution `log_p` over all sequences, rare ones pooled."""
-    length = drawn.shape[1]
-    index = (drawn * V ** torch.arange(length - 1, -1, -1)).sum(1)
-    seen, expected = torch.bincount(index, minlength=V**length).double(), log_p.exp() * len(drawn)
-    assert expected.sum() == pytest.approx(len(drawn), rel=1e-6)
-    rare = expected < 5
-    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None].clamp(min=1e-9)])
-    statistic = ((seen - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2), statistic / 2))
-
-
 def left_to_right(model, x: Tensor, target: str, canvas: Tensor | None = None) -> Tensor:
     """log p of each row of `x`, at the masked positions of `canvas`."""
     wanted = torch.ones_like(x, dtype=torch.bool) if canvas is None else canvas.expand_as(x) == model.mask_id
@@ -101,23 +69,23 @@ def left_to_right(model, x: Tensor, target: str, canvas: Tensor | None = None) -
 def test_left_to_right_draws_the_target(decoder, target, kind):
     model = dual(kind)
     frame = last(decoder(target=target)(model, task(model, torch.full((ROWS, L), V))))
-    assert chi_squared(frame.tokens, left_to_right(model, sequences(), target)) > ODDS
+    assert p_value(frame.tokens, left_to_right(model, sequences(V, L), target).exp()) > ODDS
 
 
 @pytest.mark.parametrize("kind", ["mutual", "chained", "one_way"])
 def test_speculation_draws_the_fused_target_of_a_template(kind):
     model, canvas = dual(kind), torch.tensor([V, 1, V])
-    x = sequences()
+    x = sequences(V, L)
     x = x[x[:, 1] == 1]
     log_p = torch.full((V**L,), -torch.inf, dtype=torch.float64)
     log_p[(x * V ** torch.arange(L - 1, -1, -1)).sum(1)] = left_to_right(model, x, "fused", canvas)
     frame = last(Speculative()(model, task(model, canvas.expand(ROWS, L), template=True)))
-    assert chi_squared(frame.tokens, log_p) > ODDS
+    assert p_value(frame.tokens, log_p.exp()) > ODDS
 
 
 def test_a_warp_is_applied_to_target_and_drafts_alike():
     model, warp = dual("mutual"), Warp(temperature=0.7, top_k=2)
-    x = sequences(length=2)
+    x = sequences(V, 2)
     log_p = torch.zeros(len(x), dtype=torch.float64)
     for i in range(2):
         states, _ = model(x, torch.full_like(x, V), Block(2))
@@ -125,7 +93,7 @@ def test_a_warp_is_applied_to_target_and_drafts_alike():
         where[:, i] = True
         log_p += warp(model.log_probs(states, where, "causal")).log().gather(1, x[:, i : i + 1])[:, 0]
     frame = last(Speculative()(model, task(model, torch.full((ROWS, 2), V), warp=warp)))
-    assert chi_squared(frame.tokens, log_p) > ODDS
+    assert p_value(frame.tokens, log_p.exp()) > ODDS
 
 
 def chain(model, levels: list[float], canvas: Tensor) -> dict[tuple[int, ...], float]:
@@ -149,9 +117,9 @@ def chain(model, levels: list[float], canvas: Tensor) -> dict[tuple[int, ...], f
 def test_ancestral_draws_its_chain(schedule):
     model = dual("mutual")
     law = chain(model, SCHEDULES[schedule]().grid(3).flip(0).tolist(), torch.full((3,), V))
-    log_p = torch.tensor([law[tuple(x)] for x in sequences(length=3).tolist()], dtype=torch.float64).log()
+    log_p = torch.tensor([law[tuple(x)] for x in sequences(V, 3).tolist()], dtype=torch.float64).log()
     frame = last(Ancestral(steps=3, schedule=schedule)(model, task(model, torch.full((ROWS, 3), V))))
-    assert chi_squared(frame.tokens, log_p) > ODDS
+    assert p_value(frame.tokens, log_p.exp()) > ODDS
 
 
 def any_order(model, x: Tensor, positions: tuple[int, ...]) -> Tensor:
@@ -170,15 +138,15 @@ def any_order(model, x: Tensor, positions: tuple[int, ...]) -> Tensor:
 
 
 def test_first_hitting_draws_the_continuous_chain():
-    model, x = dual("mutual"), sequences(length=3)
+    model, x = dual("mutual"), sequences(V, 3)
     frame = last(FirstHitting()(model, task(model, torch.full((ROWS, 3), V))))
-    assert chi_squared(frame.tokens, any_order(model, x, (0, 1, 2)).log()) > ODDS
+    assert p_value(frame.tokens, any_order(model, x, (0, 1, 2))) > ODDS
 
 
 @pytest.mark.parametrize("speculate", [False, True])
 def test_hybrid_draws_what_its_bound_is_of(speculate):
     """p(x) = E over the positions masked at l* of any-order anchors, then the fused infilling of the rest."""
-    model, x, anchor = dual("mutual"), sequences(length=3), 0.6
+    model, x, anchor = dual("mutual"), sequences(V, 3), 0.6
     p = torch.zeros(len(x), dtype=torch.float64)
     for masked in itertools.product([False, True], repeat=3):
         hidden = torch.tensor(masked)
@@ -190,7 +158,7 @@ def test_hybrid_draws_what_its_bound_is_of(speculate):
         nats = torch.zeros(x.shape, dtype=torch.float64).masked_scatter(where, model.nll(states, where, x, "fused"))
         p += weight * any_order(model, x, anchors) * (-nats.sum(1)).exp()
     frame = last(Hybrid(anchor=anchor, speculate=speculate)(model, task(model, torch.full((ROWS, 3), V))))
-    assert chi_squared(frame.tokens, p.log()) > ODDS
+    assert p_value(frame.tokens, p) > ODDS
 
 
 PROMPTS = [[1, 2, 3] + [11] * 13, [4] + [11] * 15, [11] * 16]

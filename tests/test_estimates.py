@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from drawing import generator
 from enumeration import entropy, exact_denoiser, random_source, support
 
 from caddf.evaluation.bounds import diffusion_bound
@@ -14,10 +15,6 @@ from caddf.interface import as_model
 
 V, L = 2, 4
 SOURCE = random_source(V, L)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_estimate() -> None:

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from drawing import generator
 from enumeration import absorbing_posterior, uniform_posterior
 from torch import Tensor
 
@@ -15,10 +16,6 @@ from caddf.forward_process import (
 
 V = 3
 MASK = V
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def absorbing(kept: float) -> Tensor:

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from drawing import generator
 from enumeration import CONFIGS, exact_denoiser, masked_nats, masks, random_network, random_source, sequences, support
 
 from caddf.errors import InputError
@@ -17,10 +18,6 @@ from caddf.interface import Infill
 V, L = 2, 4
 SOURCE = random_source(V, L)
 network = partial(random_network, V, L)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("settings", CONFIGS, ids=str)

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from catalogue import hear
+from drawing import p_value, task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caddf.categorical import RowGenerators, Warp
-from caddf.decoding import Autoregressive, Speculative, Task
+from caddf.categorical import Warp
+from caddf.decoding import Autoregressive, Speculative
 from caddf.decoding.lookup import lookup
 from caddf.errors import InputError
 from caddf.interface import Block
@@ -74,10 +75,8 @@ def heard(model):
 
 
 def written(model, decoder, tokens, warp=None, *, template=False, first=0):
-    lengths = torch.full((len(tokens),), tokens.shape[1])
-    rows = RowGenerators(0, list(range(first, first + len(tokens))))
-    task = Task(tokens, lengths, model.mask_id, rows, warp or Warp(), template=template)
-    return [replace(frame, counts=frame.counts.copy()) for frame in decoder(model, task)]
+    given = task(model, tokens, rows=range(first, first + len(tokens)), warp=warp, template=template)
+    return [replace(frame, counts=frame.counts.copy()) for frame in decoder(model, given)]
 
 
 KINDS = {"mutual": {}, "chained": {"draft": "chained"}, "one-way": {"exchange": "one_way"}}
@@ -110,17 +109,6 @@ def test_greedy_text_is_the_same_and_caches_and_batches_change_nothing(kind, tar
             assert getattr(alone.counts, name)[0] == getattr(together.counts, name)[row], name
 
 
-def likely(log_p: torch.Tensor, tokens: torch.Tensor, vocab: int) -> float:
-    """The chance of counts at least as far from what is expected of all sequences."""
-    index = (tokens * vocab ** torch.arange(tokens.shape[1] - 1, -1, -1)).sum(1)
-    seen, expected = torch.bincount(index, minlength=len(log_p)).double(), log_p.exp() * len(tokens)
-    rare = expected < 5
-    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None].clamp(min=1e-9)])
-    statistic = ((seen - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2).double(), statistic / 2).item()
-
-
 @pytest.mark.parametrize(("target", "size"), [("causal", 4), ("fused", 4), ("causal", 2)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_draw_the_target(kind, target, size):
@@ -140,7 +128,7 @@ def test_copies_draw_the_target(kind, target, size):
         counts = frames[-1].counts
         assert (frames[0].counts.copied == 1).all()
         assert width == 1 or (counts.copied < counts.rounds).any()  # every single token has stood before
-        assert likely(log_p, frames[-1].tokens[:, len(prompt) :], vocab) > ODDS
+        assert p_value(frames[-1].tokens[:, len(prompt) :], log_p.exp()) > ODDS
 
 
 def test_a_model_of_one_branch_copies_or_writes_one_by_one():
@@ -155,7 +143,7 @@ def test_a_model_of_one_branch_copies_or_writes_one_by_one():
     states, _ = model(tokens := torch.tensor(list(itertools.product(range(5), repeat=3))), tokens, Block(4))
     log_p = -model.nll(states, torch.ones_like(tokens, dtype=torch.bool), tokens).view(-1, 3).sum(1)
     drawn = written(model, Speculative(lookup=1), torch.full((ROWS, 3), 5))[-1]
-    assert drawn.counts.copied.sum() > ROWS / 20 and likely(log_p, drawn.tokens, 5) > ODDS
+    assert drawn.counts.copied.sum() > ROWS / 20 and p_value(drawn.tokens, log_p.exp()) > ODDS
 
 
 def test_a_copy_is_as_long_as_what_has_matched():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 from catalogue import BLOCK, CONTEXT, DENOISING, MODELS, OBJECTIVES, VOCABULARY, build, draw_tokens
+from drawing import generator
 from torch import Tensor, nn
 
 from caddf.errors import InputError
@@ -16,10 +17,6 @@ from caddf.objectives.loss import draw_times
 
 MASK = VOCABULARY
 TIMES = ["stratified", "antithetic", "independent"]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # Times.

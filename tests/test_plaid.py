@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from drawing import generator
 from enumeration import entropy, random_source, sequences, support, two_bits
 from torch import Tensor
 
@@ -29,10 +30,6 @@ from caddf.objectives.plaid import PlaidLoss
 
 SIGMAS = 5
 SMALL = PlaidConfig(5, 6, BranchConfig(2, 16, 2), embedding_width=3, schedule_width=16)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def network(config: PlaidConfig = SMALL, seed: int = 0, scale: float = 0.7) -> Plaid:

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from drawing import p_value, task
 from enumeration import exact_denoiser, random_source, sequences
 from scores import Source, transitions
 from torch import Tensor
@@ -27,13 +28,6 @@ from caddf.schedules import SCHEDULES
 V, L = 3, 2
 ODDS = 1e-6
 P0 = (random_source(V, L, seed=3) + 1 / V**L) / 2  # no sequence is rare
-
-
-def task(model, tokens, seed=0, rows=None, warp=None, lengths=None) -> Task:
-    tokens = torch.as_tensor(tokens)
-    lengths = torch.full((len(tokens),), tokens.shape[1]) if lengths is None else torch.tensor(lengths)
-    generators = RowGenerators(seed, len(tokens) if rows is None else rows)
-    return Task(tokens, lengths, model.mask_id, generators, warp or Warp())
 
 
 def drawn(decoder: Rates, model, given: Task) -> Tensor:
@@ -63,14 +57,6 @@ def chain(decoder: Rates, model) -> Tensor:
             joint = (joint[..., None] * one[:, i].unsqueeze(1)).flatten(1)
         p = p @ joint
     return p[(states < V).all(-1)]
-
-
-def chi_squared(samples: Tensor, p: Tensor) -> float:
-    seen = torch.bincount(samples @ V ** torch.arange(L - 1, -1, -1), minlength=V**L).double()
-    expected = p * len(samples)
-    assert expected.min() > 5
-    statistic = ((seen - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(p) - 1) / 2), statistic / 2))
 
 
 def divergence(p: Tensor) -> float:
@@ -135,7 +121,7 @@ def test_samples_have_the_distribution_of_the_chain(decoder, process, steps):
     model, rows = Source(P0, process, noise=0.2), 1500
     one = decoder(steps, SCHEDULE[process])
     samples = drawn(one, model, task(model, torch.full((rows, L), V)))
-    assert chi_squared(samples, chain(one, model)) > ODDS
+    assert p_value(samples, chain(one, model)) > ODDS
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -143,7 +129,7 @@ def test_a_denoiser_has_scores(decoder):
     model = as_model(exact_denoiser(P0), V)
     one = decoder(64)
     assert divergence(chain(one, model)) < 0.02
-    assert chi_squared(drawn(one, model, task(model, torch.full((1500, L), V))), chain(one, model)) > ODDS
+    assert p_value(drawn(one, model, task(model, torch.full((1500, L), V))), chain(one, model)) > ODDS
 
 
 def test_tau_leaping_a_denoiser_is_the_ancestral_chain():
@@ -151,7 +137,7 @@ def test_tau_leaping_a_denoiser_is_the_ancestral_chain():
     model = as_model(exact_denoiser(P0), V)
     tokens = torch.full((1500, L), V)
     samples = [*Ancestral(steps=4)(model, task(model, tokens, seed=1))][-1].tokens
-    assert chi_squared(samples, chain(TauLeaping(4), model)) > ODDS
+    assert p_value(samples, chain(TauLeaping(4), model)) > ODDS
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from drawing import generator
 from enumeration import entropy, exact_denoiser, masks, random_denoiser, random_source, sequences
 from scores import Source, transitions
 from torch import Tensor
@@ -24,10 +25,6 @@ V, L = 3, 2
 P0 = random_source(V, L)
 SIGMAS = 5  # one comparison at so many standard errors fails by chance with probability 6e-7
 EVERY = sequences(V, L)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def by_definition(process: str, log_s: Tensor, x_t: int, x0: int, level: float) -> float:

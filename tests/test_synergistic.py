@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from catalogue import BLOCK, CONTEXT, MODELS, VOCABULARY, build, draw_tokens
+from drawing import generator
 from torch import Tensor
 
 from caddf.errors import InputError
@@ -23,10 +24,6 @@ from caddf.objectives.heads import Term, score
 MASK = VOCABULARY
 BLOCKS = {"denoise": 0.0, "infill": 0.0, "block": 1.0}
 SMALL = {**MODELS, "late-mutual-small": replace(MODELS["late-mutual-chained"], draft_vocab=3)}
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def loss_of(model: Any, x0: Tensor, seed: int = 0, **config: Any) -> Any:

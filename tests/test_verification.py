@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from drawing import p_value
 from torch import Tensor
 
 from caddf.categorical import inverse_cdf
@@ -49,14 +50,6 @@ def law(tree: list[Tensor]) -> Tensor:
     """The probability of each sequence of M tokens."""
     paths = torch.tensor(list(itertools.product(range(V), repeat=M)))
     return behind(tree, paths).gather(-1, paths[..., None])[..., 0].prod(-1)
-
-
-def p_value(tokens: Tensor, expected: Tensor) -> float:
-    seen = torch.bincount((tokens * V ** torch.arange(M - 1, -1, -1)).sum(1), minlength=V**M)
-    assert not seen[expected == 0].any()
-    seen, expected = seen[expected > 0].double(), expected[expected > 0] * len(tokens)
-    statistic = ((seen - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2), statistic / 2))
 
 
 @pytest.mark.parametrize("given", [-1, 1, 3])
