@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
+from over_bytes import text_model
 
 import caddf
 from caddf.benchmarks import DecodeSettings, InfillSettings
@@ -20,12 +21,10 @@ from caddf.evaluation import EvaluationConfig
 from caddf.evaluation.protocol import Protocol
 from caddf.export import ExportSettings
 from caddf.model_settings import ModelSettings
-from caddf.models.backbone import DualBranch
 from caddf.objectives.forms import DenoisingConfig
 from caddf.reproduce import ReproduceSettings
 from caddf.running import RunSettings, ValidationSettings
 from caddf.text_model import TextModel
-from caddf.tokenizer import Tokenizer
 from caddf.training.config import ResolvedTrainConfig
 
 assert DecodeSettings and InfillSettings and ReproduceSettings and RunSettings  # which are kinds of settings, too
@@ -112,9 +111,7 @@ def test_settings_are_checked_by_range(make, said):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.plain_bytes()
-    return TextModel(DualBranch(ModelSettings("debug").dual(tokenizer.vocab_size, tokenizer.eos_id)).eval(), tokenizer)
+    return text_model()
 
 
 @pytest.mark.parametrize(

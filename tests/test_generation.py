@@ -7,40 +7,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from over_bytes import text_model
 
 from caddf import InputError, TextModel, generate
 from caddf.categorical import RowGenerators
 from caddf.decoding import DECODERS, Autoregressive, FirstHitting, Speculative, Task
 from caddf.decoding.task import DecodingError
-from caddf.experiment import ARCHITECTURES, METHODS
 from caddf.generation import _StopWords
 from caddf.interface import as_model
-from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.tokenizer import Tokenizer
 
 
-def text_model(**settings):
-    """A random model over bytes, sharp enough for its draws to differ."""
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.plain_bytes()
-    config = ModelSettings(size="debug", **settings).dual(tokenizer.vocab_size, tokenizer.eos_id)
-    model = DualBranch(config).double().eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False).mul_(3)
-    return TextModel(model, tokenizer)
-
-
 @pytest.fixture(scope="module")
 def model():
-    return text_model()
+    return text_model(scale=3.0)
 
 
 @pytest.fixture(scope="module")
 def broken():
     """Both branches give no numbers."""
-    model = text_model()
+    model = text_model(scale=3.0)
     for layer in (*model.model.causal.layers, *model.model.diffusion.layers):
         layer.mlp.up.weight.fill_(torch.nan)
     return model
@@ -171,7 +159,7 @@ def test_bad_input_is_refused_before_the_first_frame(model, given, sentence):
 
 
 def test_without_a_causal_branch_nothing_reads_left_to_right():
-    model = text_model(causal="off")
+    model = text_model(scale=3.0, causal="off")
     assert last(model, "a", decoder="ancestral", max_new_tokens=4).results()[0]["evaluations"]["causal"] == 0
     with pytest.raises(InputError, match="this model does not read left to right"):
         last(model, "a", decoder="speculative", max_new_tokens=4)
@@ -227,9 +215,7 @@ def test_more_drafts_than_a_block_has(model):
 
 
 def test_a_model_that_reads_left_to_right_alone_says_so():
-    settings, tokenizer = ModelSettings(size="debug", context=24), Tokenizer.plain_bytes()
-    network = ARCHITECTURES["causal"].network(METHODS["gpt2"].configure(settings, tokenizer.vocab_size, 0))
-    gpt2 = TextModel(network.eval(), tokenizer, {"method": "gpt2"})
+    gpt2 = text_model("gpt2", context=24)
     with pytest.raises(
         InputError, match="a template is given to a model that reads left to right alone; give a prompt"
     ):
@@ -241,14 +227,6 @@ def test_a_model_that_reads_left_to_right_alone_says_so():
     assert last.text == plain.text and last.results()[0]["copied_rounds"] > 0
 
 
-def of_method(method, **settings):
-    tokenizer, kind = Tokenizer.plain_bytes(), METHODS[method]
-    torch.manual_seed(0)
-    config = kind.configure(ModelSettings(size="debug", **settings), tokenizer.vocab_size, 0)
-    network = ARCHITECTURES[kind.architecture].network(config).eval().requires_grad_(False)
-    return TextModel(network, tokenizer, {"method": method})
-
-
 def filled(model, *arguments, **settings):
     tokens = last(model, *arguments, **settings).frame.tokens
     return bool((tokens != model.model.mask_id).all())
@@ -256,11 +234,11 @@ def filled(model, *arguments, **settings):
 
 def test_what_a_methods_model_cannot_do_is_refused_before_the_first_frame():
     with pytest.raises(InputError, match="decoder is hybrid; this model does not fill in left to right over a canvas"):
-        generate(of_method("radd-ao"), "a", decoder="hybrid")
-    assert filled(of_method("radd-ao"), "a", decoder="hybrid", anchor=0.0, max_new_tokens=5)
+        generate(text_model("radd-ao"), "a", decoder="hybrid")
+    assert filled(text_model("radd-ao"), "a", decoder="hybrid", anchor=0.0, max_new_tokens=5)
     with pytest.raises(InputError, match="decoder is ancestral, which starts from masks, of which this model knows"):
-        generate(of_method("d3pm-uniform"), "a", decoder="ancestral")
-    gpt2 = of_method("gpt2", context=24, positions="learned")
+        generate(text_model("d3pm-uniform"), "a", decoder="ancestral")
+    gpt2 = text_model("gpt2", context=24, positions="learned")
     assert filled(gpt2, "ab", max_new_tokens=22)
     with pytest.raises(InputError, match="max_new_tokens 23 make 25; with this decoder and model they must fit"):
         generate(gpt2, "ab", max_new_tokens=23)  # learned positions end there

@@ -7,11 +7,9 @@ import math
 import pytest
 import torch
 from enumeration import denoiser_of
+from over_bytes import text_model
 
-from caddf import InputError, TextModel, generate, score
-from caddf.experiment import METHODS, network_of
-from caddf.model_settings import ModelSettings
-from caddf.tokenizer import Tokenizer
+from caddf import InputError, generate, score
 
 pytest.importorskip("lm_eval")
 
@@ -28,21 +26,17 @@ LONG = "all that is longer than the context is read in windows, each a row of it
 
 
 @functools.cache
-def text_model(method="caddf-lambda-dce"):
-    """A random model over bytes, of context 32, sharp enough for its arg max to differ from place to place."""
-    torch.manual_seed(0)
-    tokenizer, chosen = Tokenizer.plain_bytes(), METHODS[method]
-    config = chosen.configure(ModelSettings(size="debug"), tokenizer.vocab_size, tokenizer.eos_id)
-    network = network_of({"architecture": chosen.architecture, "model": config.to_dict()}).double().eval()
-    for parameter in network.parameters():
-        parameter.requires_grad_(False).mul_(3).add_(torch.randn_like(parameter), alpha=0.02)
-    objective = {**chosen.defaults} if method == "caddf-lambda-dce" else {}
-    return TextModel(network, tokenizer, {"method": method, "objective": objective})
+def model_of(method="caddf-lambda-dce"):
+    """Its arg max differs from place to place."""
+    model = text_model(method, scale=3.0)
+    for parameter in model.model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return model
 
 
 @pytest.fixture(scope="module")
 def model():
-    return text_model()
+    return model_of()
 
 
 def ask(kind, requests, lm):
@@ -98,7 +92,7 @@ def test_a_text_is_read_in_windows_that_score_every_token_once(model):
 @pytest.mark.parametrize("method", ["caddf-lambda-dce", "radd-lambda-dce"])
 def test_the_bound_is_that_of_the_continuation_given_its_context(method):
     """Of one token it is exact; of two, half of the draws mask both, and the others the first or the second."""
-    model = text_model(method)
+    model = model_of(method)
     lm = HarnessModel(model, "diffusion", samples=8)
     one, two = [*b"given-x"], [*b"given-xy"]
     mask, denoise = model.model.mask_id, denoiser_of(model.model)
@@ -131,7 +125,7 @@ def test_the_greedy_continuation_of_a_denoiser_takes_the_surest_position_first(m
 
 @pytest.mark.parametrize("method", ["sedd-scaled", "bd3lm", "plaid"])
 def test_a_bound_of_its_own_scores_texts_and_has_no_greedy_continuation(method):
-    model = text_model(method)
+    model = model_of(method)
     lm = HarnessModel(model, "diffusion", samples=4)
     (total,) = ask("loglikelihood_rolling", [(LONG,)], lm)
     parts = [(LONG[:32], 32), (LONG[32:64], 32), (LONG[-32:], len(LONG) - 64)]
@@ -215,7 +209,7 @@ def test_a_setting_of_a_decoder_reaches_it(model):
 )
 def test_what_is_refused_before_any_work(method, settings, sentence):
     with pytest.raises(InputError, match=sentence):
-        HarnessModel(text_model(method), **settings)
+        HarnessModel(model_of(method), **settings)
 
 
 def test_without_a_gpu_the_harness_default_is_the_cpu(model, tmp_path, monkeypatch):

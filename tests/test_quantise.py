@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from over_bytes import text_model
 from rich.console import Console
 
-from caddf import TextModel, generate, load
+from caddf import generate, load
 from caddf.benchmarks import DecodeSettings, decode
 from caddf.benchmarks.trial import weights_held, weights_read
 from caddf.categorical import RowGenerators, Warp
@@ -17,12 +18,10 @@ from caddf.data import prepare
 from caddf.decoding import Autoregressive, Speculative, Task
 from caddf.errors import InputError
 from caddf.interface import AnyOrder, Block
-from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.quantise import WEIGHT_LEVELS, integers, quantised
-from caddf.tokenizer import Tokenizer
 
 V = 61
 
@@ -126,11 +125,7 @@ def test_what_only_proposes_is_read_in_one_byte(kind):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.plain_bytes()
-    network = DualBranch(ModelSettings(size="debug").dual(tokenizer.vocab_size, tokenizer.eos_id))
-    about = {"method": "caddf-lambda-dce", "objective": {}}
-    TextModel(network, tokenizer, about).save_pretrained(folder := tmp_path_factory.mktemp("quantise") / "model")
+    text_model().save_pretrained(folder := tmp_path_factory.mktemp("quantise") / "model")
     return folder
 
 

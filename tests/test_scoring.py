@@ -6,9 +6,10 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from over_bytes import text_model
 from rich.console import Console
 
-from caddf import InputError, TextModel, evaluate, load, score
+from caddf import InputError, evaluate, load, score
 from caddf.cli import main
 from caddf.data import TokenSet, prepare
 from caddf.evaluation import EvaluationConfig, block_nll, causal_nll
@@ -16,10 +17,8 @@ from caddf.evaluation import score as lk_score
 from caddf.evaluation.protocol import PRESETS, Protocol
 from caddf.experiment import METHODS
 from caddf.model_settings import ModelSettings
-from caddf.models.backbone import DualBranch
 from caddf.running import RunSettings, ValidationSettings, start
 from caddf.scoring import UNNAMED
-from caddf.tokenizer import Tokenizer
 from caddf.training import TrainConfig
 
 FEW = EvaluationConfig(samples=2, anchors=(0.5,), nfe=(2,), paths=0)
@@ -27,10 +26,7 @@ FEW = EvaluationConfig(samples=2, anchors=(0.5,), nfe=(2,), paths=0)
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.plain_bytes()
-    config = ModelSettings(size="debug").dual(tokenizer.vocab_size, tokenizer.eos_id)
-    return TextModel(DualBranch(config).double().eval().requires_grad_(False), tokenizer)
+    return text_model()
 
 
 @pytest.fixture(scope="module")
