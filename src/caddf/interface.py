@@ -52,8 +52,8 @@ class Block:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        at_least(1, block_size=self.size)
         if not 0 <= self.offset < self.size:
+            at_least(1, block_size=self.size)
             raise InputError(f"block offset is {self.offset}; it must lie in [0, {self.size})")
 
     def index(self, positions: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
