@@ -691,7 +691,7 @@ def test_the_verb_prints_the_table_or_json(tmp_path, capsys):
         (["steps", "--anchors", "0.5,0.5"], "anchors is 0.5,0.5; it must hold"),
         (["steps", "--anchors", "0.5,1"], "anchors holds 1; each must be at least 0 and below 1"),
         (["scaling", "--contexts", "a"], "contexts is a; it must be whole numbers"),
-        (["train", "--length", "0"], "length is 0; it must be at least 1"),
+        (["train", "--length", "0"], "length is 0; it must be 1 or more"),
         (["steps", "--data", "x"], "models or data is not given"),
         (["race"], "there is no command 'benchmark race'"),
     ],

@@ -38,11 +38,6 @@ def _check(
                 raise InputError(f"{name} {said} {each}; {subject} must {right}{more}")
 
 
-def at_least_one(**settings: Any) -> None:
-    """Raises `InputError` on a setting below 1."""
-    at_least(1, **settings)
-
-
 def check_seed(seed: int) -> None:
     """Raises `InputError` for a seed that not every generator takes; rows and processes add their index to it."""
     if not 0 <= seed < 2**62:

@@ -17,7 +17,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from caddf.checkpoint import atomic_folder, load_model_config, load_state, save_model
 from caddf.compile import Compile, compiled
 from caddf.errors import InputError, check_arguments
-from caddf.errors import check_seed as check_seed
 from caddf.evaluation.suite import Bound
 from caddf.experiment import METHODS, Method, Network, network_of
 from caddf.models.backbone import DualBranch

@@ -17,7 +17,7 @@ from caddf.benchmarks.results import Benchmark, Drawing, Results, rounded, withi
 from caddf.benchmarks.roster import needs
 from caddf.categorical import Warp
 from caddf.data import TokenSet
-from caddf.errors import InputError, at_least_one, once
+from caddf.errors import InputError, at_least, once
 from caddf.evaluation.acceptance import Verifier, acceptance, given_in_block
 from caddf.experiment import Network
 from caddf.interface import LanguageModel
@@ -60,7 +60,7 @@ class AcceptanceSettings(OnText):
 def measure_acceptance(settings: AcceptanceSettings, console: Console) -> Results:
     """Writes acceptance.json, .md, .png and .svg; raises `InputError` before anything is measured."""
     needs("matplotlib")
-    at_least_one(windows=settings.windows, rounds=settings.rounds)
+    at_least(1, settings, "windows", "rounds")
     once("temperatures", settings.temperatures)
     for temperature in settings.temperatures:
         Warp(temperature)  # raises

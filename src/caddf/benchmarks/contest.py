@@ -34,9 +34,9 @@ from caddf.benchmarks.trial import (
 from caddf.compile import Compile
 from caddf.data import TokenSet
 from caddf.decoding import Decoder, Task
-from caddf.errors import Checked, InputError
+from caddf.errors import Checked, InputError, at_least, check_seed
 from caddf.quantise import Quantisation
-from caddf.text_model import DType, check_seed, fingerprint, load, resolve_device
+from caddf.text_model import DType, fingerprint, load, resolve_device
 
 MEANS = (
     "causal_evaluations",
@@ -102,9 +102,7 @@ class Conditions(Checked):
     def resolved(self, roster: Roster) -> Conditions:
         """With nothing left open: the context of the models, half of it new. Raises `InputError`."""
         check_seed(self.seed)
-        for name in ("repeats", "windows"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        at_least(1, self, "repeats", "windows")
         whole_numbers("batch", self.batch)
         if roster.trained and self.prompts is None:
             raise InputError("prompts is not given; trained models continue held-out text: give a token set")

@@ -9,8 +9,8 @@ from typing import Any
 from caddf.benchmarks.roster import Roster, name_of, named_runs
 from caddf.benchmarks.trial import check_tokenizer
 from caddf.data import TokenSet
-from caddf.errors import Checked, InputError, once
-from caddf.text_model import DType, check_seed, model_folder
+from caddf.errors import Checked, InputError, check_seed, once
+from caddf.text_model import DType, model_folder
 from caddf.tokenizer import Tokenizer
 
 

@@ -17,7 +17,7 @@ from caddf.benchmarks.given import OnText, written
 from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, plain_ticks, put, rounded, within
 from caddf.benchmarks.roster import Contestant, needs, same_weights
 from caddf.benchmarks.steps import denoises
-from caddf.errors import InputError, at_least_one, once
+from caddf.errors import InputError, at_least, once
 from caddf.evaluation.infilling import Filled, Reading, fill_spans, readings
 from caddf.evaluation.masks import uniform
 from caddf.evaluation.pairing import ratio_of
@@ -61,7 +61,7 @@ def infill(settings: InfillSettings, console: Console) -> Results:
     Raises `InputError` before anything is measured.
     """
     needs("matplotlib")
-    at_least_one(windows=settings.windows, samples=settings.samples)
+    at_least(1, settings, "windows", "samples")
     once("spans", settings.spans)
     roster, data = settings.opened()
     readers = {name: roster[name] for name in roster.names if reads(roster[name])}

@@ -16,11 +16,11 @@ from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, in_round
 from caddf.benchmarks.roster import TARGETED, Contestant, Entrant, Roster, entrants, needs
 from caddf.benchmarks.trial import Prompts, task_of, weights_read
 from caddf.decoding import Task
-from caddf.errors import Checked, InputError, at_least_one
+from caddf.errors import Checked, InputError, at_least, check_seed
 from caddf.experiment import Network, Size
 from caddf.interface import LanguageModel
 from caddf.models.backbone import DualBranch
-from caddf.text_model import DType, check_seed
+from caddf.text_model import DType
 
 SHORT, LONG = 256, 4096
 """The contexts that `context_scaling` compares."""
@@ -71,9 +71,8 @@ def scaling(settings: ScalingSettings, console: Console) -> Results:
     needs("matplotlib")
     check_seed(settings.seed)
     contexts = whole_numbers("contexts", settings.contexts)
-    at_least_one(repeats=settings.repeats)
-    if settings.new_tokens < 16:
-        raise InputError(f"new_tokens is {settings.new_tokens}; it must be at least 16")
+    at_least(1, settings, "repeats")
+    at_least(16, settings, "new_tokens")
     roster = Roster.of(
         methods=settings.methods, size=settings.size, context=max(contexts) + settings.new_tokens,
         device=settings.device, dtype=settings.dtype, seed=settings.seed,

@@ -17,7 +17,7 @@ from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, number, 
 from caddf.benchmarks.roster import Contestant, needs, same_weights
 from caddf.categorical import RowGenerators
 from caddf.decoding import Ancestral, Task
-from caddf.errors import InputError, at_least_one, once
+from caddf.errors import InputError, at_least, once
 from caddf.evaluation.steps import StepCurve, Steps, step_curve
 from caddf.experiment import METHODS
 from caddf.interface import LanguageModel, as_model
@@ -62,7 +62,7 @@ def steps(settings: StepsSettings, console: Console) -> Results:
     Raises `InputError` before anything is measured.
     """
     needs("matplotlib")
-    at_least_one(windows=settings.windows, samples=settings.samples)
+    at_least(1, settings, "windows", "samples")
     if settings.anchors:
         once("anchors", settings.anchors)
     for anchor in settings.anchors:

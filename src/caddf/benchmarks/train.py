@@ -19,9 +19,9 @@ from caddf.benchmarks.given import whole_numbers, written
 from caddf.benchmarks.measure import Spread, allocated, fresh, now, resident
 from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, dots, in_rounds, put, put_median, spread
 from caddf.benchmarks.roster import needs
-from caddf.errors import Checked, InputError, at_least_one, once
+from caddf.errors import Checked, InputError, at_least, check_seed, once
 from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
-from caddf.text_model import check_seed, resolve_device
+from caddf.text_model import resolve_device
 from caddf.training.optimizer import build_optimizer
 
 Place = tuple[str, int, str]
@@ -227,7 +227,7 @@ def check(settings: TrainSettings) -> None:
     for method in settings.methods.split(","):
         if method not in METHODS:
             raise InputError(f"methods holds {method}; it must be of {', '.join(METHODS)}")
-    at_least_one(length=settings.length, steps=settings.steps, repeats=settings.repeats)
+    at_least(1, settings, "length", "steps", "repeats")
 
 
 def timed(step: Callable[[], None], steps: int, device: torch.device) -> float:

@@ -13,13 +13,13 @@ from rich.console import Console
 from caddf.benchmarks import DecodeSettings, decode
 from caddf.checkpoint import read_json, write_json_atomic
 from caddf.data import TokenSet, prepare
-from caddf.errors import Checked, InputError, at_least_one
+from caddf.errors import Checked, InputError, at_least, check_seed
 from caddf.evaluation import EvaluationConfig
 from caddf.experiment import METHODS, ModelSettings, Size
 from caddf.models.accounts import accounts
 from caddf.running import OWN, RunSettings, ValidationSettings, resume, start
 from caddf.scoring import evaluate
-from caddf.text_model import check_seed, fingerprint, load
+from caddf.text_model import fingerprint, load
 from caddf.training import TrainConfig
 
 SETS = {
@@ -89,8 +89,7 @@ class ReproduceSettings(Checked):
         for name, value in DEMO.items() if self.scale == "demo" else ():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        given = {"windows": self.windows, "samples": self.samples, "repeats": self.repeats, "workers": self.workers}
-        at_least_one(**{name: value for name, value in given.items() if value is not None})
+        at_least(1, self, "windows", "samples", "repeats", "workers")
         TrainConfig(steps=self.steps, batch_size=self.batch_size)  # raises
         check_seed(self.seed)
 
