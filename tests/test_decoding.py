@@ -162,7 +162,8 @@ def test_hybrid_draws_what_its_bound_is_of(speculate):
 
 
 PROMPTS = [[1, 2, 3] + [11] * 13, [4] + [11] * 15, [11] * 16]
-TEMPLATES = [[1, 2, 3] + [11] * 5 + [5, 6] + [11] * 6, [4] + [11] * 7 + [7] * 8, [11, 1] * 8]
+# The first row copies at once.
+TEMPLATES = [[1, 2, 3, 1, 2, 3] + [11] * 2 + [5, 6] + [11] * 6, [4] + [11] * 7 + [7] * 8, [11, 1] * 8]
 
 
 OTHER_NETWORKS = {"euler", "tau_leaping", "d3pm_absorbing", "d3pm_uniform", "gaussian"}

@@ -104,8 +104,8 @@ class CachedReader:
         self.counts.add(new, needed=self.plan.needed(torch.minimum(start + size, self.plan.task.lengths)))
         if self.plan.aligned:
             return self._look_at_blocks(state, x, n, start, size, new)
-        if self.plan.head == "fused" and not self.plan.sliding:
-            _, state = self._see(state, x, n[:, None], n + 1, new)
+        if self.plan.head == "fused" and not self.plan.sliding and isinstance(self.plan.pattern, Block):
+            _, state = self._see_blocks(state, x, n[:, None], n + 1, new, self.plan.pattern)
         if isinstance(self.plan.pattern, Infill) and not self.plan.chained:
             state, whole = self._catch_up(state, x, n, new), torch.zeros_like(n)
             self.counts.add(new, diffusion=1, computed=self.plan.task.lengths)
