@@ -69,10 +69,9 @@ def texts(rows: int, prompt: int, seed: int = 0) -> torch.Tensor:
     return torch.where(torch.arange(T) < prompt + 3 * torch.arange(rows)[:, None], x, V)
 
 
-def written(model, decoder, x, *, seed: int = 0, warp: Warp | None = None, finished=None):
+def written(model, decoder, x, *, seed: int = 0, warp: Warp | None = None, **more):
     lengths = torch.tensor([T, T - 5, T - 1, T - 18])[: len(x)]
-    task = Task(x, lengths, V, RowGenerators(seed, len(x)), warp or Warp())
-    task = task if finished is None else replace(task, finished=finished)
+    task = Task(x, lengths, V, RowGenerators(seed, len(x)), warp or Warp(), **more)
     return [replace(frame, counts=frame.counts.copy()) for frame in decoder(model, task)]
 
 
@@ -165,6 +164,18 @@ def test_a_single_row_and_many_seeds(temperature, rounds):
         given = {"seed": seed, "warp": Warp(temperature)}
         assert_alike(written(model, Speculative(), x, **given), written(plain, Speculative(), x, **given))
     assert rounds and len(model.graphs.idle) == 1  # one engine served them all
+
+
+@torch.inference_mode()
+def test_what_a_template_gives_stays_where_nothing_fuses():
+    """The target is causal there, as that of recorded rounds, which know nothing of what is given behind."""
+    settings = {"exchange": "one_way", "fusion": "none", "own_state": False}
+    x = torch.where(torch.arange(T) % 7 == 5, 1, texts(3, 4))
+    one, two = (
+        written(model, Autoregressive(), x, template=True) for model in (attached(dual(**settings)), dual(**settings))
+    )
+    assert_alike(one, two)
+    assert (one[-1].tokens[:, 5::7] == 1).all()
 
 
 class Forbidden(TorchDispatchMode):

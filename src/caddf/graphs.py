@@ -87,14 +87,17 @@ class Graphs:
         *,
         warp: Warp,
         over: object = None,
+        template: bool = False,
     ) -> GraphRounds | None:
         """Whole rounds over what `caches` hold at the first of them; None where they do not fit, or recording failed.
 
-        The target is causal, and no token banned: there are none for others.
+        The target is causal, no token banned, and nothing given behind what is open: there are none for others.
 
         Engines whose weights stand elsewhere by now, or whose tables were made of others, are let go.
         """
-        if over is not None or warp.banned or self.failed or not self.fit(len(lengths), drafting, caches):
+        if over is not None or template or warp.banned or self.failed:
+            return None
+        if not self.fit(len(lengths), drafting, caches):
             return None
         branch, weight = self.model.causal, self.model.causal.embedding.weight
         length = -(-caches.causal.length // STEP) * STEP

@@ -288,11 +288,12 @@ class Incremental(LanguageModel, Protocol):
         *,
         warp: Warp,
         over: Any = None,
+        template: bool = False,
     ) -> Rounds | None:
         """Whole rounds over `caches`, for rows of these lengths; None where the model has none.
 
         The target is causal, or fused `over` each block's all-masked start (a `Block`) or over what is seen of one
-        canvas. Windows slide (`decoding.speculative`).
+        canvas. Windows slide (`decoding.speculative`). In a `template` tokens are given behind the first open position.
         """
 
 

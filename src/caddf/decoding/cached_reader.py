@@ -83,7 +83,10 @@ class CachedReader:
                 upto = end + (rows & (end < self.plan.task.lengths) & drafted)
         states, positions, state = self._read(state, x, torch.minimum(state.read, n), upto, rows)
         if fused:
-            seen, state = self._see(state, x, positions, end, rows)
+            if isinstance(self.plan.pattern, Infill):
+                seen, state = self._see_template(state, x, rows)
+            else:
+                seen, state = self._see_blocks(state, x, positions, end, rows, self.plan.pattern)
             states = self.model.fuse(states, positions.clamp(max=x.shape[1] - 1), state.caches, seen)
         self.counts.add(rows, needed=self.plan.needed(end, 2 if fused else 1))
         return self._log_probs(states, positions, n, end, rows, self.plan.head), state
@@ -226,7 +229,9 @@ class CachedReader:
                 return None, state
         if state.rounds is None:
             over = None if not fused else state.seen[0] if task.template else self.plan.pattern
-            made = self.model.rounds(task.lengths, drafting, state.caches, warp=task.warp, over=over)
+            made = self.model.rounds(
+                task.lengths, drafting, state.caches, warp=task.warp, over=over, template=task.template
+            )
             state = replace(state, rounds=(made,))
         assert state.rounds is not None
         (rounds,) = state.rounds
@@ -240,19 +245,6 @@ class CachedReader:
         """Going back is a smaller number; a block whose first slot does not hold has not been seen."""
         seen_start = torch.where(state.seen_start < below, state.seen_start, -1)
         return replace(state, read=torch.minimum(state.read, below), seen_start=seen_start)
-
-    def _see(
-        self,
-        state: Progress,
-        x: Int[Tensor, "B T"],
-        positions: Int[Tensor, "B n"] | Int[Tensor, " n"],
-        end: Int[Tensor, " B"],
-        rows: Bool[Tensor, " B"],
-    ) -> tuple[Any, Progress]:
-        """What the targets at `positions` below `end` are fused with."""
-        if isinstance(self.plan.pattern, Infill):
-            return self._see_template(state, x, rows)
-        return self._see_blocks(state, x, positions, end, rows, self.plan.pattern)
 
     def _see_template(self, state: Progress, x: Int[Tensor, "B T"], rows: Bool[Tensor, " B"]) -> tuple[Any, Progress]:
         """The template's canvas, encoded once."""

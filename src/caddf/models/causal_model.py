@@ -113,12 +113,13 @@ class CausalModel(nn.Module):
         *,
         warp: Warp,
         over: None = None,
+        template: bool = False,
     ) -> Rounds | None:
         """Whole rounds of the causal target at one go, where there are kernels or graphs for it."""
         whole = self.native or self.graphs
         if whole is None:
             return None
-        return whole.rounds(lengths, drafting, caches, warp=warp, over=over)
+        return whole.rounds(lengths, drafting, caches, warp=warp, over=over, template=template)
 
     def log_probs(self, states: States, where: Bool[Tensor, "B L"], head: Head = "causal") -> Float[Tensor, "N V"]:
         """Log-probabilities (nats) at the positions in `where`, normalised over V in float32 or better."""

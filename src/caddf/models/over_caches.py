@@ -244,12 +244,13 @@ class OverCaches(nn.Module):
         *,
         warp: Warp,
         over: Block | Canvas | None = None,
+        template: bool = False,
     ) -> Rounds | None:
         """Whole rounds at one go, where there are kernels or graphs for it."""
         whole = self.native or self.graphs
         if whole is None:
             return None
-        return whole.rounds(lengths, drafting, caches, warp=warp, over=over)
+        return whole.rounds(lengths, drafting, caches, warp=warp, over=over, template=template)
 
     def before(
         self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots, by: int = 1

@@ -226,6 +226,7 @@ class Native:
         *,
         warp: Warp,
         over: Block | Canvas | None = None,
+        template: bool = False,
     ) -> Rounds | None:
         """Whole rounds over `caches` (`caddf.interface.Incremental.rounds`)."""
         if not Rounds.fit(self, len(lengths), drafting, caches, over):
