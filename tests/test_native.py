@@ -23,11 +23,12 @@ from caddf import native
 from caddf.caches import Slots
 from caddf.categorical import RowGenerators, Warp, inverse_cdf
 from caddf.compile import compiled
-from caddf.decoding import Autoregressive, Speculative, Task
+from caddf.decoding import Autoregressive, SemiAutoregressive, Speculative, Task
 from caddf.decoding.cached_reader import CachedReader
 from caddf.decoding.plan import Plan
 from caddf.decoding.task import Counts, DecodingError
 from caddf.errors import InputError
+from caddf.evaluation import mtp
 from caddf.interface import Block, Drafting, Infill
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
@@ -235,6 +236,29 @@ def test_drafts_in_int8_are_drawn_from_nearly_the_same():
             assert {model.native.stacks[name].weights.kind for name in ("look", "chain")} == {kind}
             assert model.native.heads["chain"].tokens()[1].kind == kind
     assert 0 < (drawn[0] - drawn[1]).abs().sum() / 2 < 0.02
+
+
+@pytest.mark.parametrize("settings", [{"draft": "chained"}, {"draft": "chained", "draft_vocab": 40}, {}])
+@pytest.mark.parametrize("embeddings", ["tied", "separate"])
+@torch.inference_mode()
+def test_what_is_no_proposal_is_the_modules(embeddings, settings, monkeypatch):
+    """Where drafts are the result, their head is not rounded: neither as proposals are nor as matrices of bfloat16."""
+    monkeypatch.setattr("caddf.native.model.PROPOSED", "int8")
+    branches = BranchConfig(2, 32, 4), BranchConfig(2, 48, 3)
+    model = loud(DualBranch(ModelConfig(V, T, *branches, embeddings=embeddings, block_size=6, **settings)))
+    model.causal.layers[0].mlp.up.weight.data[0, 0] = 0.375
+    x, where, results = tokens(2), torch.ones(2, T, dtype=torch.bool), []
+    for kernels in (False, True):
+        if kernels:
+            native.attach(model).native.refresh()
+            assert model.native.kind == "bf16"
+        states, _ = model(x, torch.full_like(x, V), Block(6))
+        task = Task(x.masked_fill(torch.arange(T) > 8, V), torch.full((2,), T), V, RowGenerators(0, 2))
+        *_, last = SemiAutoregressive()(model, task)
+        results.append((model.log_probs(states, where, "draft"), last.tokens, mtp(model, x, 6)))
+    (one, text, shares), (two, same, others) = results
+    torch.testing.assert_close(two, one, rtol=0, atol=NEAR)
+    assert torch.equal(same, text) and torch.equal(others.accuracy, shares.accuracy)
 
 
 @torch.inference_mode()

@@ -229,8 +229,8 @@ class DualBranch(OverCaches):
     ) -> tuple[Float[Tensor, "N D"], Readout, Int[Tensor, " n"] | None]:
         """States, what makes logits of them, and the small vocabulary where the head has one here."""
         made, readouts = self.projection(states, head), {} if self.native is None else self.native.heads
-        name = "chain" if head == "draft" and states.chained else head
-        return states_at(made.states, where), readouts.get(name, made.tokens), made.small
+        readout = readouts.get(head, made.tokens) if made.small is None else made.tokens
+        return states_at(made.states, where), readout, made.small
 
     # Accounts.
 

@@ -19,7 +19,7 @@ from caddf.models.causal import CausalBranch
 from caddf.models.chain import DraftChain
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.fusion import CrossFusion
-from caddf.models.layers import Attention, KeysValues, nearest, state_of
+from caddf.models.layers import Attention, KeysValues, TiedEmbedding, nearest, state_of
 from caddf.models.states import Canvas
 from caddf.native.build import library
 from caddf.native.passes import KINDS, WIDEST, Biases, FusionPass, NativeHead, StackPass, Weights, few, threads_for
@@ -64,11 +64,11 @@ class Native:
         }
         if "fused" in self.heads:
             self.heads["fused"] = self.heads["causal"]  # of the same embeddings
+        if diffusion is not None and isinstance(diffusion.embedding, TiedEmbedding):
+            self.heads["draft"] = NativeHead(partial(of, "draft"))  # a product of matrices is none that was rounded
         if getattr(model, "chain", None) is not None:
             small, drafting = self.model.draft_tokens is not None, lambda: self.weights(drafting=True)
-            self.heads["chain"] = NativeHead(
-                self.model.small_table if small else partial(of, "draft"), drafting, always=True
-            )
+            self.heads["chain"] = NativeHead(self.model.small_table if small else partial(of, "draft"), drafting)
         self._laid_out: tuple[object, ...] | None = None
         self._refreshing = threading.Lock()
         self.stacks: dict[str, StackPass] = {}

@@ -241,16 +241,11 @@ def few(positions: Tensor) -> bool:
 
 
 class NativeHead(nn.Module):
-    """A head's logits: through the kernels for a few states, whose bits do not depend on how many are read together.
+    """A head's logits: through the kernels for a few states, whose bits do not depend on how many are read together."""
 
-    With `always` for any number: where the kernels' weights are rounded further than the table is.
-    """
-
-    def __init__(
-        self, table: Callable[[], Float[Tensor, "V D"]], weights: Callable[[], Weights] = Weights, always: bool = False
-    ) -> None:
+    def __init__(self, table: Callable[[], Float[Tensor, "V D"]], weights: Callable[[], Weights] = Weights) -> None:
         super().__init__()
-        self.table, self.weights, self.always = table, weights, always
+        self.table, self.weights = table, weights
         self.held: tuple[tuple[object, ...], tuple[CMap, Weights, Tensor]] | None = None
 
     def tokens(self) -> tuple[CMap, Weights, Tensor]:
@@ -268,7 +263,7 @@ class NativeHead(nn.Module):
     def forward(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """`states E^T`."""
         table = self.table()
-        if (len(states) > WIDEST and not self.always) or torch.is_grad_enabled() or not len(states):
+        if len(states) > WIDEST or torch.is_grad_enabled() or not len(states):
             return F.linear(states, table)
         held = self.tokens()
         states, logits = states.contiguous(), states.new_empty(len(states), len(table))
