@@ -177,7 +177,7 @@ def test_cached_block_equals_the_forward_pass(name: str, offset: int, starts: tu
     inside = positions < CONTEXT
     for given, expected in (
         (model.draft(seen, x0).draft, states.draft),
-        (model.read(x0, positions, caches, seen).fused, states.fused),
+        (model.fuse(model.read(x0, positions, caches), positions, caches, seen).fused, states.fused),
     ):
         assert given is not None
         same(given[inside], at(expected, positions.clamp(max=CONTEXT - 1))[inside])
@@ -191,7 +191,7 @@ def test_cached_infilling_equals_the_forward_pass(name: str, shown: str) -> None
     caches, every = model.allocate(2, CONTEXT), torch.arange(CONTEXT).expand(2, -1)
     model.read(x0, every, caches)
     seen = model.encode(canvas, torch.zeros(2, dtype=torch.long), lengths, Infill(), caches)
-    given, drafts = model.read(x0, every, caches, seen).fused, model.draft(seen, x0).draft
+    given, drafts = model.fuse(model.read(x0, every, caches), every, caches, seen).fused, model.draft(seen, x0).draft
     assert given is not None and drafts is not None
     for row, length in enumerate(lengths.tolist()):
         alone, _ = model(x0[row : row + 1, :length], canvas[row : row + 1, :length], Infill())

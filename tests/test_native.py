@@ -48,8 +48,8 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the kernels 
 
 @pytest.fixture(autouse=True)
 def proposed(monkeypatch):
-    """What only proposes is read in bfloat16, which changes nothing of these tests' weights, unless a test says so."""
-    monkeypatch.setattr("caddf.native.model.PROPOSED", "bf16")
+    """What only proposes is read in float32, unless a test says so."""
+    monkeypatch.setattr("caddf.native.model.PROPOSED", None)
 
 
 def dual(context: int = T, alibi: bool = True, bias: bool = False, draft_vocab: int | None = None) -> DualBranch:
@@ -80,8 +80,7 @@ def gpt2() -> CausalModel:
 def loud(model):
     """Weights that are large enough for every part to be heard, biases among them.
 
-    They are numbers of bfloat16, as which drafts are read here, so that rounding them changes nothing; but for one,
-    that is no draft's, so that the others are read in float32.
+    They are numbers of bfloat16, but for one, so that all are read in float32.
     """
     for parameter in model.parameters():
         parameter.data = (parameter.data + 0.1 * torch.randn(parameter.shape)).bfloat16().float()
@@ -139,12 +138,11 @@ def test_windows_and_chains_are_the_modules(make, start):
         chains.append(model.allocate_drafts(2, 6))
     assert windows[0].states.std(1).max() > 0.1  # positions differ
     torch.testing.assert_close(windows[1].states, windows[0].states, rtol=0, atol=NEAR)
-    for places in (torch.arange(2), torch.arange(2, 3), torch.tensor([[3], [1]]), torch.tensor([[4], [2]])):
-        one, two = (
-            model.draft_step(window, x, places, chain)
-            for model, window, chain in zip((plain, fast), windows, chains, strict=True)
-        )
-        torch.testing.assert_close(two.draft, one.draft, rtol=0, atol=NEAR)
+    n, u = start + 1, torch.rand(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    drafts, q, _ = fast.draw_drafts(windows[1], x, start, n, u, chains[1], warp=Warp(), least=0.0)
+    text, where = x.scatter(1, n[:, None] + torch.arange(5), drafts), (torch.arange(6) > 0).expand(2, -1)
+    log_q = plain.log_probs(plain.draft_step(windows[0], text, torch.arange(6), chains[0]), where, "draft")
+    torch.testing.assert_close(q.view(10, -1), log_q.exp().double(), rtol=0, atol=NEAR)
 
 
 @pytest.mark.parametrize("shorter", [0, 7])
@@ -422,6 +420,7 @@ def test_callers_wait_while_weights_are_laid_out(monkeypatch):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @torch.inference_mode()
 def test_weights_of_bf16_are_read_as_that_and_no_bit_is_another(temperature, monkeypatch):
+    monkeypatch.setattr("caddf.native.model.PROPOSED", "bf16")
     model = dual()
     model.causal.layers[0].mlp.up.weight[0, 0] = 0.375
 

@@ -95,7 +95,6 @@ class CausalModel(nn.Module):
         tokens: Int[Tensor, "B T"],
         positions: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots,
         caches: Caches,
-        seen: None = None,
     ) -> States:
         """States of the slots `positions`, whose keys and values go into `caches`."""
         slots = positions if isinstance(positions, Slots) else Slots.of(positions)

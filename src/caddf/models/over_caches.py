@@ -78,15 +78,13 @@ class OverCaches(nn.Module):
         tokens: Int[Tensor, "B T"],
         positions: Int[Tensor, "B n"] | Int[Tensor, " n"] | Slots,
         caches: Caches,
-        seen: Canvas | None = None,
     ) -> States:
-        """States of the slots `positions`, whose keys and values go into `caches`; fused where `seen` is given."""
+        """States of the slots `positions`, whose keys and values go into `caches`."""
         slots = positions if isinstance(positions, Slots) else Slots.of(positions)
         assert self.causal is not None
         bos_id = self.config.bos_id
         inputs, earlier = tokens_before(tokens, slots, bos_id), self.causal.earlier(tokens, slots, bos_id)
-        states = States(None, None, self._read(inputs, slots, caches, earlier))
-        return states if seen is None else self.fuse(states, slots.positions, caches, seen)
+        return States(None, None, self._read(inputs, slots, caches, earlier))
 
     def fuse(
         self, states: States, positions: Int[Tensor, "B n"] | Int[Tensor, " n"], caches: Caches, seen: Canvas
@@ -214,8 +212,6 @@ class OverCaches(nn.Module):
         else:
             h_cad, positions = seen.states[:, slots.where], seen.positions[..., slots.where]
         heard = self._heard(tokens, positions) if before is None else self._hear(*before)
-        if self.native is not None and (drafts := self.native.chain(h_cad, heard, slots, cache)) is not None:
-            return States(None, drafts, None, chained=True)
         return States(None, self.chain.step(h_cad, heard, slots, cache), None, chained=True)
 
     def draw_drafts(

@@ -209,15 +209,6 @@ class Native:
         slots = torch.stack([positions - seen.positions.expand(rows, m)[:, :1], since, since + count])
         return self.fusion(h_trans, positions, caches.causal.turns, seen.keys_values, seen.states, slots)
 
-    def chain(
-        self, h_cad: Float[Tensor, "B n d"], before: Float[Tensor, "B n d"], slots: Slots, cache: KVCache
-    ) -> Float[Tensor, "B n d"] | None:
-        """Draft states at `slots` of each row's window."""
-        stack = self.stacks.get("chain")
-        if stack is None or not few(h_cad[0, :, 0]):
-            return None
-        return stack(h_cad.clone(), slots.positions, cache, turns=True, before=before)
-
     def rounds(
         self,
         lengths: Int[Tensor, " B"],

@@ -1,4 +1,4 @@
-"""Passes of a few positions over caches through the C kernels: the causal branch, a window of drafts, a chain's step.
+"""Passes of a few positions over caches through the C kernels: the causal branch, a window of drafts, the fusion.
 
 What is asked of them is what the modules do, in float32; the modules stay the reference. Matrices are held a second
 time, in the order in which the kernels read them; where weights have changed that is done anew with the next cache.
@@ -140,7 +140,6 @@ class StackPass:
         own: KVCache,
         *,
         turns: bool,
-        before: Float[Tensor, "B n D"] | None = None,
         source: KVCache | None = None,
         until: Int[Tensor, " B"] | None = None,
         source_context: int = 0,
@@ -155,10 +154,9 @@ class StackPass:
         """
         x, positions = x.contiguous(), positions.contiguous()
         cos, sin = (angles or own.turns or (None, None)) if turns else (None, None)
-        before = before if before is None else before.contiguous()
         exchange_cos, exchange_sin = (exchange.turns if exchange is not None else None) or (None, None)
         given = CPass(
-            rows=x.shape[0], n=x.shape[1], x=x.data_ptr(), before=address(before), positions=positions.data_ptr(),
+            rows=x.shape[0], n=x.shape[1], x=x.data_ptr(), positions=positions.data_ptr(),
             alike=positions.ndim == 1, cos=address(cos), sin=address(sin), own=cache_of(own), source=cache_of(source),
             until=address(until), source_context=source_context, exchange=cache_of(exchange),
             exchange_cos=address(exchange_cos), exchange_sin=address(exchange_sin),
