@@ -326,8 +326,13 @@ def test_rounds_hold_what_they_read():
         panels = [weakref.ref(head.held[1][1]) for head in heads]
         for head in heads:
             assert head.tokens()[1] is not head.tokens()[1]
+        assert model.diffusion.embedding.weight is not model.diffusion.embedding.weight
     gc.collect()
     assert all(panel() is not None for panel in panels)
+    held = {
+        each.data_ptr() for kept in rounds.kept if isinstance(kept, tuple) for each in kept if torch.is_tensor(each)
+    }
+    assert {rounds.draft.embedding, rounds.draft.shifted} <= held and model.chain.shifted is not None
     del rounds
     gc.collect()
     assert all(panel() is None for panel in panels)

@@ -251,9 +251,9 @@ class Native:
         before, earlier = (self.model.before(x, places, by) for by in (1, 2))
         first = (n - start).clamp(0, width - 1)
         tokens, q = before.new_empty(rows, count), u.new_zeros(rows, count, self.model.vocab_size)
-        held = cast(NativeHead, self.heads["chain"]).tokens()
+        held, heard = cast(NativeHead, self.heads["chain"]).tokens(), self.heard()
         banned, drafted = self.banned(warp), torch.empty_like(first)
-        settings = self.draft_settings(held[0], rows, width, cache, warp_of(warp, banned), least)
+        settings = self.draft_settings(held[0], heard, rows, width, cache, warp_of(warp, banned), least)
         made = {"states": h_cad, "before": before, "earlier": earlier, "first": first, "u": u}
         made |= {} if given is None else {"given": given}
         made = {name: each.contiguous() for name, each in made.items()} | {"tokens": tokens, "q": q, "drafts": drafted}
@@ -269,16 +269,29 @@ class Native:
         banned, small = torch.arange(self.model.vocab_size)[list(warp.banned)], self.model.draft_tokens
         return banned if small is None else torch.isin(small, banned).nonzero()[:, 0]
 
-    def draft_settings(self, head: CMap, rows: int, width: int, cache: KVCache, warp: CWarp, least: float) -> CDraft:
+    def heard(self) -> tuple[Float[Tensor, "R d"], Float[Tensor, "R d"] | None]:
+        """What a chain hears of a token: where it is the one before, and where it is the one before that."""
+        shifted = self.model.chain.shifted
+        return self.model.diffusion.embedding.weight, None if shifted is None else shifted.weight
+
+    def draft_settings(
+        self,
+        head: CMap,
+        heard: tuple[Float[Tensor, "R d"], Float[Tensor, "R d"] | None],
+        rows: int,
+        width: int,
+        cache: KVCache,
+        warp: CWarp,
+        least: float,
+    ) -> CDraft:
         """What windows of `width` are drafted by; what they are drafted from, and go to, is for the caller.
 
-        `head` is the chain's, whose panels the caller holds.
+        `head` is the chain's, whose panels the caller holds, as it does what is `heard`.
         """
-        shifted = self.model.chain.shifted
-        table, (cos, sin) = self.model.diffusion.embedding.weight, cache.turns or (None, None)
+        (table, shifted), (cos, sin) = heard, cache.turns or (None, None)
         read = self.stacks["chain"].weights.bytes + (4 >> head.type) * head.out * table.shape[1]
         return CDraft(
-            rows=rows, width=width, embedding=address(table), shifted=address(shifted and shifted.weight), head=head,
+            rows=rows, width=width, embedding=address(table), shifted=address(shifted), head=head,
             ids=address(self.model.draft_tokens), vocabulary=self.model.vocab_size, warp=warp,
             least=least, cache=cache_of(cache), cos=address(cos), sin=address(sin), threads=threads_for(read, rows),
         )  # fmt: skip

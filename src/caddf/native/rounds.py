@@ -121,9 +121,8 @@ class Rounds:
         cache = model.allocate_drafts(rows, size)
         self.look = self._window(native, self.stacks["look"], rows, size)
         head, *_ = self._keep(cast(NativeHead, native.heads["chain"]).tokens())
-        warped = warp_of(warp, self._keep(native.banned(warp)))
-        self.draft = native.draft_settings(head, rows, size, self._keep(cache), warped, least)
-        self._keep((native.diffusion.embedding.weight, model.chain.shifted and model.chain.shifted.weight))
+        heard, warped = self._keep(native.heard()), warp_of(warp, self._keep(native.banned(warp)))
+        self.draft = native.draft_settings(head, heard, rows, size, self._keep(cache), warped, least)
         self.draft.states = self._new(rows, size, self.stacks["look"].width)
         self.draft.u = self._new(rows, size, dtype=torch.double)
         for name, shape in (("before", 2), ("earlier", 2), ("first", 1), ("heard", 1)):
