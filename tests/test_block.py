@@ -156,13 +156,13 @@ def test_the_objective_is_the_integrand_of_the_bound(size, rate):
 
     Blocks of 2, and of 3 and 1. Of one lambda at a time, as 1 / lambda has no variance over all of them.
     """
-    model, expected = network(), torch.zeros(len(EVERY), dtype=torch.float64)
+    model, expected = network(block_size=size), torch.zeros(len(EVERY), dtype=torch.float64)
     for masked in masks(L):
         x_t = torch.where(masked, V, EVERY)
         p = rate ** int(masked.sum()) * (1 - rate) ** int((~masked).sum())
         for i in masked.nonzero()[:, 0].tolist():
             expected -= p / rate * conditional(model, EVERY, x_t, i, size)
-    g, objective = generator(), BlockDiffusion(size, rate, rate)
+    g, objective = generator(), BlockDiffusion(rate, rate)
     drawn = torch.stack([objective(model, EVERY.repeat(16, 1), g).total for _ in range(60)])
     assert abs(drawn.mean() - expected.mean() / L) < 5 * drawn.std() / len(drawn) ** 0.5
     assert drawn.std() < 0.1 * drawn.mean()
@@ -172,7 +172,7 @@ def test_clipped_noise_and_its_weights():
     shown = []
 
     class Uniform:
-        heads, chained, vocab_size, mask_id = frozenset({"draft"}), False, V, V
+        heads, chained, vocab_size, mask_id, block_size = frozenset({"draft"}), False, V, V, 50
 
         def __call__(self, prefix, canvas, pattern):
             assert pattern == Block(50)
@@ -184,29 +184,29 @@ def test_clipped_noise_and_its_weights():
             return torch.ones(int(where.sum()), dtype=torch.float64)
 
     x0 = torch.zeros(40, 100, dtype=torch.long)
-    loss = BlockDiffusion(50, 0.45, 0.95)(Uniform(), x0, generator())
+    loss = BlockDiffusion(0.45, 0.95)(Uniform(), x0, generator())
     rate = shown[0].double().view(-1, 50).mean(-1)
     # 80 binomials of 50 at rates within [.45, .95]: six standard deviations (at most .071) out, 1e-7 in all.
     assert rate.min() > 0.45 - 6 * 0.071 and rate.std() > 0.1
     assert abs(rate.mean() - 0.7) < 6 * 0.16 / 80**0.5
     assert abs(loss.total - 1) < 6 * 0.12 / 80**0.5  # standard deviation at most sqrt(.55 / .45 / 50)
-    total = BlockDiffusion(50, 1, 1)(Uniform(), x0, generator()).total
+    total = BlockDiffusion(1, 1)(Uniform(), x0, generator()).total
     assert total == pytest.approx(1, abs=1e-12) and shown[1].all()
 
 
 def test_all_masked_blocks_of_one_are_the_chain_rule():
-    model = network()
-    loss = BlockDiffusion(1, 1.0, 1.0)(model, EVERY, generator()).total
-    torch.testing.assert_close(loss, block_diffusion_bound(model, EVERY, 1, generator(), 1).mean() / L)
+    model = network(block_size=1)
+    loss = BlockDiffusion(1.0, 1.0)(model, EVERY, generator()).total
+    torch.testing.assert_close(loss, block_diffusion_bound(model, EVERY, 1, generator()).mean() / L)
 
 
 @pytest.mark.parametrize("name", ["off-factorised", "late-one_way-factorised"])
 def test_one_batch_is_learnt_by_heart(name):
     branch = BranchConfig(1, 32, 2)
-    model = build(replace(MODELS[name], diffusion=branch, causal=MODELS[name].causal and branch)).float()
-    x0 = draw_tokens(4)
+    config = replace(MODELS[name], diffusion=branch, causal=MODELS[name].causal and branch, block_size=8)
+    model, x0 = build(config).float(), draw_tokens(4)
     x0[:, 0] = torch.tensor([2, 3, 4, 5])
-    objective, optimizer = BlockDiffusion(8, 0.4, 0.6), torch.optim.Adam(model.parameters(), lr=1e-2)
+    objective, optimizer = BlockDiffusion(0.4, 0.6), torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(300):
         loss = objective(model, x0, generator(3)).total
         if loss.item() < 0.05:
@@ -220,9 +220,8 @@ def test_one_batch_is_learnt_by_heart(name):
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        (lambda: BlockDiffusion(8, 0.5, 0.4), "beta and omega are 0.5 and 0.4"),
-        (lambda: BlockDiffusion(8, 0.0, 0.0), "omega above 0"),
-        (lambda: BlockDiffusion(0)(network(), EVERY, generator()), "block_size is 0"),
+        (lambda: BlockDiffusion(0.5, 0.4), "beta and omega are 0.5 and 0.4"),
+        (lambda: BlockDiffusion(0.0, 0.0), "omega above 0"),
         (lambda: BlockDiffusion()(network(draft="chained"), EVERY, generator()), "draft is chained"),
         (lambda: block_diffusion_bound(network(draft="chained"), EVERY, 1, generator()), "factorised"),
         (lambda: SemiAutoregressive(steps=0), "steps is 0"),

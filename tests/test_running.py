@@ -54,6 +54,18 @@ def test_settings_are_read_as_they_were_saved(data, tmp_path):
     assert {"seed", "precision", "device"}.isdisjoint(yaml.safe_load((tmp_path / SETTINGS).read_text())["train"])
 
 
+def test_block_diffusions_blocks_are_its_models(data, tmp_path):
+    """Runs that have a block size for the objective are read where it is the model's, and else refused."""
+    settings = settings_for(data, method="bd3lm", objective=METHODS["bd3lm"].settings(beta=0.3))
+    settings.save(tmp_path)
+    saved = (tmp_path / SETTINGS).read_text()
+    (tmp_path / SETTINGS).write_text(saved.replace("beta: 0.3\n", "beta: 0.3\n  block_size: null\n"))
+    assert RunSettings.load(tmp_path) == settings
+    (tmp_path / SETTINGS).write_text(saved.replace("beta: 0.3\n", "beta: 0.3\n  block_size: 4\n"))
+    with pytest.raises(InputError, match=r"does not fit this version: .* 'block_size'"):
+        RunSettings.load(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["a: : b", "- 1", "", "data: d\nmethod: none", "data: d\nmethod: caddf-t-dce\nx: 1"])
 def test_settings_of_another_version_are_refused(tmp_path, text):
     (tmp_path / SETTINGS).write_text(text)

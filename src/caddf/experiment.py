@@ -75,6 +75,13 @@ class Method:
     bound: Callable[[Any], Bound] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
 
+    def saved(self, objective: dict[str, Any]) -> Any:
+        """The objective's settings as runs and models hold them; raises `TypeError` for others than it has.
+
+        Block diffusion once had a block size of its own, which is held as None where it was the model's.
+        """
+        return self.settings(**{k: v for k, v in objective.items() if (k, v) != ("block_size", None)})
+
 
 def _synergistic(denoising: str) -> Method:
     return Method(

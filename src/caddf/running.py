@@ -97,13 +97,9 @@ class RunSettings(Checked):
         """Reads a run's `config.yaml`; raises `InputError` where there is none or it does not fit."""
         try:
             values = yaml.safe_load((run / SETTINGS).read_text(encoding="utf-8"))
-            sections = {
-                "model": ModelSettings,
-                "objective": METHODS[values["method"]].settings,
-                "train": TrainConfig,
-                "validation": ValidationSettings,
-            }
-            return cls(**{key: sections[key](**v) if key in sections else v for key, v in values.items()})
+            sections = {"model": ModelSettings, "train": TrainConfig, "validation": ValidationSettings}
+            values |= {name: section(**values[name]) for name, section in sections.items()}
+            return cls(**values | {"objective": METHODS[values["method"]].saved(values["objective"])})
         except OSError:
             raise InputError(f"{run} is no run: it has no {SETTINGS}; start one with caddf train --out {run}") from None
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -59,7 +59,7 @@ class TextModel:
         """Its own diffusion bound, where that is not the time-free denoiser's."""
         if self.method is None or self.method.bound is None:
             return None
-        return self.method.bound(self.method.settings(**self.about["objective"]))
+        return self.method.bound(self.method.saved(self.about["objective"]))
 
     @property
     def decoder(self) -> str:
@@ -162,7 +162,7 @@ def _check_method(folder: Path, about: dict[str, Any]) -> None:
     if "objective" not in about and METHODS[name].bound is None:  # which would measure by it
         return
     try:
-        METHODS[name].settings(**about["objective"])
+        METHODS[name].saved(about["objective"])
     except (KeyError, TypeError, InputError) as error:
         raise InputError(f"{folder / 'config.json'} has an objective that {name} does not have here: {error}") from None
 

@@ -19,18 +19,16 @@ from caddf.objectives.reading import ByReadings, Reading
 class BlockDiffusion(ByReadings):
     """Sum over blocks b of E_lambda [ 1/lambda * sum over masked i of b of -log q(x0_i | x_<b, x_lambda of b) ].
 
-    One pass over `[x0 ; x_t]`, lambda drawn for each block by itself (Arriola et al. 2025). Clipped, it is U[beta,
-    omega] (near 0 and 1 the gradient is mostly noise): the weight stays 1 / lambda, as published, and the result is no
-    bound any more. beta = omega = 1 trains all-masked blocks, which is all there is to learn in blocks of one token.
-    Raises `InputError` on a chained draft head, which reads x0 within its block.
+    One pass over `[x0 ; x_t]`, in blocks of the model's size, lambda drawn for each by itself (Arriola et al. 2025).
+    Clipped, it is U[beta, omega] (near 0 and 1 the gradient is mostly noise): the weight stays 1 / lambda, as
+    published, and the result is no bound any more. beta = omega = 1 trains all-masked blocks, which is all there is to
+    learn in blocks of one token. Raises `InputError` on a chained draft head, which reads x0 within its block.
 
-    block_size: not set, the model's own.
     beta: the least lambda.
     omega: the largest lambda.
     times: how the noise levels of a batch are drawn.
     """
 
-    block_size: int | None = None
     beta: float = 0.0
     omega: float = 1.0
     times: Times = "stratified"
@@ -46,7 +44,7 @@ class BlockDiffusion(ByReadings):
         """One, scored by the mean over tokens."""
         if model.chained:
             raise InputError("draft is chained; block diffusion needs a factorised draft head")
-        pattern = Block(model.block_size if self.block_size is None else self.block_size)
+        pattern = Block(model.block_size)
         block = pattern.index(torch.arange(x0.shape[1]))
         times = draw_times(len(x0) * (int(block[-1]) + 1), self.times, generator).view(len(x0), -1)
         rate = (self.beta + (self.omega - self.beta) * times)[:, block]
