@@ -82,6 +82,18 @@ def test_the_surest_place_is_filled_first():
         assert filled.exact[row] == bool((x == x0).all())
 
 
+def test_what_is_all_but_sure_is_filled_one_by_one():
+    """0 where the token before is masked, 1 where it stands, each with a probability near 1 in float32."""
+
+    def sure(x_t: Tensor) -> Tensor:
+        best = torch.nn.functional.one_hot((x_t.roll(1, -1) != V).long(), V)
+        return torch.where(best == 1, 1 - 2e-6, 1e-6).log()
+
+    x0 = torch.tensor([[0, 1, 1, 0]])
+    filled = fill_spans(as_model(sure, V), x0, torch.tensor([1]), 2, "diffusion", 1, generators(1))
+    assert filled.exact.all()
+
+
 def test_what_a_model_cannot_read_is_refused():
     causal = CausalModel(CausalConfig(V, L, BranchConfig(1, 8, 1))).eval()
     assert readings(causal) == ("causal",) and readings(MODEL) == ("infill", "diffusion", "causal")

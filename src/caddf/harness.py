@@ -215,7 +215,7 @@ class HarnessModel(TemplateLM):
         lengths = torch.full((len(x0),), x0.shape[1], device=x0.device)
         canvas, generators = torch.where(scored, mask_id, x0), RowGenerators(self.seed, len(x0))
         task = Task(canvas, lengths, mask_id, generators, Warp(temperature=0), wrong, template=True)
-        *_, last = Confidence(threshold=1)(self.model, task)
+        *_, last = Confidence(threshold=2.0)(self.model, task)
         return (last.tokens == x0).all(1)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

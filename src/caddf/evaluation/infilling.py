@@ -67,7 +67,7 @@ def fill_spans(
         decoder = Autoregressive(target="fused")
     elif reading == "diffusion":
         nats = diffusion_bound(model, x0, samples, noise, scored=where).mean(-1)
-        decoder = Confidence(threshold=1.0)
+        decoder = Confidence(threshold=2.0)
     else:
         nats = read_exact(model, x0, "causal").nats.where(where, 0).sum(-1)
         tokens, lengths = tokens.where(at < start[:, None] + size, 0), start + size
