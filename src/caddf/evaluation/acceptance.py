@@ -53,14 +53,18 @@ class Acceptance:
         return share, spread / len(before) ** 0.5
 
 
-def given_in_block(model: LanguageModel, target: Verifier, size: int, length: int) -> int:
-    """How many tokens of a block are given, not drafted; raises `InputError` where none is left, or none fits a row."""
-    given = int(target == "causal" or model.chained)
+def given_in_block(model: LanguageModel, target: Verifier, size: int, length: int) -> tuple[bool, int]:
+    """Whether a round that is accepted whole adds a token, and how many of a window's are given, not drafted.
+
+    Raises `InputError` where none is left, or no block fits a row.
+    """
+    bonus = target == "causal" or model.chained
+    given = int(bonus and getattr(model, "sliding", True))
     if not given < size <= length:
         raise InputError(
             f"block_size is {size}; with target {target} it must lie between {given + 1} and the row's length"
         )
-    return given
+    return bonus, given
 
 
 @torch.no_grad()
@@ -79,7 +83,8 @@ def acceptance(
     """`rounds` rounds per row, each at a block of it drawn from `noise`, the text before it given.
 
     Where windows slide (`causal`, and `fused` where drafts chain) one starts with the last token that stands, so the
-    block's first token is given, and the other k-1 are drafted; else they are the k drafts of an all-masked block.
+    block's first token is given, and the other k-1 are drafted; else, and where the diffusion branch reads clean
+    blocks, they are the k drafts of an all-masked block.
     `block_size` is the model's if not given. At most `elements` probabilities (or one round's) are made at a time.
     Raises `InputError` where the model does not have the head, or a block has no draft.
     """
@@ -88,7 +93,7 @@ def acceptance(
     at_least(1, rounds=rounds, block_size=size)
     if {target, "draft"} - model.heads:
         raise InputError(f"target is {target}; this model has the heads {', '.join(sorted(model.heads))} alone")
-    given, blocks = given_in_block(model, target, size, x0.shape[1]), x0.shape[1] // size
+    (bonus, given), blocks = given_in_block(model, target, size, x0.shape[1]), x0.shape[1] // size
     u = uniform((len(x0), rounds, 1 + size), noise).to(x0.device)
     start = (u[..., 0] * blocks).long() * size
     reached, last = u.new_empty(len(x0), rounds, size - given), start.amax(1)
@@ -102,7 +107,7 @@ def acceptance(
             reached[some, i] = _reached(model, rows, window, u[some, i, 1 + given :], target, warp or Warp(), caches)
             if caches is not None and i + 1 < rounds:  # drafts were read in the text's place
                 cast(Incremental, model).read(rows, window, caches)
-    return Acceptance(reached.mean(1).cpu(), bonus=bool(given))
+    return Acceptance(reached.mean(1).cpu(), bonus=bonus)
 
 
 def _filled(model: Incremental, x: Int[Tensor, "m T"]) -> Caches:
