@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawing import generator
 from enumeration import exact_denoiser, random_source
 from torch import Tensor
 
@@ -25,10 +26,6 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "small": {"draft": "chained", "draft_vocab": 3},
     "one-way": {"draft": "chained", "exchange": "one_way"},
 }
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def network(**settings: Any) -> DualBranch:

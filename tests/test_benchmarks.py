@@ -62,8 +62,9 @@ from caddf.data import TokenSet, prepare
 from caddf.decoding import DECODERS, Autoregressive
 from caddf.errors import InputError
 from caddf.evaluation import causal_nll
-from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings
+from caddf.experiment import ARCHITECTURES, METHODS
 from caddf.interface import AnyOrder, Infill
+from caddf.model_settings import ModelSettings
 from caddf.models.causal_model import CausalModel
 from caddf.text_model import TextModel
 from caddf.tokenizer import Tokenizer

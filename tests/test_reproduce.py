@@ -16,8 +16,9 @@ from rich.console import Console
 from caddf.checkpoint import read_json, write_json_atomic
 from caddf.cli import main
 from caddf.errors import Failure, InputError
-from caddf.experiment import METHODS, ModelSettings, network_of
+from caddf.experiment import METHODS, network_of
 from caddf.interrupted import INTERRUPTED
+from caddf.model_settings import ModelSettings
 from caddf.models.config import PRESETS
 from caddf.models.matching import TOLERANCE, count
 from caddf.report import report

@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from drawing import generator
 from enumeration import exact_denoiser, masks, random_denoiser, random_source, sequences
 from torch import Tensor
 
@@ -24,10 +25,6 @@ V, L = 2, 5
 SOURCE = random_source(V, L)
 MODELS = {"exact": as_model(exact_denoiser(SOURCE), V), "random": as_model(random_denoiser(V, L), V)}
 X0 = sequences(V, L)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @cache

@@ -15,7 +15,6 @@ from caddf.evaluation.plaid import plaid_bound
 from caddf.evaluation.score_entropy import score_bound
 from caddf.evaluation.suite import Bound
 from caddf.model_settings import ModelSettings, causal_config, masked_config, plaid_config, timed_config
-from caddf.model_settings import Size as Size
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import ModelConfig

@@ -17,7 +17,7 @@ from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, dots, nu
 from caddf.benchmarks.roster import TRANSFORMERS, Roster, decoders_of, entrants, needs
 from caddf.decoding import Speculative
 from caddf.errors import InputError
-from caddf.experiment import Size
+from caddf.model_settings import Size
 
 PARITY = 1.03
 """How far a target's perplexity may be above that of the autoregressive baseline, for its speed to count."""

@@ -18,7 +18,8 @@ from caddf.benchmarks.hub_gpt2 import TransformersGenerate, copyable
 from caddf.compile import Compile, compiled
 from caddf.decoding import DECODERS, Decoder
 from caddf.errors import InputError, once
-from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
+from caddf.experiment import ARCHITECTURES, METHODS, Network
+from caddf.model_settings import ModelSettings, Size
 from caddf.models.config import ModelConfig
 from caddf.quantise import Quantisation, quantised
 from caddf.text_model import DType, TextModel, fingerprint, load, model_folder, resolve_device

@@ -17,8 +17,9 @@ from caddf.benchmarks.roster import TARGETED, Contestant, Entrant, Roster, entra
 from caddf.benchmarks.trial import Prompts, task_of, weights_read
 from caddf.decoding import Task
 from caddf.errors import Checked, InputError, at_least, check_seed
-from caddf.experiment import Network, Size
+from caddf.experiment import Network
 from caddf.interface import LanguageModel
+from caddf.model_settings import Size
 from caddf.models.backbone import DualBranch
 from caddf.text_model import DType
 

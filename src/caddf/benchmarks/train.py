@@ -20,7 +20,8 @@ from caddf.benchmarks.measure import Spread, allocated, fresh, now, resident
 from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, dots, in_rounds, put, put_median, spread
 from caddf.benchmarks.roster import needs
 from caddf.errors import Checked, InputError, at_least, check_seed, once
-from caddf.experiment import ARCHITECTURES, METHODS, ModelSettings, Network, Size
+from caddf.experiment import ARCHITECTURES, METHODS, Network
+from caddf.model_settings import ModelSettings, Size
 from caddf.text_model import resolve_device
 from caddf.training.optimizer import build_optimizer
 

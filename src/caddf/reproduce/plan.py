@@ -15,7 +15,8 @@ from caddf.checkpoint import read_json, write_json_atomic
 from caddf.data import TokenSet, prepare
 from caddf.errors import Checked, InputError, at_least, check_seed
 from caddf.evaluation import EvaluationConfig
-from caddf.experiment import METHODS, ModelSettings, Size
+from caddf.experiment import METHODS
+from caddf.model_settings import ModelSettings, Size
 from caddf.models.accounts import accounts
 from caddf.running import OWN, RunSettings, ValidationSettings, resume, start
 from caddf.scoring import evaluate
