@@ -220,7 +220,7 @@ def test_a_model_that_reads_left_to_right_alone_says_so():
         InputError, match="a template is given to a model that reads left to right alone; give a prompt"
     ):
         generate(gpt2, template="a[MASK:4]")
-    with pytest.raises(InputError, match="nothing to draft with but its text: this model's own decoder is auto"):
+    with pytest.raises(InputError, match="nothing to draft with but its text: this gpt2 model's own decoder is auto"):
         generate(gpt2, "a", decoder="speculative", lookup=0)
     *_, last = generate(gpt2, "abcabcabc", decoder="speculative", max_new_tokens=6, temperature=0.0)
     *_, plain = generate(gpt2, "abcabcabc", max_new_tokens=6, temperature=0.0)
@@ -230,6 +230,25 @@ def test_a_model_that_reads_left_to_right_alone_says_so():
 def filled(model, *arguments, **settings):
     tokens = last(model, *arguments, **settings).frame.tokens
     return bool((tokens != model.model.mask_id).all())
+
+
+@pytest.mark.parametrize(
+    "method", ["gpt2", "d3pm-absorbing", "d3pm-uniform", "sedd-scaled", "sedd-uniform", "radd-ao", "plaid"]
+)
+def test_what_is_not_refused_before_the_first_frame_is_done(method):
+    """By every decoder, the model's own among them; what is refused names the decoder, and the one that fits."""
+    model, done = of_method(method), []
+    for name, kind in DECODERS.items():
+        settings = {"steps": 2} if "steps" in {each.name for each in dataclasses.fields(kind)} else {}
+        try:
+            frames = generate(model, "a", decoder=name, max_new_tokens=3, **settings)
+        except InputError as error:
+            assert str(error).startswith(f"decoder is {name}")
+            assert f"this {method} model's own decoder is {model.decoder}" in str(error) or "gaussian" in str(error)
+        else:
+            assert list(frames)
+            done.append(name)
+    assert model.decoder in done and len(done) < len(DECODERS)
 
 
 def test_what_a_methods_model_cannot_do_is_refused_before_the_first_frame():

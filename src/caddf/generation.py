@@ -17,15 +17,21 @@ from torch import Tensor
 from caddf.categorical import RowGenerators, Warp
 from caddf.decoding import (
     DECODERS,
+    Ancestral,
     Autoregressive,
     D3PMUniform,
     Decoder,
+    FirstHitting,
     Frame,
     Gaussian,
     Hybrid,
+    Remasking,
+    SemiAutoregressive,
     Speculative,
     Task,
 )
+from caddf.decoding.confidence import SurestFirst
+from caddf.decoding.rates import Rates
 from caddf.decoding.task import NO_TOKEN, DecodingError, hit_rate
 from caddf.errors import InputError, at_least, check_arguments, check_seed
 from caddf.interface import LanguageModel
@@ -38,6 +44,8 @@ HOLE, WIDTH = re.compile(r"\[MASK\b([^\[\]]*)\]"), re.compile(r"(?::([0-9]{1,99}
 
 LONGEST = 4
 """Bytes of a character, each of which may be a token."""
+WITHOUT_TIME = (Ancestral, FirstHitting, Remasking, SemiAutoregressive, SurestFirst, Hybrid)
+"""Decoders that tell a network no time."""
 Kind = Literal["given", "open", "kept", "fresh", "corrected", "rejected"]
 
 
@@ -294,11 +302,17 @@ def generate(
 
 def _check_heads(model: TextModel, name: str, chosen: Decoder, filling: bool) -> None:
     """Raises `InputError` for a decoder, or a template, that asks for what this kind of model does not do."""
-    has, own = model.model.heads, f"this model's own decoder is {model.decoder}"
+    network, has, method = model.model, model.model.heads, model.about.get("method")
+    own = f"this {f'{method} ' if method else ''}model's own decoder is {model.decoder}"
     if isinstance(chosen, D3PMUniform) and model.decoder != name:
         raise InputError(f"decoder is {name}, which is for models of D3PM's uniform chain alone; {own}")
-    if model.decoder == "d3pm_uniform" and not isinstance(chosen, D3PMUniform):
+    uniform = model.decoder == "d3pm_uniform" or getattr(network, "process", "") == "uniform"
+    if uniform and not isinstance(chosen, D3PMUniform if model.decoder == "d3pm_uniform" else Rates):
         raise InputError(f"decoder is {name}, which starts from masks, of which this model knows nothing; {own}")
+    if network.denoiser == "causal" and not isinstance(chosen, Autoregressive | Speculative):
+        raise InputError(f"decoder is {name}; this model reads left to right alone: {own}")
+    if getattr(network.config, "time", False) and isinstance(chosen, WITHOUT_TIME):
+        raise InputError(f"decoder is {name}, which knows no time, of which this model is told; {own}")
     if isinstance(chosen, Hybrid) and chosen.anchor and "fused" not in has:
         raise InputError(f"decoder is {name}; this model does not fill in left to right over a canvas: {own}")
     if isinstance(chosen, Autoregressive | Speculative) and "causal" not in has:
@@ -308,7 +322,7 @@ def _check_heads(model: TextModel, name: str, chosen: Decoder, filling: bool) ->
     if isinstance(chosen, Speculative) and "draft" not in has and not chosen.lookup:
         raise InputError(f"decoder is {name}, lookup 0; this model has nothing to draft with but its text: {own}")
     if isinstance(chosen, Speculative):
-        chosen.drafting(cast(LanguageModel, model.model))
+        chosen.drafting(cast(LanguageModel, network))
     if filling and has == {"causal"}:
         raise InputError("a template is given to a model that reads left to right alone; give a prompt")
 
