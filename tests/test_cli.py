@@ -593,7 +593,7 @@ def truncate(path):
 def test_info_and_unknown_commands_refuse(refused, run):
     assert refused("info", run, "--model.size", "small").startswith(f"run is {run}, beside settings of a model")
     assert refused("info", "nowhere").startswith("nowhere does not exist")
-    assert refused("info", "--vocab-size", "0").startswith("bos_id is 0")
+    assert refused("info", "--vocab-size", "0").startswith("vocab_size is 0")
     assert refused("trian").startswith("there is no command 'trian'; the commands are data prepare, train, evaluate")
     assert refused("data", "prepair") == "there is no command 'data prepair'; the commands are data prepare"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,8 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from caddf.errors import InputError
 from caddf.interface import AnyOrder, Block, Infill, Pattern
 from caddf.models.backbone import DualBranch
+from caddf.models.causal_model import CausalConfig
 from caddf.models.config import PRESETS, BranchConfig, ModelConfig
 from caddf.models.layers import head_log_probs, head_nll, nearness, rotate, rotation
+from caddf.models.plaid import PlaidConfig
+from caddf.models.single import SingleConfig
 
 MASK = VOCABULARY
 EVERYWHERE = torch.ones(1, CONTEXT, dtype=torch.bool)
@@ -470,6 +473,18 @@ def test_rows_are_padded_to_eights() -> None:
 def test_settings_that_do_not_fit(wrong: dict, named: str) -> None:
     with pytest.raises(InputError, match=named):
         replace(MODELS["late-mutual-factorised"], **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"), [({"context": 0}, "context is 0"), ({"vocab_size": 0}, "vocab_size is 0"),
+                         ({"bos_id": VOCABULARY}, "bos_id is"), ({"rows": 4}, "rows is 4; 7 tokens and the mask"),
+                         ({"block_size": 0}, "block_size is 0")], ids=str,
+)  # fmt: skip
+def test_settings_of_other_networks_that_do_not_fit(wrong: dict, named: str) -> None:
+    for kind in (CausalConfig, SingleConfig, PlaidConfig):
+        if {*wrong} <= {each.name for each in fields(kind)}:
+            with pytest.raises(InputError, match=f"^{named}"):
+                kind(**{"vocab_size": VOCABULARY, "context": CONTEXT, "branch": CAUSAL} | wrong)
 
 
 def test_branch_settings_that_do_not_fit() -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 
 from caddf.caches import Caches, Slots
 from caddf.categorical import Warp
-from caddf.errors import Checked, InputError
+from caddf.errors import InputError, at_least_one
 from caddf.interface import Block, Drafting, Head, Infill, Pattern, Projection, Rounds
 from caddf.models.causal import CausalBranch, tokens_before
-from caddf.models.config import BranchConfig
+from caddf.models.config import BranchConfig, NetworkConfig
 from caddf.models.layers import Readout, head_log_probs, head_nll, states_at
 from caddf.models.states import States
 
@@ -26,11 +25,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CausalConfig(Checked):
+class CausalConfig(NetworkConfig):
     """A causal Transformer alone; the settings are those of `ModelConfig`."""
 
-    vocab_size: int
-    context: int
     branch: BranchConfig
     bos_id: int = 0
     rows: int = 0
@@ -38,20 +35,7 @@ class CausalConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rows:
-            object.__setattr__(self, "rows", -(-(self.vocab_size + 1) // 8) * 8)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and YAML."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CausalConfig:
-        """The inverse of `to_dict`; raises `InputError` on unknown or missing settings."""
-        try:
-            return cls(**{**values, "branch": BranchConfig(**values["branch"])})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"the model's settings do not fit this version: {error}") from None
+        at_least_one(block_size=self.block_size)
 
 
 class CausalModel(nn.Module):

@@ -1,10 +1,10 @@
-"""What a dual-branch model is made of: settings, their checks, and the presets."""
+"""What networks are made of: settings, their checks, and the presets of the dual branch."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_type_hints
 
 from caddf.errors import Checked, InputError, at_least
 
@@ -39,7 +39,51 @@ class BranchConfig(Checked):
 
 
 @dataclass(frozen=True)
-class ModelConfig(Checked):
+class NetworkConfig(Checked):
+    """What all networks have: V real tokens, of which `[M]` is none, and a context.
+
+    Where they have embeddings of more tokens, `rows`, those beyond V never get probability; `bos_id` is a real token.
+    """
+
+    vocab_size: int
+    context: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "vocab_size", "context")
+        rows, bos_id = getattr(self, "rows", self.vocab_size + 1), getattr(self, "bos_id", 0)
+        if not rows:
+            rows = -(-(self.vocab_size + 1) // 8) * 8
+            object.__setattr__(self, "rows", rows)
+        if rows <= self.vocab_size:
+            raise InputError(
+                f"rows is {rows}; {self.vocab_size} tokens and the mask need at least {self.vocab_size + 1}"
+            )
+        if not 0 <= bos_id < self.vocab_size:
+            raise InputError(f"bos_id is {bos_id}; it must be one of the {self.vocab_size} tokens")
+
+    @property
+    def mask_id(self) -> int:
+        """The id of `[M]`: V."""
+        return self.vocab_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and YAML."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; raises `InputError` on unknown or missing settings."""
+        branches = [name for name, kind in get_type_hints(cls).items() if kind in (BranchConfig, BranchConfig | None)]
+        try:
+            made = {name: BranchConfig(**values[name]) for name in branches if values[name] is not None}
+            return cls(**{**values, **made})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the model's settings do not fit this version: {error}") from None
+
+
+@dataclass(frozen=True)
+class ModelConfig(NetworkConfig):
     """The dual-branch model (eqs. 5-7, 10-12; sizes of the paper's Table 5 under `PRESETS`).
 
     vocab_size: V, the real tokens; `[M]` has id V; embedding tables have `rows` rows, of which those beyond V never get
@@ -56,8 +100,6 @@ class ModelConfig(Checked):
     block_size: k, the size of a block in training, in the block likelihood and in block decoding.
     """
 
-    vocab_size: int
-    context: int
     diffusion: BranchConfig
     causal: BranchConfig | None
     bos_id: int = 0
@@ -72,15 +114,6 @@ class ModelConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rows:
-            object.__setattr__(self, "rows", -(-(self.vocab_size + 1) // 8) * 8)
-        if self.rows <= self.vocab_size:
-            raise InputError(
-                f"rows is {self.rows}; {self.vocab_size} tokens and the mask need at least {self.vocab_size + 1}"
-            )
-        if not 0 <= self.bos_id < self.vocab_size:
-            raise InputError(f"bos_id is {self.bos_id}; it must be one of the {self.vocab_size} tokens")
-        at_least(1, self, "context")
         if not 1 <= self.block_size <= self.context:
             raise InputError(f"block_size is {self.block_size}; it must lie between 1 and the context, {self.context}")
         if self.draft_vocab is not None:
@@ -107,26 +140,6 @@ class ModelConfig(Checked):
                 if self.fusion == "layers"
                 else "exchange is mutual with fusion none; without cross-attention set exchange to one_way"
             )
-
-    @property
-    def mask_id(self) -> int:
-        """The id of `[M]`: V."""
-        return self.vocab_size
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and YAML."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`; raises `InputError` on unknown or missing settings."""
-        values = dict(values)
-        try:
-            values["diffusion"] = BranchConfig(**values["diffusion"])
-            values["causal"] = BranchConfig(**values["causal"]) if values["causal"] is not None else None
-            return cls(**values)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"the model's settings do not fit this version: {error}") from None
 
 
 @dataclass(frozen=True)

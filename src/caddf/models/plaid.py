@@ -6,10 +6,9 @@ those of the other branches, with their widths and initialisation in place of mu
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from caddf.errors import Checked, InputError, at_least
-from caddf.models.config import BranchConfig
+from caddf.errors import InputError, at_least
+from caddf.models.config import BranchConfig, NetworkConfig
 from caddf.models.layers import Layer, Layers, head_log_probs, head_nll, initialise, rotation
 
 FREQUENCIES = 32
@@ -26,7 +25,7 @@ FREQUENCIES = 32
 
 
 @dataclass(frozen=True)
-class PlaidConfig(Checked):
+class PlaidConfig(NetworkConfig):
     """A bidirectional Transformer over noisy embeddings; defaults are PLAID's.
 
     vocab_size: V; there is no mask among the embeddings, and `[M]`, id V, marks what a decoder is to fill.
@@ -35,8 +34,6 @@ class PlaidConfig(Checked):
     schedule_width: hidden units of the noise schedule.
     """
 
-    vocab_size: int
-    context: int
     branch: BranchConfig
     embedding_width: int = 16
     gamma_0: float = -3.0
@@ -45,28 +42,11 @@ class PlaidConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, self, "vocab_size", "context", "embedding_width", "schedule_width")
+        at_least(1, self, "embedding_width", "schedule_width")
         if not self.gamma_0 < self.gamma_1:
             raise InputError(f"gamma_0 is {self.gamma_0} and gamma_1 {self.gamma_1}; noise must rise from one to other")
         if self.branch.positions != "rotary":
             raise InputError(f"positions is {self.branch.positions}; PLAID's network has rotary positions")
-
-    @property
-    def mask_id(self) -> int:
-        """The id of `[M]`: V."""
-        return self.vocab_size
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and YAML."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PlaidConfig:
-        """The inverse of `to_dict`; raises `InputError` on unknown or missing settings."""
-        try:
-            return cls(**{**values, "branch": BranchConfig(**values["branch"])})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"the model's settings do not fit this version: {error}") from None
 
 
 class MonotoneSchedule(nn.Module):

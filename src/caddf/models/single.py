@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from caddf.errors import Checked, InputError, at_least
+from caddf.errors import InputError, at_least
 from caddf.interface import AnyOrder, Block, Head, Pattern, Projection
-from caddf.models.config import BranchConfig
+from caddf.models.config import BranchConfig, NetworkConfig
 from caddf.models.diffusion import DiffusionBranch
 from caddf.models.layers import LevelScale, head_log_probs, head_nll
 
 
 @dataclass(frozen=True)
-class SingleConfig(Checked):
+class SingleConfig(NetworkConfig):
     """The diffusion branch alone.
 
     vocab_size, bos_id, rows, context: as in `ModelConfig`.
@@ -31,8 +30,6 @@ class SingleConfig(Checked):
     tied: whether a denoiser's head is its embedding; if not, and in a score network, it is linear with a bias.
     """
 
-    vocab_size: int
-    context: int
     branch: BranchConfig
     bos_id: int = 0
     rows: int = 0
@@ -47,36 +44,11 @@ class SingleConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rows:
-            object.__setattr__(self, "rows", -(-(self.vocab_size + 1) // 8) * 8)
-        if self.rows <= self.vocab_size:
-            raise InputError(
-                f"rows is {self.rows}; {self.vocab_size} tokens and the mask need at least {self.vocab_size + 1}"
-            )
-        if not 0 <= self.bos_id < self.vocab_size:
-            raise InputError(f"bos_id is {self.bos_id}; it must be one of the {self.vocab_size} tokens")
-        at_least(1, self, "context", "level_width")
+        at_least(1, self, "level_width")
         if self.score == "scaled" and self.process == "uniform":
             raise InputError("score is scaled with process uniform, whose scores have no factor of time; set unscaled")
         if self.score is not None and not self.time:
             raise InputError("time is false with a score; a score depends on the time, so set it to true")
-
-    @property
-    def mask_id(self) -> int:
-        """The id of `[M]`: V."""
-        return self.vocab_size
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and YAML."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SingleConfig:
-        """The inverse of `to_dict`; raises `InputError` on unknown or missing settings."""
-        try:
-            return cls(**{**values, "branch": BranchConfig(**values["branch"])})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"the model's settings do not fit this version: {error}") from None
 
 
 @dataclass(frozen=True)
