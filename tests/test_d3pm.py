@@ -19,7 +19,7 @@ from caddf.categorical import Warp
 from caddf.decoding.d3pm import D3PMAbsorbing, D3PMUniform
 from caddf.errors import InputError
 from caddf.evaluation import diffusion_bound
-from caddf.evaluation.d3pm import CHAINS, Absorbing, Uniform, d3pm_bound
+from caddf.evaluation.d3pm import CHAINS, AbsorbingChain, UniformChain, d3pm_bound
 from caddf.interface import AnyOrder, as_model
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
@@ -68,9 +68,9 @@ def kernel(chain, t: int, s: int = 0) -> Tensor:
     """q(x_t | x_s) over the tokens and `[M]`, as a matrix [from, to]."""
     kept = float((1 - chain.noised(torch.tensor(t))) / (1 - chain.noised(torch.tensor(s))))
     fresh = torch.full((V + 1,), 0.0, dtype=torch.float64)
-    fresh[V if isinstance(chain, Absorbing) else slice(V)] = 1.0 if isinstance(chain, Absorbing) else 1 / V
+    fresh[V if isinstance(chain, AbsorbingChain) else slice(V)] = 1.0 if isinstance(chain, AbsorbingChain) else 1 / V
     matrix = kept * torch.eye(V + 1, dtype=torch.float64) + (1 - kept) * fresh
-    if isinstance(chain, Absorbing):
+    if isinstance(chain, AbsorbingChain):
         matrix[V] = torch.nn.functional.one_hot(torch.tensor(V), V + 1)
     return matrix
 
@@ -101,7 +101,7 @@ def reverse(chain, told: Told, x_t: Tensor, t: int) -> Tensor:
 
 
 def states_of(chain) -> Tensor:
-    return sequences(V + 1, L) if isinstance(chain, Absorbing) else EVERY
+    return sequences(V + 1, L) if isinstance(chain, AbsorbingChain) else EVERY
 
 
 def enumerated(chain, told: Told, x0: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def test_divergences_are_enumerated_ones(process, t):
 
 def test_a_step_back_averages_the_posterior_of_x0():
     """Eq. 4 with p~ is the average of q(x_s | x_t, x0) over p(x0 | x_t), which p~ is without x_t's own token."""
-    chain, t, x_t = Uniform(T), 3, torch.arange(V)
+    chain, t, x_t = UniformChain(T), 3, torch.arange(V)
     p0 = torch.rand(V, V, dtype=torch.float64, generator=generator())
     p0 = p0 / p0.sum(-1, keepdim=True)
     posterior = p0 * kernel(chain, t)[:V, :V].T
@@ -169,7 +169,7 @@ def test_a_step_back_averages_the_posterior_of_x0():
 
 
 def test_chunks_change_nothing():
-    chain, x0 = Uniform(T), EVERY
+    chain, x0 = UniformChain(T), EVERY
     x_t, t = EVERY.flip(0), torch.arange(len(EVERY)) % T + 1
     whole, parts = [], []
     for elements, into in ((1 << 25, whole), (2 * V * L, parts)):
@@ -224,7 +224,7 @@ def test_the_absorbing_bound_converges_to_the_continuous_one():
         log_p = function(torch.where(where, V, EVERY)).gather(-1, EVERY[..., None])[..., 0]
         continuous -= (log_p * where).sum(-1) / k / math.comb(L, k)
     told = Told(lambda x, level: function(x))
-    gaps = [(enumerated(Absorbing(n), told, EVERY).sum(-1) - continuous).abs().max() for n in (8, 16, 32)]
+    gaps = [(enumerated(AbsorbingChain(n), told, EVERY).sum(-1) - continuous).abs().max() for n in (8, 16, 32)]
     assert gaps[0] > 0.01 and gaps[1] < 0.6 * gaps[0] and gaps[2] < 0.6 * gaps[1]
     drawn = diffusion_bound(as_model(function, V), EVERY.repeat_interleave(2000, 0), 1, generator())
     drawn = drawn.view(len(EVERY), -1)
@@ -254,8 +254,8 @@ def test_a_step_of_the_absorbing_objective_weighs_as_lambda_dce_does():
     x0 = torch.randint(7, (4, 8), generator=generator())
     t = torch.tensor([1, 4, 7, 10])
     x_t = torch.where(torch.rand(4, 8, generator=generator()) < t[:, None] / 10, 7, x0)
-    states, _ = model(x_t, x_t, AnyOrder(Absorbing(10).level(t)))
-    ours = 10 * Absorbing(10).divergence(model, states, x0, x_t, t)
+    states, _ = model(x_t, x_t, AnyOrder(AbsorbingChain(10).level(t)))
+    ours = 10 * AbsorbingChain(10).divergence(model, states, x0, x_t, t)
 
     class Fixed(LambdaDCE):
         def draw(self, x0, mask_id, generator):
@@ -313,7 +313,7 @@ def test_one_batch_is_learnt_by_heart(process):
 def law(chain, told: Told) -> Tensor:
     """p(x_0) of the reverse chain, state by state."""
     states = states_of(chain)
-    if isinstance(chain, Absorbing):
+    if isinstance(chain, AbsorbingChain):
         p = (states == V).all(-1).double()
     else:
         p = torch.full((len(states),), 1 / len(states), dtype=torch.float64)
@@ -370,7 +370,7 @@ def test_the_warp_is_on_the_prediction_of_x0(decoder):
 
 def test_exact_samples_of_the_source():
     """With the exact network and many steps the uniform chain draws the source: total variation, not chi-squared."""
-    chain = Uniform(64)
+    chain = UniformChain(64)
     assert (law(chain, exact_told(chain)) - SOURCE.flatten()).abs().sum() / 2 < 0.01
 
 
@@ -391,7 +391,7 @@ def test_settings_that_do_not_fit(wrong, says):
 
 def test_the_absorbing_exact_network_needs_no_time():
     """p(x0_i | unmasked part) is the same at every step, and `exact_told` finds it."""
-    chain = Absorbing(T)
+    chain = AbsorbingChain(T)
     x = torch.tensor([[V, 0], [2, V], [V, V]])
     masked = x == V
     told, plain = exact_told(chain).function(x, chain.level(torch.tensor([1, 2, 3]))), exact_denoiser(SOURCE)(x)

@@ -26,7 +26,7 @@ from caddf.evaluation import (
     hybrid_bound,
     importance_weighted_bound,
 )
-from caddf.evaluation.d3pm import Uniform
+from caddf.evaluation.d3pm import UniformChain
 from caddf.evaluation.suite import Bound
 from caddf.experiment import METHODS, Network, network_of
 from caddf.interface import Block, DenoiserModel, Infill, LanguageModel, Pattern, as_model
@@ -227,7 +227,7 @@ def exact_network(name: str, p0: Tensor) -> object:
     if name == "plaid":
         return Gaussians(p0, -8, 9)
     if name == "d3pm-uniform":
-        return exact_told(Uniform(8), p0)
+        return exact_told(UniformChain(8), p0)
     return Source(p0, bound_process(name)) if name.startswith("sedd") else as_model(exact_denoiser(p0), V)
 
 

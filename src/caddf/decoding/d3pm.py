@@ -10,7 +10,7 @@ import torch
 from caddf.decoding.ancestral import masking_times
 from caddf.decoding.task import Counts, Frame, Task, denoise, draw_from, fill, full_pass
 from caddf.errors import Checked
-from caddf.evaluation.d3pm import Absorbing, Uniform
+from caddf.evaluation.d3pm import AbsorbingChain, UniformChain
 from caddf.interface import LanguageModel
 
 
@@ -30,11 +30,11 @@ class D3PMAbsorbing(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Absorbing(self.steps)  # raises
+        AbsorbingChain(self.steps)  # raises
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame for each step that reveals something."""
-        x, counts, chain = task.tokens.clone(), counts or Counts.zeros(len(task.tokens)), Absorbing(self.steps)
+        x, counts, chain = task.tokens.clone(), counts or Counts.zeros(len(task.tokens)), AbsorbingChain(self.steps)
         turn = (masking_times(task) * self.steps).long().clamp(max=self.steps - 1) + 1
         wanted, active = task.wanted, task.unfinished(x)
         for t in range(self.steps, 0, -1):
@@ -62,11 +62,11 @@ class D3PMUniform(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Uniform(self.steps)  # raises
+        UniformChain(self.steps)  # raises
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame per step; what it holds is noise until the last."""
-        counts, chain = counts or Counts.zeros(len(task.tokens)), Uniform(self.steps)
+        counts, chain = counts or Counts.zeros(len(task.tokens)), UniformChain(self.steps)
         active = task.unfinished(task.tokens)
         where = task.wanted & active[:, None]
         if not where.any():

@@ -143,11 +143,11 @@ def _reached(
     return torch.minimum(shares(p_d, q_d)[:, :-1, None] * p, q).sum(-1)
 
 
-Reading = Callable[[Int[Tensor, "m T"], Int[Tensor, "m j"], Head], Float[Tensor, "m j V"]]
+ReadPlaces = Callable[[Int[Tensor, "m T"], Int[Tensor, "m j"], Head], Float[Tensor, "m j V"]]
 """`(rows, places, head) -> log-probabilities` at places of each row's window, given the row's tokens before them."""
 
 
-def _full(model: LanguageModel, x: Int[Tensor, "m T"], window: Int[Tensor, "m k"], given: int) -> Reading:
+def _full(model: LanguageModel, x: Int[Tensor, "m T"], window: Int[Tensor, "m k"], given: int) -> ReadPlaces:
     """Whole rows, in one pass per reading."""
     shown = window[:, :given]
     masked = torch.full_like(x, model.mask_id)
@@ -163,7 +163,7 @@ def _full(model: LanguageModel, x: Int[Tensor, "m T"], window: Int[Tensor, "m k"
 
 def _cached(
     model: Incremental, x: Int[Tensor, "m T"], window: Int[Tensor, "m k"], given: int, caches: Caches
-) -> Reading:
+) -> ReadPlaces:
     """Windows alone, over `caches` that hold the rows."""
     masked = torch.full_like(window, model.mask_id)
     canvas = torch.cat([x.gather(1, window[:, :given]), masked[:, given:]], 1)

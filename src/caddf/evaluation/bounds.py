@@ -39,7 +39,7 @@ from caddf.evaluation.reading import Model, Readout, checked, denoised, infilled
 from caddf.interface import AnyOrder, LanguageModel
 from caddf.schedules import LOG_LINEAR, Schedule
 
-Reading = Callable[[LanguageModel, Int[Tensor, "B L"], Bool[Tensor, "B L"]], Readout]
+ReadMasked = Callable[[LanguageModel, Int[Tensor, "B L"], Bool[Tensor, "B L"]], Readout]
 """How a masked set is read: `denoised`, or `infilled`."""
 
 
@@ -83,7 +83,7 @@ def draw(
     weights: Float[Tensor, " n"],
     samples: int,
     noise: Noise,
-    reading: Reading = denoised,
+    reading: ReadMasked = denoised,
     scored: Bool[Tensor, "B L"] | None = None,
 ) -> Draws:
     """`samples` masked sets per row, k in proportion to `weights` (one per scored position), each read in one pass."""

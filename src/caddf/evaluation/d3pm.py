@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from caddf.concrete_score import ProcessName
 from caddf.errors import at_least
 from caddf.evaluation.masks import Noise, counted, nth, strata, uniform
 from caddf.evaluation.reading import Model, checked
@@ -91,7 +91,7 @@ class Chain(ABC):
         """
 
 
-class Absorbing(Chain):
+class AbsorbingChain(Chain):
     """beta_t = 1 / (T - t + 1), their mutual-information schedule for `[M]`: lambda_t = t / T."""
 
     def noised(self, t: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -144,7 +144,7 @@ class Absorbing(Chain):
         return torch.zeros(x0.shape, dtype=nats.dtype, device=x0.device).masked_scatter(masked, nats)
 
 
-class Uniform(Chain):
+class UniformChain(Chain):
     """Tokens are redrawn uniformly, on the cosine schedule (Hoogeboom et al. 2021): 1 - lambda_t = f(t) / f(0).
 
     f(t) = cos((t / T + s) / (1 + s) pi / 2), which is sin(a (1 - t / T)) with a = pi / 2 / (1 + s). The authors' code
@@ -237,8 +237,7 @@ class Uniform(Chain):
         return (self.steps * nats.sum(-1)).cpu()
 
 
-Process = Literal["absorbing", "uniform"]
-CHAINS: dict[Process, type[Chain]] = {"absorbing": Absorbing, "uniform": Uniform}
+CHAINS: dict[ProcessName, type[Chain]] = {"absorbing": AbsorbingChain, "uniform": UniformChain}
 
 
 @torch.no_grad()
@@ -247,7 +246,7 @@ def d3pm_bound(
     x0: Int[Tensor, "B L"],
     samples: int,
     noise: Noise,
-    process: Process = "absorbing",
+    process: ProcessName = "absorbing",
     steps: int = 1000,
     *,
     scored: Bool[Tensor, "B L"] | None = None,

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from caddf.concrete_score import ProcessName
 from caddf.errors import InputError, at_least
-from caddf.evaluation.d3pm import CHAINS, Chain, Process
+from caddf.evaluation.d3pm import CHAINS, Chain
 from caddf.interface import AnyOrder, LanguageModel
 from caddf.objectives.loss import Loss, Times, draw_times
 
@@ -28,7 +29,7 @@ class D3PM:
     times: how the times of a batch are drawn.
     """
 
-    process: Process = "absorbing"
+    process: ProcessName = "absorbing"
     steps: int = 1000
     auxiliary: float = 0.0
     times: Times = "stratified"
