@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from caddf.decoding.task import Counts, Frame, Task, fill, full_pass
@@ -18,6 +18,29 @@ from caddf.schedules import SCHEDULES, ScheduleName
 def masking_times(task: Task) -> Float[Tensor, "B L"]:
     """The lambda at which the reverse process reveals each wanted position: uniform, whatever the tokens are."""
     return task.generators.uniform(task.wanted).to(task.tokens.device)
+
+
+def reveal(
+    model: LanguageModel,
+    task: Task,
+    counts: Counts | None,
+    steps: Iterable[tuple[Bool[Tensor, "B L"], Float[Tensor, ""] | None]],
+    cache: bool,
+) -> Iterator[Frame]:
+    """A frame for each step that reveals something; a step is which positions are due, and the level (sbar) it has.
+
+    Without `cache` every row is evaluated at every step, for comparison.
+    """
+    x, counts, active = task.tokens.clone(), counts or Counts.zeros(len(task.tokens)), task.unfinished(task.tokens)
+    for due, level in steps:
+        counts.add(active, needed=full_pass(model, task.lengths))
+        where = task.wanted & due & active[:, None]
+        read = where if cache else task.wanted & (x == task.mask_id) & active[:, None]
+        x = fill(model, task, x, where, counts, read=read, level=level)
+        if where.any():
+            active = task.unfinished(x)
+            counts.add(where.any(1), rounds=1)
+            yield Frame(x, where, counts)
 
 
 @dataclass(frozen=True)
@@ -44,14 +67,7 @@ class Ancestral(Checked):
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame for each step that reveals something."""
-        x, counts = task.tokens.clone(), counts or Counts.zeros(len(task.tokens))
-        revealed_at, wanted, active = masking_times(task), task.wanted, task.unfinished(x)
-        for upper, lower in pairwise(SCHEDULES[self.schedule]().grid(self.steps, self.until).flip(0).tolist()):
-            counts.add(active, needed=full_pass(model, task.lengths))
-            where = wanted & (revealed_at >= lower) & (revealed_at < upper) & active[:, None]
-            read = where if self.cache else wanted & (x == task.mask_id) & active[:, None]
-            x = fill(model, task, x, where, counts, read=read)
-            if where.any():
-                active = task.unfinished(x)
-                counts.add(where.any(1), rounds=1)
-                yield Frame(x, where, counts)
+        revealed_at = masking_times(task)
+        levels = SCHEDULES[self.schedule]().grid(self.steps, self.until).flip(0).tolist()
+        steps = (((revealed_at >= lower) & (revealed_at < upper), None) for upper, lower in pairwise(levels))
+        yield from reveal(model, task, counts, steps, self.cache)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from caddf.decoding.ancestral import masking_times
-from caddf.decoding.task import Counts, Frame, Task, denoise, draw_from, fill, full_pass
+from caddf.decoding.ancestral import masking_times, reveal
+from caddf.decoding.task import Counts, Frame, Task, denoise, draw_from, full_pass
 from caddf.errors import Checked
 from caddf.evaluation.d3pm import AbsorbingChain, UniformChain
 from caddf.interface import LanguageModel
@@ -34,18 +34,10 @@ class D3PMAbsorbing(Checked):
 
     def __call__(self, model: LanguageModel, task: Task, counts: Counts | None = None) -> Iterator[Frame]:
         """A frame for each step that reveals something."""
-        x, counts, chain = task.tokens.clone(), counts or Counts.zeros(len(task.tokens)), AbsorbingChain(self.steps)
+        chain = AbsorbingChain(self.steps)
         turn = (masking_times(task) * self.steps).long().clamp(max=self.steps - 1) + 1
-        wanted, active = task.wanted, task.unfinished(x)
-        for t in range(self.steps, 0, -1):
-            counts.add(active, needed=full_pass(model, task.lengths))
-            where = wanted & (turn == t) & active[:, None]
-            read = where if self.cache else wanted & (x == task.mask_id) & active[:, None]
-            x = fill(model, task, x, where, counts, read=read, level=chain.level(torch.tensor(t)))
-            if where.any():
-                active = task.unfinished(x)
-                counts.add(where.any(1), rounds=1)
-                yield Frame(x, where, counts)
+        steps = ((turn == t, chain.level(torch.tensor(t))) for t in range(self.steps, 0, -1))
+        yield from reveal(model, task, counts, steps, self.cache)
 
 
 @dataclass(frozen=True)
