@@ -237,7 +237,7 @@ def filled(model, *arguments, **settings):
 )
 def test_what_is_not_refused_before_the_first_frame_is_done(method):
     """By every decoder, the model's own among them; what is refused names the decoder, and the one that fits."""
-    model, done = of_method(method), []
+    model, done = text_model(method), []
     for name, kind in DECODERS.items():
         settings = {"steps": 2} if "steps" in {each.name for each in dataclasses.fields(kind)} else {}
         try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from caddf.caches import Caches, Slots
 from caddf.categorical import Warp
-from caddf.errors import InputError, at_least_one
+from caddf.errors import InputError, at_least
 from caddf.interface import Block, Drafting, Head, Infill, Pattern, Projection, Rounds
 from caddf.models.causal import CausalBranch, tokens_before
 from caddf.models.config import BranchConfig, NetworkConfig
@@ -35,7 +35,7 @@ class CausalConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one(block_size=self.block_size)
+        at_least(1, self, "block_size")
 
 
 class CausalModel(nn.Module):
