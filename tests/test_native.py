@@ -63,11 +63,12 @@ def dual(context: int = T, alibi: bool = True, bias: bool = False, draft_vocab: 
 
 
 def odd() -> DualBranch:
-    """Widths and head sizes that fill no vector."""
+    """Widths and head sizes that fill no vector, and the other activation."""
     torch.manual_seed(0)
+    diffusion = BranchConfig(2, 44, 2, bias=True, alibi=True, activation="relu2")
     config = ModelConfig(
-        V, T, BranchConfig(2, 44, 2, bias=True, alibi=True), BranchConfig(2, 42, 3, bias=True), embeddings="tied",
-        draft="chained", block_size=6,
+        V, T, diffusion, BranchConfig(2, 42, 3, bias=True, activation="relu2"), embeddings="tied", draft="chained",
+        block_size=6,
     )  # fmt: skip
     return loud(DualBranch(config))
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from caddf.errors import Checked, InputError, at_least
 from caddf.models.backbone import DualBranch
 from caddf.models.causal_model import CausalConfig, CausalModel
-from caddf.models.config import PRESETS, BranchConfig, ModelConfig, Preset
+from caddf.models.config import PRESETS, Activation, BranchConfig, ModelConfig, Preset
 from caddf.models.matching import count, matched
 from caddf.models.plaid import Plaid, PlaidConfig
 from caddf.models.single import SingleConfig, build_single
@@ -48,6 +48,7 @@ class ModelSettings(Checked):
         for the dual branch.
     token_shift: of the causal branch: its inputs are two tokens, one mapped, and not one, as is what a chain of drafts
         hears; not set, true for the dual branch.
+    activation: of all layers: gelu, or relu2, max(x, 0)^2, which wins where a model is trained for long.
     own_state: the fusion reads the canvas state of its own position besides what cross-attention finds; not set, true
         where there is cross-attention.
     """
@@ -70,6 +71,7 @@ class ModelSettings(Checked):
     bias: bool = False
     alibi: bool | None = None
     token_shift: bool | None = None
+    activation: Activation = "gelu"
     own_state: bool | None = None
 
     def __post_init__(self) -> None:
@@ -92,10 +94,12 @@ class ModelSettings(Checked):
         layers = self.causal_layers or self.preset.causal.layers
         causal = dataclasses.replace(
             self.preset.causal, layers=layers, positions=self.positions, bias=self.bias,
-            token_shift=self.token_shift is not False,
+            token_shift=self.token_shift is not False, activation=self.activation,
         )  # fmt: skip
         layers = self.diffusion_layers or self.preset.diffusion.layers
-        diffusion = dataclasses.replace(self.preset.diffusion, layers=layers, alibi=self.alibi is not False)
+        diffusion = dataclasses.replace(
+            self.preset.diffusion, layers=layers, alibi=self.alibi is not False, activation=self.activation
+        )
         draft = self.draft or ("chained" if self.causal == "on" else "factorised")
         large = vocab_size > 2 * DRAFTED and draft == "chained" and self.causal == "on"
         whole = ModelConfig(
@@ -151,8 +155,8 @@ TWO_BRANCHES = (
     "own_state",
 )  # fmt: skip
 """Choices that a network of one branch does not have."""
-GPT2_LIKE = ("positions", "bias", "token_shift")
-"""Choices of causal branches alone."""
+GPT2_LIKE = ("positions", "bias", "token_shift", "activation")
+"""Choices of networks with a causal branch."""
 
 
 def rows_of(vocab_size: int) -> int:
@@ -168,8 +172,9 @@ def causal_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> Caus
 
     settings.refuse(*TWO_BRANCHES, "alibi")
     base = dataclasses.replace(
-        settings.preset.causal, positions=settings.positions, bias=settings.bias, token_shift=bool(settings.token_shift)
-    )
+        settings.preset.causal, positions=settings.positions, bias=settings.bias, activation=settings.activation,
+        token_shift=bool(settings.token_shift),
+    )  # fmt: skip
     return config(matched(lambda branch: CausalModel(config(branch)), base, settings.parameters(vocab_size)))
 
 

@@ -39,10 +39,11 @@ def state_of(model: CausalModel) -> dict[str, Tensor]:
 
 
 def copyable(model: Any) -> bool:
-    """Whether `model` is built as GPT-2 is: causal alone, learned positions, biases."""
+    """Whether `model` is built as GPT-2 is: causal alone, learned positions, biases, GELU."""
     if not isinstance(model, CausalModel):
         return False
-    return model.config.branch.positions == "learned" and model.config.branch.bias
+    branch = model.config.branch
+    return branch.positions == "learned" and branch.bias and branch.activation == "gelu"
 
 
 def to_transformers(model: CausalModel) -> Any:
@@ -50,7 +51,9 @@ def to_transformers(model: CausalModel) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     if not copyable(model):
-        raise InputError("a GPT-2 of transformers has learned positions and biases; this model is built differently")
+        raise InputError(
+            "a GPT-2 of transformers has learned positions, biases and GELU; this model is built otherwise"
+        )
     branch, like = model.config.branch, model.causal.embedding.weight
     config = GPT2Config(
         vocab_size=model.vocab_size,

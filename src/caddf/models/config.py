@@ -8,6 +8,8 @@ from typing import Any, Literal, Self, get_type_hints
 
 from caddf.errors import Checked, InputError, at_least
 
+Activation = Literal["gelu", "relu2"]
+
 
 @dataclass(frozen=True)
 class BranchConfig(Checked):
@@ -16,6 +18,7 @@ class BranchConfig(Checked):
     `positions` is `rotary`, or `learned` (GPT-2's absolute table, which ends at the context length). `bias` puts biases
     on the linear maps and norms, as GPT-2 has. `alibi` adds `layers.nearness` to the scores of attention in both
     directions: within the diffusion branch, and between it and the causal branch (which has no use for it itself).
+    `activation` is between the two maps of its MLPs: `gelu`, or `relu2`, max(x, 0)^2 (So et al. 2021).
     `token_shift` adds to each of the causal branch's inputs a map of the one before it, so that two tokens are read
     before there is any attention (after the token shift of RWKV, Peng et al. 2023); a chain of drafts hears two, too.
     """
@@ -27,6 +30,7 @@ class BranchConfig(Checked):
     bias: bool = False
     alibi: bool = False
     token_shift: bool = False
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         super().__post_init__()

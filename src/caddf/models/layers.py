@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from caddf.models.config import Activation
+
 Rotation = tuple[Tensor, Tensor]
 """Cosines and (first half negated) sines `[B or 1, 1, n, size]` of the angles of a row of positions."""
 KeysValues = tuple[Tensor, Tensor]
@@ -115,17 +117,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps with a GELU between them."""
+    """Two linear maps with an activation between them."""
 
-    def __init__(self, width: int, hidden: int, out: int, bias: bool = False) -> None:
+    def __init__(self, width: int, hidden: int, out: int, bias: bool = False, activation: Activation = "gelu") -> None:
         super().__init__()
+        self.activation = activation
         self.up = nn.Linear(width, hidden, bias=bias)
         self.down = nn.Linear(hidden, out, bias=bias)
 
     def forward(self, x: Float[Tensor, "... D"], more: Float[Tensor, "... H"] | None = None) -> Float[Tensor, "... E"]:
-        """`down(gelu(up(x) + more))`."""
+        """`down(activation(up(x) + more))`."""
         hidden = self.up(x) if more is None else self.up(x) + more
-        return self.down(F.gelu(hidden, approximate="tanh"))
+        return self.down(F.relu(hidden).square() if self.activation == "relu2" else F.gelu(hidden, approximate="tanh"))
 
 
 class Layer(nn.Module):
@@ -143,6 +146,7 @@ class Layer(nn.Module):
         *,
         norm_bias: bool = False,
         mlp_bias: bool = False,
+        activation: Activation = "gelu",
     ) -> None:
         super().__init__()
         norm = partial(nn.LayerNorm, width, bias=bias or norm_bias)
@@ -152,7 +156,7 @@ class Layer(nn.Module):
             self.cross_norm = norm()
             self.cross = Attention(width, heads, source_width, bias=bias)
         self.mlp_norm = norm()
-        self.mlp = MLP(width, 4 * width, width, bias=bias or mlp_bias)
+        self.mlp = MLP(width, 4 * width, width, bias or mlp_bias, activation)
 
     def forward(
         self,

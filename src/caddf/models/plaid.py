@@ -45,8 +45,9 @@ class PlaidConfig(NetworkConfig):
         at_least(1, self, "embedding_width", "schedule_width")
         if not self.gamma_0 < self.gamma_1:
             raise InputError(f"gamma_0 is {self.gamma_0} and gamma_1 {self.gamma_1}; noise must rise from one to other")
-        if self.branch.positions != "rotary":
-            raise InputError(f"positions is {self.branch.positions}; PLAID's network has rotary positions")
+        for name, right in (("positions", "rotary"), ("activation", "gelu")):
+            if getattr(self.branch, name) != right:
+                raise InputError(f"{name} is {getattr(self.branch, name)}; in PLAID's network it is {right}")
 
 
 class MonotoneSchedule(nn.Module):

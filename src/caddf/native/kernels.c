@@ -25,6 +25,7 @@ typedef struct {
   Attention self, cross;  // cross.heads 0: none
   Norm mlp_norm;
   Map up, down;
+  int64_t activation;     // between them: GELU or RELU2
 } Layer;
 
 typedef struct {
@@ -170,7 +171,7 @@ static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, 
     }
     norms(&layer->mlp_norm, p->x, rows, d, h, d, thread, threads);
     TOGETHER
-    map(&layer->up, h, rows, made, GELU, thread, threads, &layer->down);
+    map(&layer->up, h, rows, made, (int)layer->activation, thread, threads, &layer->down);
     TOGETHER
     map(&layer->down, made, rows, p->x, ADD, thread, threads, after);
     TOGETHER

@@ -184,13 +184,18 @@ static const int64_t panels_of[3][2][TALLEST] = {{{4, 2, 2, 1, 1, 1}, {1, 1, 1, 
                                                  {{4, 2, 1, 1, 1, 1}, {1, 1, 1, 1, 1, 1}}};
 static const int64_t bytes_of[] = {4, 2, 1};
 
-enum { PLAIN, GELU, ADD, ADD_GELU };
+enum { PLAIN, GELU, RELU2, ADD, ADD_GELU };
+
+static inline v8 activated(v8 x, int then) {
+  if (then == RELU2) return choose(x < all(0.0f), all(0.0f), x * x);
+  return then == GELU || then == ADD_GELU ? gelu(x) : x;
+}
 
 static inline v8 finished(v8 sum, const float *scales, const float *bias, const float *y, int then) {
   if (scales) sum *= load(scales);
   if (bias) sum += load(bias);
   if (then >= ADD) sum += load(y);
-  return then == GELU || then == ADD_GELU ? gelu(sum) : sum;
+  return activated(sum, then);
 }
 
 static int64_t deep_of(const Map *f) { return f->type == INT8 ? (f->in + 1) / 2 * 2 : f->in; }
@@ -239,7 +244,7 @@ static void map_some(const Map *f, const float *x, int64_t rows, float *y, int t
           for (; j < count; j++) {
             float one = sum[j] * (f->scales ? f->scales[o + j] : 1) + (f->bias ? f->bias[o + j] : 0);
             if (then >= ADD) one += row[o + j];
-            row[o + j] = then == GELU || then == ADD_GELU ? gelu(all(one))[0] : one;
+            row[o + j] = activated(all(one), then)[0];
           }
         }
       }

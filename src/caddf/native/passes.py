@@ -39,6 +39,8 @@ WIDEST = 512
 """Most positions of a pass; at about twice as many a BLAS is as fast."""
 ALONE = 1 << 20
 """Bytes of weights below which a pass is one thread's: others would wait longer than they work."""
+ACTIVATIONS = {"gelu": 1, "relu2": 2}
+"""Their numbers in `maps.c`."""
 KINDS: tuple[Quantisation | None, ...] = (None, "bf16", "int8")
 """Of weights, each of half the bytes of the one before."""
 
@@ -100,6 +102,7 @@ class Weights:
             self.attention(module.attention_norm, module.attention, biases[0]),
             self.attention(module.cross_norm, module.cross, biases[1]) if crossed else CAttention(),
             self.norm(module.mlp_norm), self.linear(module.mlp.up), self.linear(module.mlp.down),
+            ACTIVATIONS[module.mlp.activation],
         )  # fmt: skip
 
     def array(self, kind: type[ctypes.Structure], items: Sequence[ctypes.Structure]) -> int:

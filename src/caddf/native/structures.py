@@ -47,7 +47,10 @@ class CAttention(ctypes.Structure):
 class CLayer(ctypes.Structure):
     """A Transformer layer."""
 
-    _fields_ = (("self", CAttention), ("cross", CAttention), ("mlp_norm", CNorm), ("up", CMap), ("down", CMap))
+    _fields_ = (
+        ("self", CAttention), ("cross", CAttention), ("mlp_norm", CNorm), ("up", CMap), ("down", CMap),
+        ("activation", _number),
+    )  # fmt: skip
 
 
 class CStack(ctypes.Structure):
