@@ -66,12 +66,15 @@ MODELS: dict[str, ModelConfig] = {
     "token-shift": _config(
         BranchConfig(2, 16, 2, token_shift=True), "late", "mutual", "chained", embeddings="tied", own_state=True
     ),
-    "own-state-one-way": _config(CAUSAL, "late", "one_way", "factorised", own_state=True),
+    "own-state-one-way": _config(
+        BranchConfig(2, 16, 2, activation="relu2", qk_norm=True), "late", "one_way", "factorised", own_state=True
+    ),
     "own-state-layers": _config(CAUSAL, "layers", "one_way", "chained", own_state=True),
     "learned": _config(BranchConfig(2, 16, 2, positions="learned", bias=True), "late", "mutual", "factorised"),
 }
 """Every choice of fusion, exchange, draft and causal branch that is valid, one without linear biases, one with
-tied embeddings, one with a token shift and the fusion's own state too, and GPT-2's positions and biases."""
+tied embeddings, one with a token shift and the fusion's own state too, one with ReLU^2 and queries and keys of one
+length, and GPT-2's positions and biases."""
 
 PATTERNS: list[Pattern] = [AnyOrder(), Infill(), Block(BLOCK), Block(BLOCK, offset=2), Block(1), Block(CONTEXT)]
 

@@ -41,7 +41,7 @@ def dual(context: int = T, **settings) -> DualBranch:
 
 
 def small() -> DualBranch:
-    return dual(draft_vocab=40)
+    return dual(draft_vocab=40, causal={"activation": "relu2", "qk_norm": True})
 
 
 def learned() -> DualBranch:

@@ -63,12 +63,12 @@ def dual(context: int = T, alibi: bool = True, bias: bool = False, draft_vocab: 
 
 
 def odd() -> DualBranch:
-    """Widths and head sizes that fill no vector, and the other activation."""
+    """Widths and head sizes that fill no vector, the other activation, and queries and keys of one length."""
     torch.manual_seed(0)
-    diffusion = BranchConfig(2, 44, 2, bias=True, alibi=True, activation="relu2")
+    other = {"bias": True, "activation": "relu2", "qk_norm": True}
     config = ModelConfig(
-        V, T, diffusion, BranchConfig(2, 42, 3, bias=True, activation="relu2"), embeddings="tied", draft="chained",
-        block_size=6,
+        V, T, BranchConfig(2, 44, 2, alibi=True, **other), BranchConfig(2, 42, 3, **other), embeddings="tied",
+        draft="chained", block_size=6,
     )  # fmt: skip
     return loud(DualBranch(config))
 

@@ -49,6 +49,7 @@ class ModelSettings(Checked):
     token_shift: of the causal branch: its inputs are two tokens, one mapped, and not one, as is what a chain of drafts
         hears; not set, true for the dual branch.
     activation: of all layers: gelu, or relu2, max(x, 0)^2, which wins where a model is trained for long.
+    qk_norm: of the causal branch: queries and keys of one length, as with relu2.
     own_state: the fusion reads the canvas state of its own position besides what cross-attention finds; not set, true
         where there is cross-attention.
     """
@@ -72,6 +73,7 @@ class ModelSettings(Checked):
     alibi: bool | None = None
     token_shift: bool | None = None
     activation: Activation = "gelu"
+    qk_norm: bool = False
     own_state: bool | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class ModelSettings(Checked):
         causal = dataclasses.replace(
             self.preset.causal, layers=layers, positions=self.positions, bias=self.bias,
             token_shift=self.token_shift is not False, activation=self.activation,
+            qk_norm=self.qk_norm,
         )  # fmt: skip
         layers = self.diffusion_layers or self.preset.diffusion.layers
         diffusion = dataclasses.replace(
@@ -155,7 +158,7 @@ TWO_BRANCHES = (
     "own_state",
 )  # fmt: skip
 """Choices that a network of one branch does not have."""
-GPT2_LIKE = ("positions", "bias", "token_shift", "activation")
+GPT2_LIKE = ("positions", "bias", "token_shift", "activation", "qk_norm")
 """Choices of networks with a causal branch."""
 
 
@@ -173,7 +176,7 @@ def causal_config(settings: ModelSettings, vocab_size: int, bos_id: int) -> Caus
     settings.refuse(*TWO_BRANCHES, "alibi")
     base = dataclasses.replace(
         settings.preset.causal, positions=settings.positions, bias=settings.bias, activation=settings.activation,
-        token_shift=bool(settings.token_shift),
+        token_shift=bool(settings.token_shift), qk_norm=settings.qk_norm,
     )  # fmt: skip
     return config(matched(lambda branch: CausalModel(config(branch)), base, settings.parameters(vocab_size)))
 

@@ -43,7 +43,7 @@ def copyable(model: Any) -> bool:
     if not isinstance(model, CausalModel):
         return False
     branch = model.config.branch
-    return branch.positions == "learned" and branch.bias and branch.activation == "gelu"
+    return branch.positions == "learned" and branch.bias and branch.activation == "gelu" and not branch.qk_norm
 
 
 def to_transformers(model: CausalModel) -> Any:

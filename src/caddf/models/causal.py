@@ -39,10 +39,7 @@ class CausalBranch(nn.Module):
         self.config, self.context = config, context
         self.embedding = nn.Embedding(rows, config.width)
         self.table = nn.Embedding(context, config.width) if config.positions == "learned" else None
-        self.layers = Layers(
-            Layer(config.width, config.heads, source_width, config.bias, activation=config.activation)
-            for _ in range(config.layers)
-        )
+        self.layers = Layers(Layer(config, source_width) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=config.bias)
         self.shifted = TiedEmbedding(self.embedding, config.width) if config.token_shift else None
         initialise(self, config.layers)

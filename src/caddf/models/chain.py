@@ -25,7 +25,7 @@ class DraftChain(nn.Module):
         self.config = config
         self.before_norm = nn.LayerNorm(config.width, bias=config.bias)
         self.join = nn.Linear(2 * config.width, config.width, bias=config.bias)
-        self.layer = Layer(config.width, config.heads, bias=config.bias, activation=config.activation)
+        self.layer = Layer(config)
         self.norm = nn.LayerNorm(config.width, bias=config.bias)
         self.shifted = None if embedding is None else TiedEmbedding(embedding, config.width)
         initialise(self, 1)

@@ -19,6 +19,7 @@ class BranchConfig(Checked):
     on the linear maps and norms, as GPT-2 has. `alibi` adds `layers.nearness` to the scores of attention in both
     directions: within the diffusion branch, and between it and the causal branch (which has no use for it itself).
     `activation` is between the two maps of its MLPs: `gelu`, or `relu2`, max(x, 0)^2 (So et al. 2021).
+    `qk_norm` gives queries and keys of self-attention one length.
     `token_shift` adds to each of the causal branch's inputs a map of the one before it, so that two tokens are read
     before there is any attention (after the token shift of RWKV, Peng et al. 2023); a chain of drafts hears two, too.
     """
@@ -31,6 +32,7 @@ class BranchConfig(Checked):
     alibi: bool = False
     token_shift: bool = False
     activation: Activation = "gelu"
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -50,16 +50,7 @@ class DiffusionBranch(nn.Module):
             nn.Embedding(rows, config.width) if embedding is None else TiedEmbedding(embedding, config.width)
         )
         self.layers = Layers(
-            Layer(
-                config.width,
-                config.heads,
-                source_width,
-                config.bias,
-                norm_bias=norm_bias,
-                mlp_bias=mlp_bias,
-                activation=config.activation,
-            )
-            for _ in range(config.layers)
+            Layer(config, source_width, norm_bias=norm_bias, mlp_bias=mlp_bias) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width, bias=config.bias or norm_bias)
         self.level: LevelEmbedding | None = None

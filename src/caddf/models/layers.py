@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from caddf.models.config import Activation
+from caddf.models.config import Activation, BranchConfig
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and (first half negated) sines `[B or 1, 1, n, size]` of the angles of a row of positions."""
@@ -31,6 +31,8 @@ Crossed = tuple[Rotation, KeysValues, Visible]
 Readout = Tensor | nn.Module
 """What makes logits of states: output embeddings `[V, D]`, or a map in their place that has a length, V."""
 LevelScale = Literal["log", "linear"]
+SHARPNESS, EPSILON = 1.5, 1e-6
+"""Of normed queries, their root mean square; and what is added to a mean square."""
 FEW = 8
 """Most states whose logits a CPU makes faster as `W x^T` than as `x W^T`: float32, twice as fast for two to four."""
 
@@ -80,15 +82,23 @@ def among(scores: Float[Tensor, "... n m"], visible: Bool[Tensor, "..."] | None)
     return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
 
 
+def of_one_length(x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    """x over its root mean square."""
+    return F.rms_norm(x, x.shape[-1:], eps=EPSILON)
+
+
 class Attention(nn.Module):
     """Multi-head attention of `width`-wide queries over `source_width`-wide states (eq. 11; self-attention if equal).
 
-    Keys and values are made apart from the queries, so that callers may keep them in a cache.
+    Keys and values are made apart from the queries, so that callers may keep them in a cache. With `qk_norm` a head's
+    queries and keys have one length each (Henry et al. 2020), and scores lie within `SHARPNESS sqrt(size)`.
     """
 
-    def __init__(self, width: int, heads: int, source_width: int | None = None, bias: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int, source_width: int | None = None, bias: bool = False, qk_norm: bool = False
+    ) -> None:
         super().__init__()
-        self.heads, self.size = heads, width // heads
+        self.heads, self.size, self.qk_norm = heads, width // heads, qk_norm
         self.query = nn.Linear(width, width, bias=bias)
         self.key_value = nn.Linear(source_width or width, 2 * width, bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
@@ -96,7 +106,7 @@ class Attention(nn.Module):
     def keys_values(self, source: Float[Tensor, "B m S"], turn: Rotation | None) -> KeysValues:
         """Keys (turned by their positions) and values of `source`."""
         keys, values = self.key_value(source).unflatten(-1, (2, self.heads, self.size)).permute(2, 0, 3, 1, 4)
-        return rotate(keys, turn), values
+        return rotate(of_one_length(keys) if self.qk_norm else keys, turn), values
 
     def forward(
         self,
@@ -107,7 +117,8 @@ class Attention(nn.Module):
         causal: bool = False,
     ) -> Float[Tensor, "B n D"]:
         """Each of x's n states reads the keys that `visible` (`[n, m]` or `[B, 1 or H, n, m]`) shows it."""
-        queries = rotate(self.query(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2), turn)
+        queries = self.query(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2)
+        queries = rotate(SHARPNESS * of_one_length(queries) if self.qk_norm else queries, turn)
         keys, values = (part.to(queries.dtype) for part in keys_values)
         if visible is not None and visible.is_floating_point():
             visible = visible.to(queries.dtype)
@@ -132,31 +143,24 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm Transformer layer: self-attention, cross-attention where there is a source, MLP.
+    """A pre-norm Transformer layer of a branch: self-attention, cross-attention where there is a source, MLP.
 
-    `bias` puts biases everywhere, `norm_bias` and `mlp_bias` on the norms or the MLP alone.
+    Where the branch has no biases `norm_bias` and `mlp_bias` put them on the norms or the MLP alone.
     """
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        source_width: int | None = None,
-        bias: bool = False,
-        *,
-        norm_bias: bool = False,
-        mlp_bias: bool = False,
-        activation: Activation = "gelu",
+        self, config: BranchConfig, source_width: int | None = None, *, norm_bias: bool = False, mlp_bias: bool = False
     ) -> None:
         super().__init__()
+        width, heads, bias = config.width, config.heads, config.bias
         norm = partial(nn.LayerNorm, width, bias=bias or norm_bias)
         self.attention_norm = norm()
-        self.attention = Attention(width, heads, bias=bias)
+        self.attention = Attention(width, heads, bias=bias, qk_norm=config.qk_norm)
         if source_width is not None:
             self.cross_norm = norm()
             self.cross = Attention(width, heads, source_width, bias=bias)
         self.mlp_norm = norm()
-        self.mlp = MLP(width, 4 * width, width, bias or mlp_bias, activation)
+        self.mlp = MLP(width, 4 * width, width, bias or mlp_bias, config.activation)
 
     def forward(
         self,

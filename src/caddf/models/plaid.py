@@ -45,7 +45,7 @@ class PlaidConfig(NetworkConfig):
         at_least(1, self, "embedding_width", "schedule_width")
         if not self.gamma_0 < self.gamma_1:
             raise InputError(f"gamma_0 is {self.gamma_0} and gamma_1 {self.gamma_1}; noise must rise from one to other")
-        for name, right in (("positions", "rotary"), ("activation", "gelu")):
+        for name, right in (("positions", "rotary"), ("activation", "gelu"), ("qk_norm", False)):
             if getattr(self.branch, name) != right:
                 raise InputError(f"{name} is {getattr(self.branch, name)}; in PLAID's network it is {right}")
 
@@ -107,7 +107,7 @@ class Plaid(nn.Module):
         self.entry = nn.Linear(config.embedding_width, branch.width, bias=False)
         self.estimate = nn.Linear(config.embedding_width, branch.width, bias=False)
         self.time = nn.Linear(2 * FREQUENCIES, branch.width, bias=False)
-        self.layers = Layers(Layer(branch.width, branch.heads, bias=branch.bias) for _ in range(branch.layers))
+        self.layers = Layers(Layer(branch) for _ in range(branch.layers))
         self.norm = nn.LayerNorm(branch.width, bias=branch.bias)
         self.readout = nn.Embedding(config.vocab_size, branch.width)
         initialise(self, branch.layers)

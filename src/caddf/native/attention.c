@@ -2,6 +2,8 @@
 
 #include "vectors.c"
 
+#define EPSILON 1e-6
+
 static void rotate(float *to, const float *x, const float *cos, const float *sin, int64_t size) {
   int64_t half = size / 2;
   if (!cos) {
@@ -13,6 +15,14 @@ static void rotate(float *to, const float *x, const float *cos, const float *sin
     to[k] = a * cos[k] + b * sin[k];
     to[k + half] = b * cos[k + half] + a * sin[k + half];
   }
+}
+
+// Gives a vector the length `of sqrt(size)`.
+static void lengthen(float *x, int64_t size, double of) {
+  double squares = 0;
+  for (int64_t k = 0; k < size; k++) squares += (double)x[k] * x[k];
+  float factor = (float)(of / sqrt(squares / size + EPSILON));
+  for (int64_t k = 0; k < size; k++) x[k] *= factor;
 }
 
 // Attention of several queries to the keys and values of one head, in tiles, so that what one query has fetched the others

@@ -19,6 +19,7 @@ typedef struct {
   Map query, key_value, out;
   int64_t heads;
   const float *slope, *side;  // linear biases per head, NULL: none
+  double sharpness;           // queries have it as their length, keys 1, over the root of their size; 0: each its own
 } Attention;
 
 typedef struct {
@@ -68,24 +69,27 @@ static const float *angle(const float *table, int64_t position, int64_t size) {
 }
 
 // Turns and stores what `key_value` made, `[rows, n, 2 width]`, for the heads of one thread.
-static void keep(const Pass *p, const Cache *cache, const float *made, int64_t layer, int64_t heads, int64_t size,
+static void keep(const Pass *p, const Cache *cache, const float *made, int64_t layer, const Attention *f, int64_t size,
                  const float *cos, const float *sin, int64_t slot_is_place, int64_t row, int64_t head) {
+  int64_t heads = f->heads;
   int64_t width = heads * size;
   int64_t base = ((layer * p->rows + row) * heads + head) * cache->slots;
   for (int64_t i = 0, n = COUNT(p, row); i < n; i++) {
     int64_t at = position(p, row, i), slot = base + (slot_is_place ? i : at);
     const float *both = made + (BEGIN(p, row) + i) * 2 * width + head * size;
     rotate(cache->keys + slot * size, both, angle(cos, at, size), angle(sin, at, size), size);
+    if (f->sharpness > 0) lengthen(cache->keys + slot * size, size, 1);
     memcpy(cache->values + slot * size, both + width, size * sizeof(float));
   }
 }
 
 // A query of a pass, turned; its scores lie in the room of its thread.
-static Query query_of(const Stack *s, const Pass *p, const float *queries, float *out, float *turned, float *scores,
+static Query query_of(const Stack *s, const Pass *p, const Attention *f, const float *queries, float *out, float *turned, float *scores,
                       int64_t seen, int64_t row, int64_t i, int64_t head, int64_t size) {
   int64_t at = position(p, row, i), index = (BEGIN(p, row) + i) * s->width + head * size;
   float *query = turned + i * size;
   rotate(query, queries + index, angle(p->cos, at, size), angle(p->sin, at, size), size);
+  if (f->sharpness > 0) lengthen(query, size, f->sharpness);
   return (Query){.query = query, .scores = scores + i * seen, .out = out + index, .distance = at};
 }
 
@@ -98,10 +102,10 @@ static void self_attention(const Stack *s, const Pass *p, int64_t layer, const f
   Pieces left = pieces(p->rows * heads, thread, threads);
   for (int64_t each; (each = take(&left)) >= 0;) {
     int64_t row = each / heads, head = each % heads, n = COUNT(p, row);
-    keep(p, &p->own, made, layer, heads, size, p->cos, p->sin, s->context == 0, row, head);
+    keep(p, &p->own, made, layer, f, size, p->cos, p->sin, s->context == 0, row, head);
     int64_t base = ((layer * p->rows + row) * heads + head) * p->own.slots * size;
     for (int64_t i = 0; i < n; i++) {
-      q[i] = query_of(s, p, queries, out, turned, scores, seen, row, i, head, size);
+      q[i] = query_of(s, p, f, queries, out, turned, scores, seen, row, i, head, size);
       if (s->context)
         q[i].to = q[i].distance + 1, q[i].from = most(q[i].to - s->context, 0);
       else
@@ -122,7 +126,7 @@ static void cross_attention(const Stack *s, const Pass *p, int64_t layer, const 
     int64_t row = each / heads, head = each % heads, n = COUNT(p, row);
     int64_t base = ((layer * p->rows + row) * heads + head) * p->source.slots * size;
     for (int64_t i = 0; i < n; i++) {
-      q[i] = query_of(s, p, queries, out, turned, scores, seen, row, i, head, size);
+      q[i] = query_of(s, p, f, queries, out, turned, scores, seen, row, i, head, size);
       q[i].to = p->until[row] + 1, q[i].from = most(q[i].to - p->source_context, 0);
     }
     attend(q, n, p->source.keys + base, p->source.values + base, size, f->slope, f->side, head);
@@ -185,7 +189,7 @@ static void run(const Stack *s, const Pass *p, float *room, int64_t room_width, 
     TOGETHER
     Pieces left = pieces(p->rows * heads, thread, threads);
     for (int64_t each; (each = take(&left)) >= 0;)
-      keep(p, &p->exchange, made, i, heads, size, p->exchange_cos, p->exchange_sin, 0, each / heads, each % heads);
+      keep(p, &p->exchange, made, i, f, size, p->exchange_cos, p->exchange_sin, 0, each / heads, each % heads);
   }
 }
 

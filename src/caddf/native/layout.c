@@ -15,7 +15,7 @@ const Place caddf_layout[] = {
   WHOLE(Norm) AT(Norm, weight) AT(Norm, bias) AT(Norm, epsilon)
   WHOLE(Cache) AT(Cache, keys) AT(Cache, values) AT(Cache, slots)
   WHOLE(Attention) AT(Attention, norm) AT(Attention, query) AT(Attention, key_value) AT(Attention, out)
-  AT(Attention, heads) AT(Attention, slope) AT(Attention, side)
+  AT(Attention, heads) AT(Attention, slope) AT(Attention, side) AT(Attention, sharpness)
   WHOLE(Layer) AT(Layer, self) AT(Layer, cross) AT(Layer, mlp_norm) AT(Layer, up) AT(Layer, down) AT(Layer, activation)
   WHOLE(Stack) AT(Stack, layers) AT(Stack, count) AT(Stack, width) AT(Stack, hidden) AT(Stack, before_norm)
   AT(Stack, join) AT(Stack, norm) AT(Stack, exchange) AT(Stack, exchanges) AT(Stack, exchange_width)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from caddf.caches import KVCache
 from caddf.models.fusion import CrossFusion
-from caddf.models.layers import Attention, KeysValues, Layer, state_of
+from caddf.models.layers import SHARPNESS, Attention, KeysValues, Layer, state_of
 from caddf.native.build import library
 from caddf.native.structures import (
     CAttention,
@@ -94,6 +94,7 @@ class Weights:
         return CAttention(
             norm=self.norm(norm), query=self.linear(module.query), key_value=self.linear(module.key_value),
             out=self.linear(module.out), heads=module.heads, slope=address(slope), side=address(side),
+            sharpness=SHARPNESS if module.qk_norm else 0,
         )  # fmt: skip
 
     def layer(self, module: Layer, crossed: bool, biases: Sequence[Biases] = (None, None)) -> CLayer:

@@ -40,7 +40,7 @@ class CAttention(ctypes.Structure):
 
     _fields_ = (
         ("norm", CNorm), ("query", CMap), ("key_value", CMap), ("out", CMap), ("heads", _number),
-        ("slope", _pointer), ("side", _pointer),
+        ("slope", _pointer), ("side", _pointer), ("sharpness", ctypes.c_double),
     )  # fmt: skip
 
 
