@@ -160,7 +160,7 @@ def test_the_gpt2_of_transformers_is_ours():
 
 def test_what_transformers_cannot_hold_is_refused():
     config = untrained_config("caddf-lambda-dce", "debug", SHORT, "preset")
-    with pytest.raises(InputError, match="built differently"):
+    with pytest.raises(InputError, match="built otherwise"):
         to_transformers(ARCHITECTURES["dual"].network(config))
 
 

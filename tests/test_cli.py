@@ -338,8 +338,7 @@ def uninterrupted(data, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_and_resumed_is_uninterrupted(say, data, uninterrupted, tmp_path, number):
+def test_stopped_and_resumed_is_uninterrupted(say, data, uninterrupted, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from caddf.__main__ import main; "
                "raise SystemExit(main())", "train", *TRAIN, *LONG, "--data", data, "--out", str(run)]  # fmt: skip
@@ -348,13 +347,10 @@ def test_killed_and_resumed_is_uninterrupted(say, data, uninterrupted, tmp_path,
     while steps_of(run) < 10:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert out == "" and steps_of(run) < 40
-    if number == signal.SIGTERM:
-        assert process.returncode == 130 and f"go on with: caddf train --resume {run}" in err
-    else:
-        assert process.returncode == -number
+    assert process.returncode == 130 and f"go on with: caddf train --resume {run}" in err
     say("train", "--resume", run)
     weights = "checkpoints/latest/model.safetensors"
     assert (run / weights).read_bytes() == (uninterrupted / weights).read_bytes()

@@ -46,7 +46,7 @@ def dual(kind: str, vocab: int = V, block_size: int = K) -> DualBranch:
 
 
 @pytest.mark.parametrize("template", [False, True])
-@pytest.mark.parametrize(("target", "least"), [("causal", 0.1), ("fused", 0.1), ("fused", 1.0)])
+@pytest.mark.parametrize(("target", "least"), [("causal", 0.1), ("fused", 1.0)])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_adaptive_windows_are_exact(kind, target, template, least):
     model, tokens = dual(kind), TEMPLATES if template else PROMPTS
@@ -64,7 +64,7 @@ def test_adaptive_windows_are_exact(kind, target, template, least):
 
 @pytest.mark.parametrize("template", [False, True])
 @pytest.mark.parametrize("target", ["causal", "fused"])
-@pytest.mark.parametrize(("drafts", "renew"), [(2, 1), (4, 1), (3, 2), (1, 1), (2, 4)])
+@pytest.mark.parametrize(("drafts", "renew"), [(2, 1), (4, 1), (2, 4)])
 def test_windows_that_serve_several_rounds_are_exact(drafts, renew, target, template):
     model, tokens = dual("chained", block_size=6), TEMPLATES if template else PROMPTS
     decoder = Speculative(target, drafts=drafts, renew=renew, lookup=0)

@@ -18,7 +18,7 @@ from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, plain_ti
 from caddf.benchmarks.roster import Contestant, needs, same_weights
 from caddf.benchmarks.steps import denoises
 from caddf.errors import InputError, at_least, once
-from caddf.evaluation.infilling import Filled, Reading, fill_spans, readings
+from caddf.evaluation.infilling import Filled, SpanReading, fill_spans, readings
 from caddf.evaluation.masks import uniform
 from caddf.evaluation.pairing import ratio_of
 from caddf.evaluation.suite import window_generator
@@ -123,7 +123,7 @@ def fill(
     windows: Int[Tensor, "N L"],
     start: Int[Tensor, " N"],
     size: int,
-    reading: Reading,
+    reading: SpanReading,
     settings: InfillSettings,
     device: torch.device,
 ) -> Filled:
@@ -136,7 +136,7 @@ def fill(
     return Filled(torch.cat([part.nats for part in parts]), torch.cat([part.exact for part in parts]))
 
 
-def _row(name: str, contestant: Contestant, reading: Reading, size: int, filled: Filled) -> dict[str, Any]:
+def _row(name: str, contestant: Contestant, reading: SpanReading, size: int, filled: Filled) -> dict[str, Any]:
     several, root = len(filled.nats) > 1, len(filled.nats) ** 0.5
     exact = filled.exact.double()
     return {

@@ -18,7 +18,7 @@ from caddf.evaluation.likelihood import read_exact
 from caddf.evaluation.reading import infilled
 from caddf.interface import LanguageModel
 
-Reading = Literal["infill", "diffusion", "causal"]
+SpanReading = Literal["infill", "diffusion", "causal"]
 """How a span is read: `infill`, left to right given both sides (eq. 6; exact); `diffusion`, in any order given both
 sides (eq. 9 over the span; an upper bound, exact for one token); `causal`, given the left alone (exact)."""
 
@@ -31,9 +31,9 @@ class Filled:
     exact: Bool[Tensor, " B"]
 
 
-def readings(model: LanguageModel) -> tuple[Reading, ...]:
+def readings(model: LanguageModel) -> tuple[SpanReading, ...]:
     """What a model can say of a span. One that is told the time can say nothing, and is the caller's to leave out."""
-    found: list[Reading] = ["infill"] if "fused" in model.heads else []
+    found: list[SpanReading] = ["infill"] if "fused" in model.heads else []
     found += ["diffusion"] if model.denoiser != "causal" else []
     return (*found, "causal") if "causal" in model.heads else tuple(found)
 
@@ -44,7 +44,7 @@ def fill_spans(
     x0: Int[Tensor, "B L"],
     start: Int[Tensor, " B"],
     size: int,
-    reading: Reading,
+    reading: SpanReading,
     samples: int,
     noise: Sequence[torch.Generator],
 ) -> Filled:
