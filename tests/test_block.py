@@ -18,10 +18,11 @@ from enumeration import entropy, exact_denoiser, masks, random_denoiser, random_
 from torch import Tensor
 
 from caddf.decoding.block import SemiAutoregressive
+from caddf.denoiser import as_model
 from caddf.errors import InputError
 from caddf.evaluation import diffusion_bound
 from caddf.evaluation.block import block_diffusion_bound
-from caddf.interface import AnyOrder, Block, as_model
+from caddf.interface import AnyOrder, Block
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.objectives import TimeDCE

@@ -30,6 +30,7 @@ from enumeration import (
 from torch import Tensor
 
 from caddf import evaluation
+from caddf.denoiser import as_model
 from caddf.errors import InputError
 from caddf.evaluation.bounds import (
     diffusion_bound,
@@ -42,7 +43,7 @@ from caddf.evaluation.bounds import (
 )
 from caddf.evaluation.likelihood import ar_nll, block_nll, causal_nll, score
 from caddf.evaluation.masks import draw_masks, interval_weights, step_weights
-from caddf.interface import LanguageModel, as_model
+from caddf.interface import LanguageModel
 from caddf.schedules import SCHEDULES, LogLinear
 
 SIGMAS = 5

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from caddf.categorical import Warp
 from caddf.decoding.d3pm import D3PMAbsorbing, D3PMUniform
+from caddf.denoiser import as_model
 from caddf.errors import InputError
 from caddf.evaluation import diffusion_bound
 from caddf.evaluation.d3pm import CHAINS, AbsorbingChain, UniformChain, d3pm_bound
-from caddf.interface import AnyOrder, as_model
+from caddf.interface import AnyOrder
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.objectives import LambdaDCE

@@ -21,8 +21,9 @@ from caddf.decoding import (
     Hybrid,
     Speculative,
 )
+from caddf.denoiser import as_model
 from caddf.errors import InputError
-from caddf.interface import Block, Infill, as_model
+from caddf.interface import Block, Infill
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.schedules import SCHEDULES

@@ -9,9 +9,9 @@ import torch
 from drawing import generator
 from enumeration import entropy, exact_denoiser, random_source, support
 
+from caddf.denoiser import as_model
 from caddf.evaluation.bounds import diffusion_bound
 from caddf.evaluation.estimates import estimate
-from caddf.interface import as_model
 
 V, L = 2, 4
 SOURCE = random_source(V, L)

@@ -13,8 +13,8 @@ from caddf import InputError, TextModel, generate
 from caddf.categorical import RowGenerators
 from caddf.decoding import DECODERS, Autoregressive, FirstHitting, Speculative, Task
 from caddf.decoding.task import DecodingError
+from caddf.denoiser import as_model
 from caddf.generation import _StopWords
-from caddf.interface import as_model
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
 from caddf.tokenizer import Tokenizer

@@ -5,9 +5,9 @@ import torch
 from enumeration import exact_denoiser, random_source, sequences
 from torch import Tensor
 
+from caddf.denoiser import as_model
 from caddf.errors import InputError
 from caddf.evaluation.infilling import fill_spans, readings
-from caddf.interface import as_model
 from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig
 

@@ -6,8 +6,9 @@ from catalogue import Joint
 from enumeration import denoiser_of
 from torch import Tensor
 
+from caddf.denoiser import as_model
 from caddf.errors import InputError
-from caddf.interface import AnyOrder, Block, Infill, as_model
+from caddf.interface import AnyOrder, Block, Infill
 
 V, L = 3, 4
 JOINT = Joint.random(V, L)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import caddf.objectives.any_order as any_order
 import caddf.objectives.dce as dce
+from caddf.denoiser import DenoiserModel, as_model
 from caddf.evaluation import (
     diffusion_accuracy,
     diffusion_bound,
@@ -29,7 +30,7 @@ from caddf.evaluation import (
 from caddf.evaluation.d3pm import UniformChain
 from caddf.evaluation.suite import Bound
 from caddf.experiment import METHODS, Network, network_of
-from caddf.interface import Block, DenoiserModel, Infill, LanguageModel, Pattern, as_model
+from caddf.interface import Block, Infill, LanguageModel, Pattern
 from caddf.model_settings import ModelSettings
 from caddf.models.config import BranchConfig
 from caddf.models.plaid import Plaid

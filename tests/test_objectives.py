@@ -10,8 +10,9 @@ from catalogue import BLOCK, CONTEXT, DENOISING, MODELS, OBJECTIVES, VOCABULARY,
 from drawing import generator
 from torch import Tensor, nn
 
+from caddf.denoiser import DenoiserModel
 from caddf.errors import InputError
-from caddf.interface import AnyOrder, Block, DenoiserModel, Infill, Pattern
+from caddf.interface import AnyOrder, Block, Infill, Pattern
 from caddf.objectives import AnyOrderLoss, AutoregressiveLoss, LambdaDCE, Synergistic, SynergisticConfig, TimeDCE
 from caddf.objectives.loss import draw_times
 

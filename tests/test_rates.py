@@ -19,8 +19,9 @@ from caddf.concrete_score import PROCESSES, Absorbing, Uniform, log_scores, proc
 from caddf.decoding.ancestral import Ancestral
 from caddf.decoding.rates import Euler, Rates, TauLeaping
 from caddf.decoding.task import Task
+from caddf.denoiser import as_model
 from caddf.errors import InputError
-from caddf.interface import AnyOrder, as_model
+from caddf.interface import AnyOrder
 from caddf.models.config import BranchConfig
 from caddf.models.single import SingleConfig, build_single
 from caddf.schedules import SCHEDULES

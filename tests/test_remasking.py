@@ -15,8 +15,8 @@ from torch import Tensor
 
 from caddf.categorical import Warp
 from caddf.decoding import Ancestral, Remasking
+from caddf.denoiser import as_model
 from caddf.errors import InputError
-from caddf.interface import as_model
 from caddf.schedules import SCHEDULES
 
 V, L, ROWS = 3, 2, 3000

@@ -11,10 +11,11 @@ from scores import Source, transitions
 from torch import Tensor
 
 from caddf.concrete_score import PROCESSES, Uniform, log_scores, process_of, score_entropy
+from caddf.denoiser import as_model
 from caddf.errors import InputError
 from caddf.evaluation import score_entropy as bounds
 from caddf.evaluation.score_entropy import score_bound
-from caddf.interface import AnyOrder, as_model
+from caddf.interface import AnyOrder
 from caddf.models.config import BranchConfig
 from caddf.models.single import SingleConfig, build_single
 from caddf.objectives.dce import TimeDCE

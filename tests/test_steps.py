@@ -13,12 +13,12 @@ from drawing import generator
 from enumeration import exact_denoiser, masks, random_denoiser, random_source, sequences
 from torch import Tensor
 
+from caddf.denoiser import as_model
 from caddf.errors import InputError
 from caddf.evaluation.bounds import finite_step_bound
 from caddf.evaluation.masks import step_weights
 from caddf.evaluation.reading import denoised, infilled
 from caddf.evaluation.steps import step_curve
-from caddf.interface import as_model
 from caddf.schedules import Cosine, LogLinear
 
 V, L = 2, 5

@@ -17,10 +17,11 @@ from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, number, 
 from caddf.benchmarks.roster import Contestant, needs, same_weights
 from caddf.categorical import RowGenerators
 from caddf.decoding import Ancestral, Task
+from caddf.denoiser import as_model
 from caddf.errors import InputError, at_least, once
 from caddf.evaluation.steps import StepCurve, Steps, step_curve
 from caddf.experiment import METHODS
-from caddf.interface import LanguageModel, as_model
+from caddf.interface import LanguageModel
 
 ROWS = 64
 """Rows over which passes are counted."""

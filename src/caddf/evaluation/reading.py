@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from caddf.denoiser import as_model
 from caddf.errors import InputError
-from caddf.interface import AnyOrder, Head, Infill, LanguageModel, as_model
+from caddf.interface import AnyOrder, Head, Infill, LanguageModel
 
 Model = LanguageModel | Callable[[Tensor], Tensor]
 """A model, or a function `x_t -> log-probabilities` (then `vocab_size` must be given)."""

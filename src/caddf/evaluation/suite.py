@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from caddf.denoiser import as_model
 from caddf.errors import Checked, InputError, a_share, at_least, check_seed
 from caddf.evaluation.accuracy import mtp
 from caddf.evaluation.bounds import draw, finite_step_bound, importance_weighted_bound, infilling
@@ -25,7 +26,7 @@ from caddf.evaluation.likelihood import Likelihood, read_exact
 from caddf.evaluation.masks import Noise, interval_weights
 from caddf.evaluation.protocol import Window, chosen, stacked
 from caddf.evaluation.reading import Model, checked
-from caddf.interface import Head, LanguageModel, as_model
+from caddf.interface import Head, LanguageModel
 from caddf.schedules import LogLinear
 
 
