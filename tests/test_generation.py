@@ -14,9 +14,9 @@ from caddf.categorical import RowGenerators
 from caddf.decoding import DECODERS, Autoregressive, FirstHitting, Speculative, Task
 from caddf.decoding.task import DecodingError
 from caddf.denoiser import as_model
-from caddf.generation import _StopWords
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
+from caddf.snapshots import StopWords
 from caddf.tokenizer import Tokenizer
 
 
@@ -88,7 +88,7 @@ def test_end_of_text_ends_a_row(model):
 @given(st.lists(st.text("ab\u00e9", min_size=1, max_size=3), min_size=1, max_size=3), st.randoms())
 def test_stop_strings_are_looked_for_in_what_is_new(stop, random):
     tokenizer, tokens = Tokenizer.plain_bytes(), []
-    words = _StopWords(tuple(stop), tokenizer)
+    words = StopWords(tuple(stop), tokenizer)
     for _ in range(12):
         if random.random() < 0.2:
             tokens = tokens[: random.randrange(len(tokens) + 1)]  # a decoder took some back

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from caddf.data import TokenSet
 from caddf.evaluation import Ratio
-from caddf.generation import Snapshot
+from caddf.snapshots import Snapshot
 
 STYLES = {
     "given": "dim",

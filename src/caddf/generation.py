@@ -6,9 +6,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -22,7 +20,6 @@ from caddf.decoding import (
     D3PMUniform,
     Decoder,
     FirstHitting,
-    Frame,
     Gaussian,
     Hybrid,
     Remasking,
@@ -32,180 +29,18 @@ from caddf.decoding import (
 )
 from caddf.decoding.confidence import SurestFirst
 from caddf.decoding.rates import Rates
-from caddf.decoding.task import NO_TOKEN, DecodingError, hit_rate
+from caddf.decoding.task import NO_TOKEN, DecodingError
 from caddf.errors import InputError, at_least, check_arguments, check_seed
 from caddf.interface import LanguageModel
 from caddf.models.plaid import Plaid
+from caddf.snapshots import Row, Snapshot, StopWords
 from caddf.text_model import TextModel
-from caddf.tokenizer import Tokenizer
 
 HOLE, WIDTH = re.compile(r"\[MASK\b([^\[\]]*)\]"), re.compile(r"(?::([0-9]{1,99}))?")
 """A hole of a template, and what may stand in it: `[MASK]` is one token wide, `[MASK:24]` twenty-four."""
 
-LONGEST = 4
-"""Bytes of a character, each of which may be a token."""
 WITHOUT_TIME = (Ancestral, FirstHitting, Remasking, SemiAutoregressive, SurestFirst, Hybrid)
 """Decoders that tell a network no time."""
-Kind = Literal["given", "open", "kept", "fresh", "corrected", "rejected"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt or template as tokens, `[M]` where a token is wanted; `prompt` is what the user gave."""
-
-    prompt: str
-    tokens: list[int]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The state of all rows after a step of the decoder.
-
-    `seconds` is the time spent decoding so far, not that of whoever looks at the frames.
-    """
-
-    frame: Frame
-    rows: list[Row]
-    task: Task
-    tokenizer: Tokenizer
-    stop: tuple[str, ...]
-    seed: int
-    seconds: float
-    cost: float
-
-    @property
-    def text(self) -> str:
-        """The first row's text so far: a prompt's continuation, or a template with its holes filled."""
-        return self.texts[0]
-
-    @cached_property
-    def texts(self) -> list[str]:
-        """Every row's text so far; `[M]` shows as an underscore."""
-        return [self._text(r) for r in range(len(self.rows))]
-
-    def pieces(self, row: int = 0) -> list[tuple[str, Kind]]:
-        """The canvas token by token, with what became of each; a rejected draft comes before its correction.
-
-        A character of several tokens stands with the last of them.
-        """
-        frame = self.frame
-        tokens: list[tuple[str, Kind]] = []
-        wanted, part = self.task.wanted[row].tolist(), list[int]()
-        shown = frame.tokens[row, : int(self.task.lengths[row])].tolist()
-        for i, token in enumerate(shown):
-            if token == self.task.mask_id and part:  # a character that does not go on
-                tokens[-1], part = (self.tokenizer.decode(part), tokens[-1][1]), []
-            draft = self.task.mask_id if frame.drafts is None else int(frame.drafts[row, i])
-            if draft not in (self.task.mask_id, token):
-                tokens.append((self.tokenizer.decode([draft]), "rejected"))
-            kind: Kind = "kept"
-            if not wanted[i]:
-                kind = "given"
-            elif token == self.task.mask_id:
-                kind = "open"
-            elif frame.corrected is not None and frame.corrected[row, i]:
-                kind = "corrected"
-            elif frame.fresh[row, i]:
-                kind = "fresh"
-            text = "_"
-            if token != self.task.mask_id:
-                part.append(token)
-                text = self.tokenizer.decode(part)
-                if text.endswith("\ufffd") and len(part) < LONGEST and i + 1 < len(shown):
-                    text = ""
-                else:
-                    part = []
-            tokens.append((text, kind))
-        return tokens
-
-    def results(self) -> list[dict[str, Any]]:
-        """Text and statistics of every row, as plain values for JSON.
-
-        `tokens` counts the new ones; `tokens_per_second` is of this row, over the time of the whole batch;
-        `tokens_per_evaluation` counts a diffusion pass at its floating-point operations per position over the causal
-        branch's; `copied_rounds` are those whose drafts came from the text itself; `cache_hit_rate` is the share of the
-        token-positions of a decoder without caches that came from one.
-        """
-        return [self._result(r) for r in range(len(self.rows))]
-
-    def _result(self, r: int) -> dict[str, Any]:
-        counts = self.frame.counts
-        causal, diffusion, computed, needed = (
-            int(getattr(counts, name)[r]) for name in ("causal", "diffusion", "computed", "needed")
-        )
-        tokens = len(self._new(r))
-        passes = causal + diffusion * (self.cost if causal else 1.0)
-        return {
-            "text": self.texts[r],
-            "prompt": self.rows[r].prompt,
-            "tokens": tokens,
-            "tokens_per_second": tokens / self.seconds if self.seconds > 0 else 0.0,
-            "evaluations": {"causal": causal, "diffusion": diffusion},
-            "tokens_per_evaluation": tokens / passes if passes else 0.0,
-            "rounds": int(counts.rounds[r]),
-            "copied_rounds": int(counts.copied[r]),
-            "cache_hit_rate": hit_rate(computed, needed),
-            "seed": self.seed + r,
-        }
-
-    def _new(self, r: int) -> list[int]:
-        """The new tokens that stand: in a continuation those before the first `[M]` or `<|endoftext|>`.
-
-        What a step drew behind a stop string does not count; the token that completes the stop string does.
-        """
-        tokens = self.frame.tokens[r, : int(self.task.lengths[r])]
-        new = tokens[self.task.wanted[r, : len(tokens)]].tolist()
-        if self.task.template:
-            return [token for token in new if token != self.task.mask_id]
-        ends = (i for i, token in enumerate(new) if token in (self.task.mask_id, self.tokenizer.eos_id))
-        new = new[: next(ends, len(new))]
-        if self.stop and self._stopped(new):
-            ends = (i for i in range(1, len(new)) if self._stopped(new[:i]))
-            new = new[: next(ends, len(new))]
-        return new
-
-    def _stopped(self, tokens: list[int]) -> bool:
-        text = self.tokenizer.decode(tokens)
-        return first_stop(text, self.stop) < len(text)
-
-    def _text(self, r: int) -> str:
-        if not self.task.template:
-            text = self.tokenizer.decode(self._new(r))
-            return text[: first_stop(text, self.stop)]
-        parts: list[str] = []
-        run: list[int] = []
-        for token in [*self.frame.tokens[r, : int(self.task.lengths[r])].tolist(), self.task.mask_id]:
-            if token == self.task.mask_id:
-                parts += [self.tokenizer.decode(run), "_"]
-                run = []
-            else:
-                run.append(token)
-        return "".join(parts[:-1])
-
-
-def first_stop(text: str, stop: tuple[str, ...]) -> int:
-    """Where the first stop string of `text` starts, or the length of `text`."""
-    return min((at for word in stop if (at := text.find(word)) >= 0), default=len(text))
-
-
-class _StopWords:
-    """Whether a row's text holds one. What was looked at, and stands, is not decoded again, but for its last tokens."""
-
-    def __init__(self, stop: tuple[str, ...], tokenizer: Tokenizer) -> None:
-        self.stop, self.tokenizer = stop, tokenizer
-        self.reach = max((len(word.encode()) for word in stop), default=0)  # a token has a byte at least
-        self.clean: list[int] = []
-
-    def met(self, tokens: list[int]) -> bool:
-        """Whether the text of `tokens` holds one of them."""
-        stands = tokens[: len(self.clean)] == self.clean
-        text = self.tokenizer.decode(tokens[max(len(self.clean) - self.reach, 0) if stands else 0 :])
-        if first_stop(text, self.stop) < len(text):
-            return True
-        self.clean = tokens
-        return False
-
-
 NEW = 64
 """Tokens that a prompt is continued by where nothing is said."""
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
@@ -368,7 +203,7 @@ def _stream(
     for r, row in enumerate(rows):
         tokens[r, : len(row.tokens)] = torch.tensor(row.tokens)
     wanted = tokens == mask_id
-    stops = [_StopWords(stop, model.tokenizer) for _ in rows]
+    stops = [StopWords(stop, model.tokenizer) for _ in rows]
 
     def finished(x: Int[Tensor, "B L"]) -> Bool[Tensor, " B"]:
         """A row whose new text, up to its first open position, holds `<|endoftext|>` or a stop string."""

@@ -15,8 +15,9 @@ from rich.console import Console
 from caddf.benchmarks.roster import Contestant, Entrant, Roster, entrants
 from caddf.checkpoint import write_text_atomic
 from caddf.errors import Checked, InputError
-from caddf.generation import Snapshot, generate
+from caddf.generation import generate
 from caddf.machine import machine
+from caddf.snapshots import Snapshot
 from caddf.text_model import DType, TextModel
 
 
