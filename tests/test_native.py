@@ -862,7 +862,7 @@ ROUNDS = {
 
 
 MANY = ("autoregressive", "drafts", "copies")
-"""Kinds under every warp, with a prompt and without; others as `FEW` says, but for one of them in turn."""
+"""Kinds under every warp, with a prompt and without; others once, as `FEW` says in turn."""
 FEW = ((0, "temperature"), (9, "greedy"), (9, "all filters"))
 
 
@@ -871,7 +871,7 @@ FEW = ((0, "temperature"), (9, "greedy"), (9, "all filters"))
     [
         each
         for each in itertools.product(ROUNDS, (0, 9), WARPS)
-        if each[0] in MANY or (each[1:] in FEW and each[1:] != FEW[list(ROUNDS).index(each[0]) % 3])
+        if each[0] in MANY or each[1:] == FEW[list(ROUNDS).index(each[0]) % 3]
     ],
 )
 @torch.inference_mode()
