@@ -48,9 +48,9 @@ class ModelSettings(Checked):
         for the dual branch.
     token_shift: of the causal branch: its inputs are two tokens, one mapped, and not one, as is what a chain of drafts
         hears; not set, true for the dual branch.
-    activation: of the causal branch: gelu, or relu2, max(x, 0)^2, which after some million tokens has a lower exact
-        perplexity, a higher diffusion bound and fewer drafts that stand.
-    qk_norm: of the causal branch: queries and keys of one length, with the same gains and losses.
+    activation: of the causal branch: gelu, or relu2, max(x, 0)^2; with qk_norm, after some million tokens, it has a
+        lower exact perplexity, a higher diffusion bound and fewer drafts that stand.
+    qk_norm: of the causal branch: queries and keys of one length.
     own_state: the fusion reads the canvas state of its own position besides what cross-attention finds; not set, true
         where there is cross-attention.
     """

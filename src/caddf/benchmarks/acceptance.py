@@ -67,7 +67,7 @@ def measure_acceptance(settings: AcceptanceSettings, console: Console) -> Result
     roster, data = settings.opened()
     if settings.block_sizes:
         once("block_sizes", settings.block_sizes)
-    drafting = [name for name in roster.names if _drafts(roster[name].network, settings)]
+    drafting = [name for name in roster.names if _drafts(load(roster.trained[name]).model, settings)]
     if not drafting:
         raise InputError(f"models is {settings.models}; none of them drafts for a target of its own")
     read = {"data": data.fingerprint(settings.split)}

@@ -297,7 +297,7 @@ def _peak(given: Conditions, place: Place, rounds: list[dict[str, Any]], roster:
 
 def resident_peak(given: Conditions, place: Place) -> int:
     """Weights, and what one decoding adds to the resident memory of this process; run it in a `fresh` one."""
-    held = Contest.of(dataclasses.replace(given, judge=None), given.roster())
+    held = Contest(given, given.roster(), given.beginnings, judge=None)  # which loads no other model
     network = held.roster[place[0].model].network
     weights = weights_held(network)
     decoder, task = held.decoder(place[0]), held.task(place, 0)

@@ -214,7 +214,8 @@ def train(settings: TrainSettings, console: Console) -> Results:
         put_median(row, "tokens_per_second")
         row["parameters"] = row.get("parameters") or row["rounds"][-1]["parameters"]
         peaks = [each["peak"] for each in row["rounds"] if "peak" in each]
-        row["peak_memory"] = max(peaks) if peaks else row["peak_memory"]
+        if peaks:
+            row["peak_memory"] = max(*peaks, row["peak_memory"] or 0)
     put(results.values, ratios(results.values["rows"]))
     text = f"Steps of {settings.length} tokens a row; random tokens and weights."
     results.write(text, COLUMNS, partial(cells, length=settings.length), partial(draw, rows=results.values["rows"]))

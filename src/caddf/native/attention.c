@@ -2,7 +2,7 @@
 
 #include "vectors.c"
 
-#define EPSILON 1e-6
+#define EPSILON 1e-6  // as `models/layers.py` has it
 
 static void rotate(float *to, const float *x, const float *cos, const float *sin, int64_t size) {
   int64_t half = size / 2;
