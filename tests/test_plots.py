@@ -76,6 +76,20 @@ def test_acceptance_is_of_the_last_step_but_against_steps(axes):
     assert labels[0] == "m, causal, temperature 1" and len(set(labels)) == 4
 
 
+def test_ratios_stand_in_rows_with_their_errors(axes):
+    ratios = {
+        "a / b": {"one": plots.Ratio(0.5, 0.4, 0.8)},
+        "c / d": {"one": plots.Ratio(2, 1, 4), "two": plots.Ratio(3, 3, 3)},
+    }
+    plots.draw_ratios(axes, ratios, "less is better")
+    one, two = points(axes)
+    assert [x for x, _ in one] == [0.5, 2] and [x for x, _ in two] == [3]
+    assert [round(y) for _, y in one + two] == [0, 1, 1] and one[1][1] != two[0][1]
+    assert axes.containers[0].lines[2][0].get_segments()[0][:, 0].tolist() == [0.4, 0.8]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a / b", "c / d"] and axes.yaxis_inverted()
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [1]
+
+
 def test_losses_and_validation_are_told_apart(axes):
     plots.draw_losses(axes, RUNS)
     assert [list(line.get_ydata()) for line in axes.lines] == [[3.0, 2.5], [2.75]]

@@ -297,8 +297,8 @@ def test_odd_files_are_named_and_change_nothing_else(whole, html, tmp_path):
 
 
 def test_mistakes_of_ours_are_no_odd_files(tmp_path, monkeypatch):
-    write(tmp_path / "results", {"table4/table.json": {"table": "table4", "rows": []}})
-    monkeypatch.setattr("caddf.report._plain_grid", lambda rows: {}["rows"])
+    write(tmp_path / "results", {"scaling.json": BENCHMARK})
+    monkeypatch.setattr("caddf.report._ratios", lambda values: {}["rows"])
     with pytest.raises(KeyError):
         report(tmp_path / "results", tmp_path / "report.html")
 
@@ -310,16 +310,51 @@ def test_files_beside_no_folder_have_the_name_of_the_results(tmp_path):
     assert "Evaluations (mine)" in text and "Cost against context (mine)" in text and "(.)" not in text
 
 
-def test_a_table_of_any_shape_is_shown_whole(tmp_path):
-    rows = [
-        {"model": "full", "mtp": {"accuracy": 0.4321}, "ppl": 12.34, "ok": True, "seeds": [1, 2]},
-        {"model": "less", "ppl": 23.4567},
-    ]
-    write(tmp_path / "results", {"table4/table.json": {"table": "table4", "settings": {"scale": "demo"}, "rows": rows}})
-    report(tmp_path / "results", tmp_path / "report.html")
+def ablation(model, target_ratio, diffusion_ratio=None):
+    exact, bound = ({"ppl": ppl, "standard_error": ppl / 100} for ppl in (54.32, 76.54))
+    return {
+        "model": model, "decoder": "speculative", "settings": {}, "target": "causal", "batch": 1, "parameters": 1234567,
+        "tokens_seen": 98765, "target_ppl": exact, "target_ratio": target_ratio, "diffusion_ppl": bound,
+        "diffusion_ratio": diffusion_ratio, "mtp_accuracy": 0.0432, "mtp_agreement": None, "tokens_per_round": 3.21,
+        "tokens_per_round_error": 0.12, "tokens_per_second": 432.1, "tokens_per_second_quartiles": [400.0, 450.0],
+        "ratio": None, "ratio_quartiles": None,
+    }  # fmt: skip
+
+
+def test_what_a_table_compares_is_drawn(tmp_path):
+    ratio = {"ratio": 0.8765, "standard_error": 0.0123}
+    paired = {"method": "caddf", "likelihood": "block", "other": "gpt2", "against": "causal", "sets": {"two": ratio}}
+    efficiency = {
+        "table": "table3", "about": "What it is of.", "rows": [], "ratios": {"a_vs_b": 23.45, "share": 0.5},
+        "ratio_quartiles": {"a_vs_b": [20.0, 30.0]}, "ratio_of": {"a_vs_b": "a / b", "share": "a"},
+    }  # fmt: skip
+    ablations = {
+        "table": "table4", "settings": TABLE["settings"], "about": "What else it is of.",
+        "rows": [ablation("full", target_ratio={"ratio": 1.0, "standard_error": 0.0}),
+                 ablation("less", target_ratio=ratio, diffusion_ratio={"ratio": 2.345, "standard_error": 0.1})],
+        "perplexities": {name: TABLE[name] for name in ("sets", "rows")},
+    }  # fmt: skip
+    tables = {"1/table.json": {**TABLE, "paired": [paired]}, "3/table.json": efficiency, "4/table.json": ablations}
+    write(tmp_path / "results", tables)
+    assert not report(tmp_path / "results", tmp_path / "report.html").unread
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    for said in ("Table 4. Ablations, scale demo", "mtp accuracy", "0.4321", "12.34", "yes", "1, 2", "less", "23.46"):
+    for said in (
+        "0.876 ± 0.012", "23.4", "20 to 30", "a / b", "What it is of.", "What else it is of.", "54.3 ± 0.5",
+        "2.35 ± 0.1", "3.21 ± 0.12", "432 (400 to 450)", "Perplexity over the full model's",
+        "Speed over that of others",
+    ):  # fmt: skip
         assert said in page.text
+    assert page.text.count("63.6 ± 0.6") == page.text.count("41.4 ± 0.4") == 2
+    drawn = {name: (tmp_path / f"results/{name}/table-ratios.svg").read_text() for name in "134"}
+    names = {"1": ["caddf block / gpt2 causal", "Second"], "3": ["a_vs_b"], "4": ["less", "exact, causal", "diffusion"]}
+    assert all(name in drawn[table] for table, some in names.items() for name in some)
+    assert "First" not in drawn["1"] and "share" not in drawn["3"] and "full<" not in drawn["4"]
+
+
+def test_tables_of_other_names_are_not_shown(tmp_path):
+    write(tmp_path / "results", {"table.json": {"table": "table9", "rows": []}})
+    (why,) = report(tmp_path / "results", tmp_path / "report.html").unread.values()
+    assert why == "table is table9; it must be one of table1, table2, table3, table4"
 
 
 def test_folders_of_any_name_have_links_and_identifiers_of_their_own(tmp_path):

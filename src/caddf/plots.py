@@ -159,6 +159,37 @@ def _draw_curves(axes: Any, curves: Mapping[str, Curve], limits: str) -> None:
             axes.axhline(curve.limit, color=colour, ls=limits, lw=1.2)
 
 
+# Ratios.
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio within what is likely of it: standard errors, or quartiles."""
+
+    value: float
+    low: float
+    high: float
+
+
+def draw_ratios(axes: Any, ratios: Mapping[str, Mapping[str, Ratio]], what: str) -> None:
+    """Ratios in rows, by name, those of a row told apart by what they are of; dashed, where nothing is gained."""
+    rows = list(ratios)
+    series = list(dict.fromkeys(name for each in ratios.values() for name in each))
+    for i, name in enumerate(series):
+        there = [(row, ratios[key][name]) for row, key in enumerate(rows) if name in ratios[key]]
+        below = 0.6 * ((i + 0.5) / len(series) - 0.5)
+        places = [row + below for row, _ in there]
+        values = [each.value for _, each in there]
+        errors = [[each.value - each.low for _, each in there], [each.high - each.value for _, each in there]]
+        look = {"fmt": "o", "ms": 4, "capsize": 2, "color": COLOURS[i % len(COLOURS)]}
+        axes.errorbar(values, places, xerr=errors, label=name, **look)
+    axes.axvline(1, color=INK, ls="--", lw=1)
+    axes.set(xlabel=what, xscale="log", ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), rows)
+    finish(axes, axes.xaxis)
+    axes.figure.set_size_inches(9, max(2.4, 1 + 0.45 * len(rows)))
+
+
 # Training.
 
 

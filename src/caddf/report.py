@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count
@@ -18,14 +18,14 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from caddf import plots
+from caddf import plots, reproduce
 from caddf.benchmarks import BENCHMARKS
 from caddf.benchmarks.roster import needs
 from caddf.checkpoint import write_text_atomic
 from caddf.errors import InputError
 from caddf.evaluation.pairing import named
 from caddf.machine import machine
-from caddf.reproduce import paired_grid, perplexity, plus_minus
+from caddf.reproduce import perplexity, plus_minus
 from caddf.result_files import Results, Source, Values, link_to
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ COMMANDS = {
 """What makes what may be missing."""
 MANY = 3
 """Entries of one kind and folder, beyond which they are folded."""
+PERPLEXITIES = "ratio of perplexities ± standard error: less is better"
 CURVES = 8
 """The most in one figure of likelihoods: beyond, the table says more."""
 
@@ -200,34 +201,91 @@ def _by_name(
 
 
 def _table(page: Page, title: str, source: Source) -> Entry:
+    """What the table says in its own words, perplexities in theirs, and drawings of both."""
     values, settings = source.values, source.about
+    table = reproduce.TABLES.get(values["table"])
+    if table is None:
+        raise InputError(f"table is {values['table']}; it must be one of {', '.join(reproduce.TABLES)}")
     title = f"{title}, scale {settings['scale']}" if "scale" in settings else title
-    title = f"{title} ({source.place})"
-    if "sets" not in values:
-        about = str(values.get("about", ""))
-        return page.entry(source.path, title, about, [source], [_plain_grid(values["rows"])])
-    about = (
-        f"Perplexity ± standard error, below it the accuracy; zero-shot, trained on {settings['training_set']}. "
-        "causal, ar and block are exact, hybrid and diffusion are upper bounds: compare like with like. "
-        f"{settings['windows']} windows a set (fewer where a set has fewer), {settings['samples']} samples per bound."
-    )
+    quality = values if "sets" in values else values.get("perplexities")
+    about, columns, rows = table.grid(values)
+    said, grids = [about], []
+    if rows:
+        grids.append(Grid(dict.fromkeys(columns, ""), [[Cell(cell) for cell in row] for row in rows]))
+    if quality is not None:
+        place = 0 if quality is values else 1  # where perplexities are all of the table, they come first
+        grids.insert(place, _perplexities(quality))
+        said.insert(
+            place,
+            f"Perplexity ± standard error, below it the accuracy; zero-shot, trained on {settings['training_set']}. "
+            "causal, ar and block are exact, hybrid and diffusion are upper bounds: compare like with like. "
+            f"{settings['windows']} windows a set (fewer where a set has fewer), {settings['samples']} samples per "
+            "bound.",
+        )
+    if values.get("ratio_of"):
+        grids.append(_ratios(values))
+    figures = [*_paired(page, source), *_compared(page, source)]
+    if quality is not None and (curves := _hybrid_curves(quality)):
+        draw = partial(plots.draw_hybrid, curves=curves)
+        figures.append(page.figure("Perplexity against l*", draw, source.path.parent, "table-hybrid"))
+    about = " ".join(filter(None, said))
+    return page.entry(source.path, f"{title} ({source.place})", about, [source], grids, figures)
+
+
+def _perplexities(values: Values) -> Grid:
+    """Every likelihood of every method, a column for each set."""
     columns = ["method", "likelihood", "parameters", "tokens seen", *values["sets"].values()]
     rows = [
         [Cell(row["method"]), Cell(row["likelihood"]), Cell(f"{row['parameters']:,}"),
          Cell(f"{row['training']['tokens']:,}"), *(_perplexity(row["sets"].get(each)) for each in values["sets"])]
         for row in values["rows"]
     ]  # fmt: skip
-    curves = _hybrid_curves(values)
-    figures = []
-    if curves:
-        draw = partial(plots.draw_hybrid, curves=curves)
-        figures.append(page.figure("Perplexity against l*", draw, source.path.parent, "table-hybrid"))
-    grids = [Grid(dict.fromkeys(columns, ""), rows)]
-    said, columns, ratios = paired_grid(values)
-    if ratios:
-        about += f" Below: {said[0].lower()}{said[1:]}"
-        grids.append(Grid(dict.fromkeys(columns, ""), [[Cell(cell) for cell in row] for row in ratios]))
-    return page.entry(source.path, title, about, [source], grids, figures)
+    return Grid(dict.fromkeys(columns, ""), rows)
+
+
+def _paired(page: Page, source: Source) -> list[Figure]:
+    """Perplexities over those of rivals, on each set."""
+    values = source.values
+    ratios = {
+        f"{row['method']} {row['likelihood']} / {row['other']} {row['against']}": {
+            values["sets"][key]: _within(ratio) for key, ratio in row["sets"].items()
+        }
+        for row in values.get("paired") or []
+    }
+    return _ratio_figure(page, source, "Perplexity over that of others", PERPLEXITIES, ratios)
+
+
+def _compared(page: Page, source: Source) -> list[Figure]:
+    """Speeds over those of others, and perplexities over the full model's, where a table has them."""
+    values = source.values
+    speeds = {
+        key: {"median, quartiles": plots.Ratio(values["ratios"][key], *quartiles)}
+        for key, quartiles in (values.get("ratio_quartiles") or {}).items()
+        if quartiles and "_vs_" in key
+    }
+    full: dict[str, dict[str, plots.Ratio]] = {}
+    for row in values["rows"]:
+        for key, name in (("target_ratio", f"exact, {row.get('target')}"), ("diffusion_ratio", "diffusion bound")):
+            if (ratio := row.get(key)) and row["model"] != "full":
+                full.setdefault(row["model"], {})[name] = _within(ratio)
+    return [
+        *_ratio_figure(page, source, "Speed over that of others", "ratio of tokens/s: more is better", speeds),
+        *_ratio_figure(page, source, "Perplexity over the full model's", PERPLEXITIES, full),
+    ]
+
+
+def _within(ratio: Values) -> plots.Ratio:
+    """With its standard error to both sides."""
+    value, error = ratio["ratio"], ratio["standard_error"]
+    return plots.Ratio(value, value - error, value + error)
+
+
+def _ratio_figure(
+    page: Page, source: Source, title: str, what: str, ratios: dict[str, dict[str, plots.Ratio]]
+) -> list[Figure]:
+    """A drawing of them, where there are any."""
+    draw = partial(plots.draw_ratios, ratios=ratios, what=what)
+    return [page.figure(title, draw, source.path.parent, "table-ratios")] if ratios else []
 
 
 def _perplexity(cell: Values | None) -> Cell:
@@ -256,32 +314,6 @@ def _hybrid_curves(values: Values) -> dict[str, plots.Curve]:
             else:
                 likelihoods[row["likelihood"]] = cell
     return {name: plots.Curve.hybrid(each) for name, each in found.items() if each["hybrid"]}
-
-
-def _plain_grid(rows: Sequence[Values]) -> Grid:
-    """All that rows of any kind say, a column for each name."""
-    flat = [dict(_flat(row)) for row in rows]
-    columns = dict.fromkeys(name for row in flat for name in row)
-    return Grid(dict.fromkeys(columns, ""), [[Cell(_said(row.get(name))) for name in columns] for row in flat])
-
-
-def _flat(values: Values, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name} ")
-        else:
-            yield (prefix + name).replace("_", " "), value
-
-
-def _said(value: Any) -> str:
-    """A number as people write it, whatever it is."""
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return ", ".join(map(_said, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # Benchmarks.
