@@ -79,7 +79,16 @@ def block_bound(model, x: Tensor, size: int) -> Tensor:
     return total
 
 
-def law(model, x: Tensor, size: int) -> Tensor:
+def denoised(model, x: Tensor, canvas: Tensor, i: int, size: int) -> Tensor:
+    """The same of the any-order denoiser, which reads the row up to the block's end as it stands."""
+    start = i // size * size
+    part = torch.cat([x[:, :start], canvas[:, start : start + size]], 1)
+    where = torch.zeros_like(part, dtype=torch.bool)
+    where[:, i] = True
+    return -model.nll(model(part, part, AnyOrder())[0], where, x[:, : part.shape[1]], model.denoiser)
+
+
+def law(model, x: Tensor, size: int, conditional=conditional) -> Tensor:
     """p(x) of the decoder that reveals one token at a time: the product over blocks of the mean over orders of p."""
     log_p = torch.zeros(len(x), dtype=torch.float64)
     for positions in torch.arange(x.shape[1]).split(size):
@@ -243,6 +252,17 @@ def test_one_token_at_a_time_draws_the_continuous_chain(name, size):
     assert p_value(frame.tokens, law(model, EVERY, size)) > 1e-6
     if name == "exact":
         assert p_value(frame.tokens, SOURCE.flatten()) > 1e-6
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("causal", [BranchConfig(1, 16, 2), None], ids=["dual", "off"])
+def test_where_drafts_chain_the_denoiser_fills_the_blocks(causal, size):
+    model = network(causal=causal, exchange="mutual" if causal else "one_way", draft="chained")
+    expected = law(model, EVERY, size, denoised)
+    assert float(expected.sum()) == pytest.approx(1)
+    assert 0.5 * (expected - law(model, EVERY, size)).abs().sum() > 0.02  # of the drafts it would be another
+    frame = last(SemiAutoregressive(block_size=size)(model, task(model, torch.full((2000, L), V))))
+    assert p_value(frame.tokens, expected) > 1e-6
 
 
 def test_in_steps_it_draws_the_chain_of_each_block():

@@ -234,7 +234,8 @@ def contest(
     results.values["bandwidth"] = Spread.of(speeds).median
     for (entrant, _), row in zip(table, rows, strict=True):
         network = roster[entrant.model].network
-        drafts = row["decoder"] in ("speculative", "block") or "causal" not in network.heads
+        drafts = row["decoder"] == "speculative" or (row["decoder"] == "block" and not network.chained)
+        drafts = drafts or "causal" not in network.heads
         summarise(row, weights_read(network, row["target"] != "causal", drafts), speeds)
     compare(rows)
     return results

@@ -28,7 +28,7 @@ from caddf.tokenizer import Tokenizer
 METHODS_SHOWN = ("gpt2", "sedd-scaled", "radd-lambda-dce", "mdlm", "bd3lm", "caddf-lambda-dce")
 TRANSFORMERS = "transformers"
 """The name of `transformers.generate` in the place of a decoder."""
-OF_OTHERS = ("block", "euler", "tau_leaping", "d3pm_absorbing", "d3pm_uniform", "gaussian")
+OF_OTHERS = ("euler", "tau_leaping", "d3pm_absorbing", "d3pm_uniform", "gaussian")
 """Decoders that the dual branch is not compared by: they are other methods' own."""
 TARGETED = ("autoregressive", "speculative")
 """Decoders of a target: the causal head, or the fused one."""

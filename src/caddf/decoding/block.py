@@ -14,7 +14,7 @@ from caddf.decoding.ancestral import masking_times
 from caddf.decoding.plan import first_open
 from caddf.decoding.task import Counts, Frame, Task, draw, evaluate, full_pass
 from caddf.errors import Checked, InputError, at_least
-from caddf.interface import Block, BlockReader, LanguageModel
+from caddf.interface import AnyOrder, Block, BlockReader, LanguageModel
 from caddf.schedules import SCHEDULES, ScheduleName
 
 
@@ -28,8 +28,9 @@ class SemiAutoregressive(Checked):
     block_size: k; not set, the model's own.
     cache: false reads whole rows each time, for comparison.
 
-    Tokens given in later blocks are not seen before their block. With a chained draft head this is a heuristic: the
-    chain reads `[M]` where it was trained on tokens.
+    Tokens given in later blocks are not seen before their block. A chain drafts from left to right alone: where drafts
+    chain, the denoiser of eq. 5 fills the blocks, which reads what stands before them in both directions and is kept
+    in no cache; that is the law of its any-order chain, one block after the other.
     """
 
     steps: int | None = None
@@ -78,7 +79,7 @@ class SemiAutoregressive(Checked):
 
 @dataclass(frozen=True)
 class WholeRows:
-    """The reference: each reading is a pass over the whole row."""
+    """The reference: each reading is a pass over the whole row, up to its block's end."""
 
     model: LanguageModel
     task: Task
@@ -95,9 +96,9 @@ class WholeRows:
         """log q at the positions in `where`, row-major, and `clean` as it was."""
 
         def read(rows: Bool[Tensor, " B"], length: int) -> Float[Tensor, "n V"]:
-            part = x[rows, :length]
-            states, _ = self.model(part, part, self.pattern)
-            return self.model.log_probs(states, where[rows, :length], "draft")
+            part, chained = x[rows, :length], self.model.chained
+            states, _ = self.model(part, part, AnyOrder() if chained else self.pattern)
+            return self.model.log_probs(states, where[rows, :length], self.model.denoiser if chained else "draft")
 
         end = torch.minimum(start + self.pattern.size, self.task.lengths)
         return evaluate(self.model, self.task, where, counts, read, end), clean
