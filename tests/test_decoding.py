@@ -244,6 +244,23 @@ def test_greedy_speculation_is_greedy_decoding(kind, target, template, block_siz
     assert (drafted.counts.rounds <= plain.counts.rounds).all()
 
 
+@pytest.mark.parametrize("target", ["causal", "fused"])
+@pytest.mark.parametrize("kind", ["mutual", "chained"])
+def test_greedy_speculation_is_greedy_decoding_whatever_the_weights_the_prompts_and_k(kind, target):
+    """Six networks, each with prompts of its own, of every length, under another k."""
+    for seed, k in enumerate((1, 2, 3, 5, 8, 13)):
+        model, draw = dual(kind, 11, max(k, 2)), torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype)
+        prompts = torch.randint(11, (6, 18), generator=draw)
+        prompts[torch.arange(18) >= torch.randint(17, (6, 1), generator=draw)] = 11
+        plain, drafted = (
+            last(decoder(model, task(model, prompts, warp=Warp(temperature=0))))
+            for decoder in (Autoregressive(target, block_size=k), Speculative(target, block_size=k))
+        )
+        assert torch.equal(plain.tokens, drafted.tokens), (seed, k)
+
+
 @pytest.mark.parametrize("name, settings", VARIANTS)
 def test_given_tokens_stay_and_everything_wanted_is_filled(name, settings):
     model = dual("mutual", 11, 4)

@@ -276,21 +276,27 @@ def test_where_recording_fails_decoding_goes_on_and_says_so_once(recorded, monke
 @torch.inference_mode()
 def test_two_texts_at_once_never_share_an_engine():
     plain, model = dual(), attached(dual())
-    tasks = [
-        [Task(texts(2, 5, s), torch.tensor([T, T - 3]), V, RowGenerators(s, 2)) for s in range(2)] for _ in range(2)
-    ]
-    alone = [list(Speculative()(plain, task)) for task in tasks[0]]
-    pair = list(zip(*(Speculative()(model, task) for task in tasks[1]), strict=False))
+
+    def frames(model: DualBranch, seed: int):
+        return Speculative()(model, Task(texts(2, 5, seed), torch.tensor([T, T - 3]), V, RowGenerators(seed, 2)))
+
+    alone = [list(frames(plain, seed)) for seed in range(2)]
+    pair = list(zip(*(frames(model, seed) for seed in range(2)), strict=False))
     assert len(pair) > 3
     for one, two in zip(pair, zip(*alone, strict=False), strict=True):
         assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
     gc.collect()
     assert len(model.graphs.idle) == 2
-    frames = Speculative()(model, tasks[1][0])
-    next(frames)
+    left = frames(model, 0)
+    next(left)
     assert len(model.graphs.idle) == 1
-    del frames
+    del left
     gc.collect()
+    assert len(model.graphs.idle) == 2
+    # The engine that was left in the middle serves other texts as if it had not been.
+    for seed, expected in enumerate(alone):
+        later = list(frames(model, seed))
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(later, expected, strict=True))
     assert len(model.graphs.idle) == 2
 
 

@@ -319,6 +319,27 @@ def test_a_row_that_goes_ahead_writes_what_it_does_round_by_round(kind, temperat
             assert torch.equal(counts.all, counted.all)
 
 
+@pytest.mark.parametrize("decoder", [Autoregressive(), Speculative(), Speculative("fused"), Speculative(lookup=1)])
+@torch.inference_mode()
+def test_texts_after_one_that_was_left_in_the_middle_are_what_they_are(decoder):
+    model, x, left = native.attach(dual()), tokens(3), 0
+    x[:, 9:] = V
+
+    def frames(seed: int):
+        return decoder(model, Task(x, torch.tensor([T, T - 5, T]), V, RowGenerators(seed, 3)))
+
+    *_, whole = frames(0)
+    for stop in (1, 2, 4):
+        other = frames(stop)
+        for _ in range(stop):
+            left += int((next(other).tokens[0] == V).any())
+        other.close()
+        *_, again = frames(0)
+        assert torch.equal(again.tokens, whole.tokens)
+    assert left > 3
+
+
+@torch.inference_mode()
 def test_rounds_hold_what_they_read():
     model = native.attach(dual()).requires_grad_(True)  # whose heads are laid out anew whenever they are read
     with torch.inference_mode():
