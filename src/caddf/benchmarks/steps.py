@@ -239,11 +239,16 @@ def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.figure.set_size_inches(8, 5)
     for row in rows:
         ns, ppls = zip(*((each["steps"], each["ppl"]) for each in row["curve"]), strict=True)
+        errors = [each["ppl"] * (each["standard_error"] or 0.0) for each in row["curve"]]
         style = "-" if row["causal_branch"] else "--"
-        axes.plot(ns, ppls, style, marker="o", ms=4, label=f"{row['model']}, anchor {row['anchor']:g}")
+        axes.errorbar(
+            ns, ppls, errors, ls=style, marker="o", ms=4, capsize=2, label=f"{row['model']}, anchor {row['anchor']:g}"
+        )
     for reached in rows[0]["reached"]:
         axes.axhline(reached["target_ppl"], color="0.5", lw=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="denoising steps", ylabel="PPL, upper bound (grey: targets)")
+    axes.set(
+        xscale="log", yscale="log", xlabel="denoising steps", ylabel="PPL, upper bound ± standard error (grey: targets)"
+    )
     plain_ticks(axes.xaxis)
     plain_ticks(axes.yaxis)
     axes.grid(alpha=0.3, which="both")

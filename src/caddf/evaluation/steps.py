@@ -57,16 +57,15 @@ class StepCurve:
     masked: Float[Tensor, " B"]
     draws: Draws
 
-    def nats(self, steps: int, level: float = 0.0) -> Float[Tensor, "B S"]:
-        """The bound in `steps` steps, per row and sample; the nearer `level` to it (nats per token), the less noise."""
+    def nats(self, steps: int) -> Float[Tensor, "B S"]:
+        """The bound in `steps` steps, per row and sample; what is drawn is how far it lies from all masked."""
         weights = step_weights(self.length, self.schedule.grid(steps, self.anchor))
         whole, weights[-1] = weights[-1].item(), 0.0
-        drawn = self.draws.average(weights, torch.full_like(self.masked, level))
-        return self.infill + whole * self.masked[:, None] + drawn
+        return self.infill + whole * self.masked[:, None] + self.draws.average(weights, self.masked)
 
-    def bound(self, steps: int, level: float = 0.0) -> Estimate:
+    def bound(self, steps: int) -> Estimate:
         """`nats`, averaged, per token."""
-        return estimate(self.nats(steps, level), self.length)
+        return estimate(self.nats(steps), self.length)
 
     def reach(self, target: float) -> Steps:
         """The fewest steps whose bound is at most `target`, by doubling and then bisection (the bound falls with n)."""
@@ -74,7 +73,7 @@ class StepCurve:
 
         def reaches(steps: int, errors: float) -> bool:
             if steps not in curve:
-                curve[steps] = self.bound(steps, target)
+                curve[steps] = self.bound(steps)
             return curve[steps].nll + errors * (curve[steps].standard_error or 0.0) <= target
 
         def fewest(errors: float) -> int | None:
