@@ -285,6 +285,11 @@ def test_efficiency_is_measured_of_the_trained_methods(settings, tmp_path, monke
     assert "16 new tokens after 16" in table["about"] and table["judge"]["run"] == "gpt2-0"
     assert table["rows"][0]["target_ppl"] == pytest.approx(table["judge"]["ppl"], rel=1e-4)
     assert "| radd-ao | ancestral (steps 16) | 1 |" in (out / "table.md").read_text()
+    decoded = read_json(out / "decode/decode.json")
+    assert len(decoded["rows"]) == len(table["rows"]) and all(row["rounds"] for row in decoded["rows"])
+    assert {file.name for file in (out / "decode").iterdir()} == {
+        f"decode.{kind}" for kind in ("json", "md", "png", "svg")
+    }
     jobs.clear()
     reproduce("table3", only, QUIET)
     assert not jobs

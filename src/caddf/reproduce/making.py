@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,12 +15,12 @@ import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.console import Console
 
-from caddf.checkpoint import write_json_atomic, write_text_atomic
+from caddf.checkpoint import atomic_folder, write_json_atomic, write_text_atomic
 from caddf.errors import InputError
 from caddf.machine import machine
 from caddf.reproduce.perplexities import perplexity, plus_minus
 from caddf.reproduce.plan import Job, ReproduceSettings, Variant, Workshop
-from caddf.reproduce.tables import TABLES, Table
+from caddf.reproduce.tables import TABLES, Table, contest
 from caddf.reproduce.workers import one_thread, side_by_side
 from caddf.text_model import resolve_device
 
@@ -101,7 +102,7 @@ def _all_done(jobs: Sequence[Job], workers: int | None, console: Console) -> boo
 
 
 def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -> None:
-    """The table from what is there, in three forms."""
+    """The table from what is there, in three forms, and the decodings that it is of."""
     settings = asdict(shop.settings)
     for name in ("data_root", "work", "out", "workers", "only"):  # of this machine and call, and no figure's
         del settings[name]
@@ -117,3 +118,8 @@ def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -
     write_json_atomic(out / "table.json", values)
     for kind in ("md", "html"):
         write_text_atomic(out / f"table.{kind}", templates.get_template(f"table.{kind}").render({**values, **shown}))
+    measured = contest(table, chosen)
+    if shop.decoded(measured):  # every round of every row, of which the table has medians
+        with atomic_folder(out / "decode", replace=True) as folder:
+            for file in shop.decoding(measured).glob("decode.*"):
+                shutil.copy(file, folder)

@@ -84,9 +84,10 @@ class Efficiency:
         judge = self._judge(shop, chosen)
         decoded = decodings(shop, contest(self, chosen), judge=None if judge is None else name_of(judge))
         kept = (
-            "model", "decoder", "settings", "target", "batch", "parameters", "tokens_per_second",
-            "tokens_per_second_quartiles", "causal_evaluations", "diffusion_evaluations", "tokens_per_evaluation",
-            "tokens_per_round", "cache_hit_rate", "peak_memory", "generative_ppl", "entropy", "target_ppl",
+            "model", "method", "decoder", "settings", "target", "batch", "context", "new_tokens", "parameters",
+            "tokens_per_second", "tokens_per_second_quartiles", "causal_evaluations", "diffusion_evaluations",
+            "tokens_per_evaluation", "tokens_per_round", "cache_hit_rate", "peak_memory", "bandwidth_share",
+            "generative_ppl", "entropy", "target_ppl",
         )  # fmt: skip
         rows = [{name: row[name] for name in kept} for row in decoded["rows"]]
         conditions = {name: decoded.get(name) for name in ("judge", "ratios", "ratio_quartiles", "ratio_of")}
