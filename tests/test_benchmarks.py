@@ -580,6 +580,10 @@ def test_spans_are_compared_with_what_the_left_side_alone_tells(trained, tmp_pat
     assert [row["against_left"] for row in values["rows"] if row["model"] == "gpt2"] == [1, 1]
     best = min(row["against_left"] for row in values["rows"] if row["span"] == 3 and row["reading"] != "causal")
     assert values["ratios"]["infill_vs_left_to_right at 3"] == pytest.approx(1 / best, rel=1e-5)
+    for row in values["rows"]:
+        left = next(each for each in values["rows"] if each["reading"] == "causal" and each["span"] == row["span"])
+        assert row["exact"] == pytest.approx(sum(row["matches"]) / len(row["windows"]), rel=1e-5)
+        assert row["exact_more"] == pytest.approx(row["exact"] - left["exact"], abs=1e-6)
     file = tmp_path / "infill.json"
     other = {**values["rows"][0], "weights": "another's"}
     file.write_text(json.dumps({**values, "rows": [other, values["rows"][1]]}))
