@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from caddf.categorical import RowGenerators
 from caddf.cli import main
 from caddf.decoding import Task
+from caddf.evaluation.protocol import PRESETS
 from caddf.experiment import METHODS
 from caddf.model_settings import ModelSettings
 from caddf.models.backbone import DualBranch
@@ -184,6 +186,50 @@ def test_a_howto_works_from_top_to_bottom(name, place):
             for there, here in HERE.items():
                 block = block.replace(f'"{there}"', f'"{here}"')
             names = run(block, **names)
+
+
+def test_the_readme_writes_and_scores(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    run(*blocks("README.md"))
+    *frames, scores, _ = capsys.readouterr().out.splitlines()
+    assert len(frames) > 5 and scores.startswith("[tensor([")
+
+
+def test_benchmarks_are_run_from_python(place, capsys):
+    pytest.importorskip("matplotlib")
+    run(*blocks("docs/benchmarks.md"))
+    assert (
+        "| caddf-lambda-dce | speculative" in capsys.readouterr().out and (place / "results/quick/decode.png").exists()
+    )
+
+
+def test_protocols_are_chosen_from_python(place, monkeypatch):
+    monkeypatch.setitem(PRESETS, "radd", replace(PRESETS["radd"], samples=4))  # of 1,024
+    text = "--train my-text --validation my-text --test my-text"
+    run_small(shlex.split(f"caddf data prepare {text} --tokenizer bpe:400 --out my-data"))
+    size = "--model.size debug --model.context 1024 --train.steps 2"
+    run_small(shlex.split(f"caddf train --data my-data --out my-run {size}"))
+    run(*blocks("docs/evaluation.md"))
+
+
+COMMAND = re.compile(r"(?:^    |`|^)caddf ((?:data |benchmark )?[a-z][\w-]*)([^`\n]*)", re.MULTILINE)
+
+
+def test_every_option_that_is_shown_is_there(capsys):
+    """Of all commands in the documents, within their text too."""
+    shown: dict[str, set[str]] = {}
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for verb, rest in COMMAND.findall(path.read_text(encoding="utf-8")):
+            shown.setdefault(verb, set()).update(re.findall(r"(?<!\S)--[a-z][\w.-]*", rest))
+    assert len(shown) > 12
+    for verb, options in shown.items():
+        try:
+            code = main([*verb.split(), "--help"])
+        except SystemExit as done:
+            code = done.code
+        assert code == 0
+        text = capsys.readouterr().out
+        assert options <= {*re.findall(r"--[a-z][\w.-]*", text)}, (verb, options)
 
 
 def test_files_import_from_their_floor_or_below():
