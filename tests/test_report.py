@@ -298,7 +298,7 @@ def test_odd_files_are_named_and_change_nothing_else(whole, html, tmp_path):
 
 def test_mistakes_of_ours_are_no_odd_files(tmp_path, monkeypatch):
     write(tmp_path / "results", {"scaling.json": BENCHMARK})
-    monkeypatch.setattr("caddf.report._ratios", lambda values: {}["rows"])
+    monkeypatch.setattr("caddf.report.tables._ratios", lambda values: {}["rows"])
     with pytest.raises(KeyError):
         report(tmp_path / "results", tmp_path / "report.html")
 
