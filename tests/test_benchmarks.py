@@ -186,7 +186,7 @@ def test_every_decoder_of_the_dual_branch_is_entered_and_runs():
         "bd3lm block", "sedd-scaled tau_leaping schedule loglinear steps 2",
     ):  # fmt: skip
         assert label in labels
-    others = {"block", "euler", "tau_leaping", "d3pm_absorbing", "d3pm_uniform", "gaussian"}
+    others = {"euler", "tau_leaping", "d3pm_absorbing", "d3pm_uniform", "gaussian"}
     assert {row.decoder for row in rows if row.model == "caddf-lambda-dce"} == set(DECODERS) - others
     for row in rows:
         network = roster[row.model].network
@@ -301,11 +301,20 @@ def test_prompts_are_held_out_text_and_others_each_round(trained):
 def row(method, decoder, speed, **columns):
     row = {
         "method": method, "model": method, "decoder": decoder, "target": None, "settings": {}, "batch": 1,
-        "label": f"{method} {decoder}", "rounds": [{"tokens_per_second": speed * slow} for slow in (1, 1, 0.1)],
+        "label": f"{method} {decoder}",
         "tokens_per_second": speed, "generative_ppl": None, "entropy": None, "target_ppl": None, "bandwidth_share": 0.1,
-        "cache_hit_rate": 0.5, "tokens_per_round": 1.0,
+        "bandwidth_share_quartiles": (0.05, 0.15), "cache_hit_rate": 0.5, "tokens_per_round": 1.0,
     }  # fmt: skip
-    return {**row, **columns}
+    row |= columns
+    row["rounds"] = [
+        {
+            "tokens_per_second": speed * slow,
+            "cache_hit_rate": row["cache_hit_rate"],
+            "tokens_per_round": row["tokens_per_round"] + more,
+        }
+        for slow, more in ((1, 0.4), (1, 0), (0.1, -0.4))
+    ]
+    return row
 
 
 def figures():
@@ -333,6 +342,8 @@ def test_ratios_are_told_under_the_keys_of_the_goals():
         "caddf_vs_radd": pytest.approx(30.0),  # over 512 steps; the 300 tokens/s have a worse PPL
     }
     assert told["ar_vs_transformers"].quartiles == (pytest.approx(3.0), pytest.approx(3.0))
+    assert told["tokens_per_round"].quartiles == (pytest.approx(3.3), pytest.approx(3.7))
+    assert told["bandwidth_share"].quartiles == (0.05, 0.15)
     assert "speculative_vs_ar_code" in ratios(figures(), "code")
 
 

@@ -350,7 +350,7 @@ def summarise(row: dict[str, Any], read: dict[str, int], bandwidths: Sequence[fl
     for name in MEANS:
         values = [each[name] for each in rounds if each.get(name) is not None]
         row[name] = fmean(values) if values else None
-    shares = [bandwidth_share(read, each, bandwidths[turn]) for turn, each in enumerate(rounds)]
-    row["bandwidth_share"] = Spread.of(shares).median
+    share = Spread.of([bandwidth_share(read, each, bandwidths[turn]) for turn, each in enumerate(rounds)])
+    row["bandwidth_share"], row["bandwidth_share_quartiles"] = share.median, (share.low, share.high)
     judged = [each["judged"] for each in rounds if "judged" in each]
     row["generative_ppl"] = math.exp(fmean(judged)) if judged else None

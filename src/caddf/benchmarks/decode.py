@@ -13,6 +13,7 @@ from rich.console import Console
 
 from caddf.benchmarks.contest import Conditions, contest, faster
 from caddf.benchmarks.given import whole_numbers
+from caddf.benchmarks.measure import Spread
 from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, dots, number, put, spread
 from caddf.benchmarks.roster import TRANSFORMERS, Roster, decoders_of, entrants, needs
 from caddf.decoding import Speculative
@@ -193,12 +194,12 @@ def ratios(rows: Sequence[dict[str, Any]], domain: str) -> dict[str, Told]:
     left_to_right = [row for row in rows if row["decoder"] == "autoregressive" and row["target"] == "causal"]
     if left_to_right:
         best = max(left_to_right, key=lambda row: row["bandwidth_share"])
-        told["bandwidth_share"] = Told(best["label"], best["bandwidth_share"])
+        told["bandwidth_share"] = Told(best["label"], best["bandwidth_share"], best["bandwidth_share_quartiles"])
     if baseline is not None or ours:
         told |= _speculation(ours, baseline, "_code" if domain == "code" else "")
     chain = next((row for row in ours if row["decoder"] == "ancestral"), None)
     if chain is not None:
-        told["cache_hits_any_order"] = Told(chain["label"], chain["cache_hit_rate"])
+        told["cache_hits_any_order"] = _over_rounds(chain, "cache_hit_rate", chain["label"])
     for other in ("radd", "sedd"):
         slow = [row for row in rows if family(row) == other]
         if slow and ours:
@@ -222,9 +223,8 @@ def _speculation(ours: Sequence[dict[str, Any]], baseline: dict[str, Any] | None
     fit = [row for row in drafted if limit is not None and row["target_ppl"] is not None and row["target_ppl"] <= limit]
     if fit:
         most = max(fit, key=lambda row: row["tokens_per_round"])
-        told["tokens_per_round"] = Told(
-            f"{most['label']}, target PPL {most['target_ppl']:.4g}", most["tokens_per_round"]
-        )
+        of = f"{most['label']}, target PPL {most['target_ppl']:.4g}"
+        told["tokens_per_round"] = _over_rounds(most, "tokens_per_round", of)
     elif limit is None:
         told["tokens_per_round"] = Told("not told: no autoregressive baseline whose exact PPL is known")
     else:
@@ -233,6 +233,12 @@ def _speculation(ours: Sequence[dict[str, Any]], baseline: dict[str, Any] | None
             f"not told: target PPL {targets}, above {PARITY} x the baseline's ({limit:.4g})"
         )
     return told
+
+
+def _over_rounds(row: dict[str, Any], name: str, of: str) -> Told:
+    """A row's mean, with the quartiles of its rounds."""
+    found = Spread.of([each[name] for each in row["rounds"]])
+    return Told(of, row[name], (found.low, found.high))
 
 
 def _speed(row: dict[str, Any]) -> float:
