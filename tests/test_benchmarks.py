@@ -502,6 +502,9 @@ def test_pareto_turns_every_knob(trained, tmp_path):
     for decoder in ("confidence", "margin", "entropy_bound"):
         knob, values = KNOBS[decoder]
         assert [each["settings"][knob] for each in rows if each["decoder"] == decoder] == list(values)
+    hybrid = [each["settings"] for each in rows if each["decoder"] == "hybrid"]
+    assert [each["anchor"] for each in hybrid if "steps" in each] == [0.25, 0.5, 0.75]
+    assert all(each["speculate"] and each["steps"] == 1 for each in hybrid if "steps" in each) and len(hybrid) == 11
     assert any(each["on_front"] for each in rows)
     with pytest.raises(InputError, match="models or judge is not given"):
         pareto(dataclasses.replace(settings, judge=None), QUIET)

@@ -27,6 +27,8 @@ KNOBS: dict[str, tuple[str, tuple[float | int | None, ...]]] = {
 """The setting by which a decoder trades quality for speed; chains of steps have theirs in `SHARES`."""
 SHARES = (1 / 32, 1 / 8, 1 / 2, 1.0)
 """Steps of a chain, over the new tokens."""
+FEW = 1 / 16
+"""Those in which `hybrid` sets its anchors."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,11 @@ def points(roster: Roster, new_tokens: int) -> Iterator[Entrant]:
         knob, values = KNOBS[entrant.decoder]
         for value in values:
             chosen = {} if value is None else {knob: value}  # None is the decoder's own default
-            yield dataclasses.replace(entrant, settings={**entrant.settings, **chosen})
+            point = dataclasses.replace(entrant, settings={**entrant.settings, **chosen})
+            yield point
+            if entrant.settings.get("speculate") and value != 1:  # its anchors in few steps, not one by one
+                few = max(1, round(FEW * new_tokens))
+                yield dataclasses.replace(point, settings={**point.settings, "steps": few})
 
 
 def dominates(one: dict[str, Any], other: dict[str, Any]) -> bool:
