@@ -377,6 +377,32 @@ def test_a_row_gets_what_it_would_get_alone_and_given_tokens_stay(kind, tokens):
             assert getattr(alone.counts, name)[0] == getattr(frame.counts, name)[r], name
 
 
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_behind_a_block_is_heard_before_its_turn(kind, steps, monkeypatch):
+    """Whatever is given in the last block, those before are the same; in any order no pass goes beyond its block."""
+    model, size, seen = network(M, 24, 4, **KINDS[kind]), 4, []
+    passed = type(model).forward
+
+    def spied(self, prefix, canvas, *more):
+        seen.append(prefix.shape)
+        return passed(self, prefix, canvas, *more)
+
+    monkeypatch.setattr(type(model), "forward", spied)
+    written = []
+    for given in (1, 9):
+        x = torch.full((3, 16), M)
+        x[:, 13:15] = given
+        seen.clear()
+        frames = SemiAutoregressive(steps, cache=False)(model, task(model, x, lengths=[16, 15, 15]))
+        written.append([(frame.tokens.clone(), frame.counts.copy()) for frame in frames])
+    for (one, counts), (two, counted) in zip(*written, strict=False):
+        assert torch.equal(one[:, :12], two[:, :12]) and torch.equal(counts.computed, counted.computed)
+    if model.chained:
+        assert {int(length) for _, length in seen} == {size, 2 * size, 3 * size, 15, 16}
+        assert int(counted.computed.sum()) == 2 * sum(rows * length for rows, length in seen)
+
+
 def test_a_finished_row_works_no_more():
     model = network(M, 24, 4)
 

@@ -339,7 +339,6 @@ def test_texts_after_one_that_was_left_in_the_middle_are_what_they_are(decoder):
     assert left > 3
 
 
-@torch.inference_mode()
 def test_rounds_hold_what_they_read():
     model = native.attach(dual()).requires_grad_(True)  # whose heads are laid out anew whenever they are read
     with torch.inference_mode():

@@ -83,7 +83,9 @@ def steps(settings: StepsSettings, console: Console) -> Results:
     results = Results.open("steps", settings.out or "results/steps", written(settings), read=read)
     values = results.values
     same_weights(results.folder, values.get("rows", []), readers)
-    kept = {(row["model"], row["anchor"]): row for row in values.get("rows", [])}
+    kept = {(row["model"], row["anchor"]): row for row in values.get("rows", []) if "level" in row}
+    if not kept:  # or all of an earlier version, whose draws were weighed otherwise
+        values.pop("targets", None)
     without = [name for name, contestant in readers.items() if "causal" not in contestant.network.heads]
     base = without[0] if without else next(iter(readers))
     table = [(base, 0.0)]
@@ -144,6 +146,7 @@ def _row(name: str, contestant: Contestant, curve: StepCurve, targets: Sequence[
         "weights": contestant.weights,
         "causal_branch": "causal" in contestant.network.heads,
         "anchor": curve.anchor,
+        "level": curve.level,
         "reached": [_reached(target, each) for target, each in zip(targets, found, strict=True)],
         "curve": [{"steps": n, "ppl": each.ppl, "standard_error": each.standard_error} for n, each in shown],
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from caddf.decoding.ancestral import masking_times
 from caddf.decoding.plan import first_open
-from caddf.decoding.task import Counts, Frame, Task, draw, evaluate, full_pass
+from caddf.decoding.task import Counts, Frame, Task, count_pass, draw, full_pass, read_rows
 from caddf.errors import Checked, InputError, at_least
 from caddf.interface import AnyOrder, Block, BlockReader, LanguageModel
 from caddf.schedules import SCHEDULES, ScheduleName
@@ -79,7 +79,7 @@ class SemiAutoregressive(Checked):
 
 @dataclass(frozen=True)
 class WholeRows:
-    """The reference: each reading is a pass over the whole row, up to its block's end."""
+    """The reference: each reading is a pass over the row, of which what follows the block is not heard."""
 
     model: LanguageModel
     task: Task
@@ -95,13 +95,16 @@ class WholeRows:
     ) -> tuple[Float[Tensor, "N V"], Int[Tensor, " B"]]:
         """log q at the positions in `where`, row-major, and `clean` as it was."""
 
+        chained, end = self.model.chained, torch.minimum(start + self.pattern.size, self.task.lengths)
+
         def read(rows: Bool[Tensor, " B"], length: int) -> Float[Tensor, "n V"]:
-            part, chained = x[rows, :length], self.model.chained
+            part = x[rows, :length]
             states, _ = self.model(part, part, AnyOrder() if chained else self.pattern)
             return self.model.log_probs(states, where[rows, :length], self.model.denoiser if chained else "draft")
 
-        end = torch.minimum(start + self.pattern.size, self.task.lengths)
-        return evaluate(self.model, self.task, where, counts, read, end), clean
+        count_pass(self.model, where, counts, end)
+        # In blocks nothing behind a block is heard; in any order all that is read is.
+        return read_rows(end if chained else self.task.lengths, where, read), clean
 
 
 @dataclass(frozen=True)

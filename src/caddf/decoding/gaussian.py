@@ -108,7 +108,7 @@ class Gaussian(Checked):
             return model.log_probs(states, inside[rows, :length])
 
         counts.add(inside.any(1), diffusion=1, computed=task.lengths, needed=task.lengths, rounds=1)
-        return read_rows(task, inside, read)
+        return read_rows(task.lengths, inside, read)
 
     @staticmethod
     def _noise(task: Task, inside: Bool[Tensor, "B L"], embeddings: Float[Tensor, "V d"]) -> Float[Tensor, "B L d"]:

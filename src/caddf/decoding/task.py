@@ -160,17 +160,17 @@ class Decoder(Protocol):
 
 
 def read_rows(
-    task: Task, where: Bool[Tensor, "B L"], read: Callable[[Bool[Tensor, " B"], int], Float[Tensor, "n V"]]
+    ends: Int[Tensor, " B"], where: Bool[Tensor, "B L"], read: Callable[[Bool[Tensor, " B"], int], Float[Tensor, "n V"]]
 ) -> Float[Tensor, "N V"]:
-    """What `read(rows, length)` says of the positions in `where`, row-major, for the rows of each length together.
+    """What `read(rows, length)` says of the positions in `where`, row-major, for the rows that end alike together.
 
     Rows with nothing to read are left out; at least one must have something.
     """
     work, row_of = where.any(1), where.nonzero()[:, 0]
-    lengths = task.lengths[work].unique().tolist()
+    lengths = ends[work].unique().tolist()
     out = None
     for length in lengths:
-        rows = work & (task.lengths == length)
+        rows = work & (ends == length)
         part = read(rows, length)
         if len(lengths) == 1:
             return part
@@ -187,13 +187,16 @@ def evaluate(
     where: Bool[Tensor, "B L"],
     counts: Counts,
     read: Callable[[Bool[Tensor, " B"], int], Float[Tensor, "n V"]],
-    upto: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "N V"]:
-    """`read_rows`, counted as one evaluation of every row that it reads, over its positions below `upto` (all)."""
+    """`read_rows` of whole rows, counted as one evaluation of each that it reads."""
+    count_pass(model, where, counts, task.lengths)
+    return read_rows(task.lengths, where, read)
+
+
+def count_pass(model: LanguageModel, where: Bool[Tensor, "B L"], counts: Counts, upto: Int[Tensor, " B"]) -> None:
+    """Counts one evaluation, of the positions below `upto`, of every row with a position in `where`."""
     causal = 1 if "causal" in model.heads else 0
-    computed = full_pass(model, task.lengths if upto is None else upto)
-    counts.add(where.any(1), causal=causal, diffusion=1, computed=computed)
-    return read_rows(task, where, read)
+    counts.add(where.any(1), causal=causal, diffusion=1, computed=full_pass(model, upto))
 
 
 def told(level: Float[Tensor, ""] | None, x: Int[Tensor, "n L"]) -> AnyOrder:

@@ -46,7 +46,8 @@ class Steps:
 class StepCurve:
     """The bound of the sampler in n steps to `anchor`, then infilling, for every n from 1 to `most`.
 
-    infill: nats of the infilling; masked: mean nats at lambda = 1; draws: masked sets of fewer than L positions.
+    infill: nats of the infilling; masked: mean nats at lambda = 1; draws: masked sets of fewer than L positions; level:
+    nats per token that those of `draws` lie about, and owe nothing to them: what is drawn is how far they lie off.
     """
 
     length: int
@@ -56,12 +57,17 @@ class StepCurve:
     infill: Float[Tensor, "B S"]
     masked: Float[Tensor, " B"]
     draws: Draws
+    level: float
 
     def nats(self, steps: int) -> Float[Tensor, "B S"]:
-        """The bound in `steps` steps, per row and sample; what is drawn is how far it lies from all masked."""
+        """The bound in `steps` steps, per row and sample."""
         weights = step_weights(self.length, self.schedule.grid(steps, self.anchor))
         whole, weights[-1] = weights[-1].item(), 0.0
-        return self.infill + whole * self.masked[:, None] + self.draws.average(weights, self.masked)
+        return (
+            self.infill
+            + whole * self.masked[:, None]
+            + self.draws.average(weights, torch.full_like(self.masked, self.level))
+        )
 
     def bound(self, steps: int) -> Estimate:
         """`nats`, averaged, per token."""
@@ -109,7 +115,7 @@ def step_curve(
     *,
     vocab_size: int | None = None,
 ) -> StepCurve:
-    """Reads `x0` in `samples` + 1 passes (as many again to infill); `most` is the largest n, L if not given.
+    """Reads `x0` in `samples` + 2 passes (`samples` more to infill); `most` is the largest n, L if not given.
 
     Raises `InputError` for rows of one token, and for an `anchor` that the model cannot infill from.
     """
@@ -125,5 +131,8 @@ def step_curve(
     grid = [2**j for j in range(most.bit_length())] + [max(most, 2)]
     weights = torch.stack([step_weights(length, schedule.grid(n, anchor)) for n in grid]).mean(0)
     weights[-1] = 0.0
+    pilot = draw(model, x0, weights, 1, noise)
+    level = (pilot.nats / pilot.counts).mean().item()
     draws = draw(model, x0, weights, samples, noise)
-    return StepCurve(length, anchor, schedule, most, infilling(model, x0, anchor, samples, noise), masked, draws)
+    infill = infilling(model, x0, anchor, samples, noise)
+    return StepCurve(length, anchor, schedule, most, infill, masked, draws, level)

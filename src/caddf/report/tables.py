@@ -95,8 +95,8 @@ def _compared(page: Page, source: Source) -> list[Figure]:
 
 
 def _within(ratio: Values) -> plots.Ratio:
-    """With its standard error to both sides."""
-    value, error = ratio["ratio"], ratio["standard_error"]
+    """With its standard error to both sides, where it has one (of a single window there is none)."""
+    value, error = ratio["ratio"], ratio["standard_error"] or 0.0
     return plots.Ratio(value, value - error, value + error)
 
 
@@ -157,7 +157,7 @@ def _ratios(values: Values) -> Grid:
     """Ratios with quartiles, and what they are of or why there is none."""
     rows = []
     for key, of in values["ratio_of"].items():
-        value, quartiles = values["ratios"].get(key), values["ratio_quartiles"].get(key)
+        value, quartiles = (values["ratios"] or {}).get(key), (values["ratio_quartiles"] or {}).get(key)
         spread = "" if quartiles is None else f"{quartiles[0]:.3g} to {quartiles[1]:.3g}"
         rows.append([Cell(key), Cell("" if value is None else f"{value:.3g}"), Cell(spread), Cell(of)])
     return Grid(dict.fromkeys(("ratio", "value", "quartiles", "of"), ""), rows)

@@ -5,8 +5,8 @@ and shows, `making` does it.
 """
 
 from caddf.reproduce.making import reproduce
-from caddf.reproduce.perplexities import paired_grid, perplexity, plus_minus
+from caddf.reproduce.perplexities import perplexity, plus_minus
 from caddf.reproduce.plan import SETS, ReproduceSettings
 from caddf.reproduce.tables import TABLES
 
-__all__ = ["SETS", "TABLES", "ReproduceSettings", "paired_grid", "perplexity", "plus_minus", "reproduce"]
+__all__ = ["SETS", "TABLES", "ReproduceSettings", "perplexity", "plus_minus", "reproduce"]

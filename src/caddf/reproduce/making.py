@@ -15,7 +15,7 @@ import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.console import Console
 
-from caddf.checkpoint import atomic_folder, write_json_atomic, write_text_atomic
+from caddf.checkpoint import saving, write_json_atomic, write_text_atomic
 from caddf.errors import InputError
 from caddf.machine import machine
 from caddf.reproduce.perplexities import perplexity, plus_minus
@@ -113,13 +113,19 @@ def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -
     shown = {"perplexities": values if "sets" in values else values.get("perplexities")}
     shown |= {"about": about, "columns": columns, "grid": rows}
     out.mkdir(parents=True, exist_ok=True)
+    rounds, measured = (
+        out / "decode",
+        contest(table, chosen),
+    )  # every round of every row, of which the table has medians
+    for file in rounds.glob("decode.*"):  # of a table before
+        file.unlink()
     templates = Environment(loader=PackageLoader("caddf"), trim_blocks=True, autoescape=select_autoescape())
     templates.filters |= {"perplexity": perplexity, "plus_minus": plus_minus}
     write_json_atomic(out / "table.json", values)
     for kind in ("md", "html"):
         write_text_atomic(out / f"table.{kind}", templates.get_template(f"table.{kind}").render({**values, **shown}))
-    measured = contest(table, chosen)
-    if shop.decoded(measured):  # every round of every row, of which the table has medians
-        with atomic_folder(out / "decode", replace=True) as folder:
+    if shop.decoded(measured):
+        rounds.mkdir(exist_ok=True)
+        with saving(rounds):
             for file in shop.decoding(measured).glob("decode.*"):
-                shutil.copy(file, folder)
+                shutil.copy(file, rounds)

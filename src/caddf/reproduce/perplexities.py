@@ -42,23 +42,18 @@ class Perplexities:
         }  # fmt: skip
 
     def grid(self, values: Values) -> tuple[str, list[str], list[list[str]]]:
-        """What the dual branch costs and buys, paired."""
-        return paired_grid(values)
-
-
-def paired_grid(values: Values) -> tuple[str, list[str], list[list[str]]]:
-    """Ratios of perplexities: a text, columns, and rows of cells; nothing where a table has none."""
-    rows = []
-    if not (compared := values.get("paired")):  # of an earlier version, or of methods that do not compare
-        return "", [], []
-    for row in compared:
-        ours, theirs = (f"{row[method]} {row[of]}" for method, of in (("method", "likelihood"), ("other", "against")))
-        rows.append([ours, theirs, *(times(row["sets"].get(name)) for name in values["sets"])])
-    about = (
-        "Ratios of perplexities over the same windows, paired: ± is the standard error over windows of what the two do "
-        "not have in common."
-    )
-    return about, ["perplexity", "over that of", *values["sets"].values()], rows
+        """What the dual branch costs and buys, paired; nothing where no methods compare."""
+        rows = []
+        for row in values.get("paired") or []:  # of an earlier version there are none
+            ours, theirs = f"{row['method']} {row['likelihood']}", f"{row['other']} {row['against']}"
+            rows.append([ours, theirs, *(times(row["sets"].get(name)) for name in values["sets"])])
+        if not rows:
+            return "", [], []
+        about = (
+            "Ratios of perplexities over the same windows, paired: ± is the standard error over windows of what the "
+            "two do not have in common."
+        )
+        return about, ["perplexity", "over that of", *values["sets"].values()], rows
 
 
 def pairs(shop: Workshop, chosen: dict[str, Variant]) -> list[Values]:
