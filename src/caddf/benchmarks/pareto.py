@@ -96,11 +96,13 @@ def dominates(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Speed against the PPL of what was generated, a line for each decoder; on the front stands the entropy."""
+    """Speed against the PPL of what was generated, a line along each knob; on the front stands the entropy."""
     axes.figure.set_size_inches(10, 6)
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        name = " ".join(str(part) for part in (row["model"], row["decoder"], row["target"]) if part)
+        knob, _ = KNOBS.get(row["decoder"], ("steps", ()))
+        others = [f"{setting} {value}" for setting, value in row["settings"].items() if setting != knob]
+        name = " ".join(str(part) for part in (row["model"], row["decoder"], row["target"], *others) if part)
         lines.setdefault(f"{name}, batch {row['batch']}", []).append(row)
     from matplotlib import colormaps
 
