@@ -206,7 +206,7 @@ def test_benchmarks_are_run_from_python(place, capsys, monkeypatch):
 
 def test_protocols_are_chosen_from_python(place, monkeypatch):
     monkeypatch.setitem(PRESETS, "radd", replace(PRESETS["radd"], samples=1))  # of 1,024
-    text = "--train my-text --validation my-text --test my-text"
+    text = "--train my-text --validation my-text --test my-text --max-documents 9"
     run_small(shlex.split(f"caddf data prepare {text} --tokenizer bpe:400 --out my-data"))
     size = "--model.size debug --model.context 1024 --train.steps 2"
     run_small(shlex.split(f"caddf train --data my-data --out my-run {size}"))
