@@ -15,7 +15,7 @@ import torch
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.console import Console
 
-from caddf.checkpoint import saving, write_json_atomic, write_text_atomic
+from caddf.checkpoint import TEMPORARY, saving, write_json_atomic, write_text_atomic
 from caddf.errors import InputError
 from caddf.machine import machine
 from caddf.reproduce.perplexities import perplexity, plus_minus
@@ -128,4 +128,4 @@ def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -
         rounds.mkdir(exist_ok=True)
         with saving(rounds):
             for file in shop.decoding(measured).glob("decode.*"):
-                shutil.copy(file, rounds)
+                shutil.copy(file, rounds / f"{file.name}{TEMPORARY}").replace(rounds / file.name)
