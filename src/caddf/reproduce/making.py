@@ -128,4 +128,6 @@ def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -
         rounds.mkdir(exist_ok=True)
         with saving(rounds):
             for file in shop.decoding(measured).glob("decode.*"):
-                shutil.copy(file, rounds / f"{file.name}{TEMPORARY}").replace(rounds / file.name)
+                temporary = rounds / f"{file.name}{TEMPORARY}"
+                shutil.copy(file, temporary)
+                temporary.replace(rounds / file.name)
