@@ -27,6 +27,7 @@ def table(page: Page, title: str, source: Source) -> Entry:
     if found is None:
         raise InputError(f"table is {values['table']}; it must be one of {', '.join(reproduce.TABLES)}")
     title = f"{title}, scale {settings['scale']}" if "scale" in settings else title
+    title = f"{title}, context {settings['context']}" if settings.get("context") else title
     quality = values if "sets" in values else values.get("perplexities")
     about, columns, rows = found.grid(values)
     said, grids = [about], []

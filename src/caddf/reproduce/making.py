@@ -42,7 +42,7 @@ def reproduce(table: str, settings: ReproduceSettings, console: Console) -> Path
     made.check(shop)
     shop.check(chosen.values())
     made.values(shop, chosen)  # raises for decodings under other settings
-    out = Path(settings.out or f"results/{table}-{settings.scale}")
+    out = Path(settings.out or f"results/{table}-{settings.place}")
     wanted = (job for job in made.plan(shop, chosen) if settings.only in ("all", job.kind))
     left = [job for job in wanted if job.left]
     if not _all_done(left, _workers(settings), console):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ SETS = {
     "fineweb": "FineWeb",
 }
 CONTEXT = 1024
-"""Longest rows that are decoded (Table 3: 1024, of which half are new); models of a shorter context take all of it."""
+"""Longest rows that are decoded (Table 3: 1024, of which half are new); of a shorter context all of it."""
 
 
 DEMO = {"steps": 600, "batch_size": 4}
@@ -47,11 +47,13 @@ class ReproduceSettings(Checked):
     data_root: folder of local copies of the data sets; not set, they come from the hub, but for books, which are not
         there: their files are train*.jsonl, valid*.jsonl and test*.jsonl, a book in each row.
     work: folder of token sets, runs, evaluations and decodings, which later calls go on from.
-    out: folder of the table; not set, results/TABLE-SCALE.
+    out: folder of the table; not set, results/TABLE-SCALE, or results/TABLE-SCALE-CONTEXT.
     training_set: what the methods are trained on.
     methods: a comma-separated choice of the table's methods; not set, all of them (of table3, six).
     steps: updates of each method; not set, the preset's, and 600 at scale demo.
     batch_size: rows of an update; not set, the preset's, and 4 at scale demo.
+    context: tokens of a row of an update, and the most of one that is scored or decoded; not set, the preset's. Runs of
+        different contexts have different places, and the token sets in common.
     windows: scored per data set, the same for every method.
     samples: Monte-Carlo samples per window and bound.
     prompts: the data set whose text is continued (table3, table4).
@@ -74,6 +76,7 @@ class ReproduceSettings(Checked):
     methods: str | None = None
     steps: int | None = None
     batch_size: int | None = None
+    context: int | None = None
     windows: int = 64
     samples: int = 4
     prompts: str = "prolong"
@@ -91,8 +94,14 @@ class ReproduceSettings(Checked):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         at_least(1, self, "windows", "samples", "repeats", "workers")
+        ModelSettings(self.scale, context=self.context).dual(256, 0)  # raises for a context that is too short
         TrainConfig(steps=self.steps, batch_size=self.batch_size)  # raises
         check_seed(self.seed)
+
+    @property
+    def place(self) -> str:
+        """The name of the scale, and of the context where it is not the scale's own."""
+        return self.scale if self.context is None else f"{self.scale}-{self.context}"
 
 
 @dataclass(frozen=True)
@@ -130,9 +139,14 @@ class Workshop:
     settings: ReproduceSettings
 
     @property
+    def data(self) -> Path:
+        """Of the token sets of this scale."""
+        return Path(self.settings.work) / self.settings.scale / "data"
+
+    @property
     def folder(self) -> Path:
-        """Of all pieces of this scale."""
-        return Path(self.settings.work) / self.settings.scale
+        """Of all other pieces of this scale and context."""
+        return Path(self.settings.work) / self.settings.place
 
     def run(self, variant: Variant) -> Path:
         """The folder of a run."""
@@ -156,7 +170,7 @@ class Workshop:
 
     def sources(self) -> dict[str, dict[str, Any]]:
         """What was read of each data set that is prepared: its name or files (`source`), and how many documents."""
-        sets = {name: self.folder / "data" / name for name in SETS}
+        sets = {name: self.data / name for name in SETS}
         read = {name: TokenSet.open(place).manifest["splits"]["test"] for name, place in sets.items() if place.exists()}
         return {name: {key: split[key] for key in ("source", "documents")} for name, split in read.items()}
 
@@ -166,7 +180,7 @@ class Workshop:
 
     def check(self, variants: Iterable[Variant]) -> None:
         """Raises `InputError` where pieces of `variants` that are there were made with other settings."""
-        given, train = self.settings, self.folder / "data" / "train"
+        given, train = self.settings, self.data / "train"
         if train.exists():
             source = TokenSet.open(train).manifest["splits"]["train"]["source"]
             made_of = source.partition(": ")[0]  # a data set by name, before its files; else the text as it was given
@@ -220,10 +234,10 @@ class Workshop:
     def prepare(self, *names: str) -> Iterator[Job]:
         """The training set, whose tokenizer all have, and then the data sets `names`."""
         train = self.settings.training_set
-        product = self.folder / "data" / "train"
+        product = self.data / "train"
         yield Job(f"prepare {train}", product, "data", partial(self._prepare_training_set, product))
         for name in names:
-            product = self.folder / "data" / name
+            product = self.data / name
             yield Job(f"prepare {name}", product, "data", partial(self._prepare, name, product))
 
     def train(self, variant: Variant) -> Job:
@@ -252,7 +266,7 @@ class Workshop:
         return True
 
     def _prepare(self, name: str, product: Path, console: Console) -> bool:
-        tokenizer = str(self.folder / "data" / "train")
+        tokenizer = str(self.data / "train")
         prepare(product, test=name, tokenizer=tokenizer, data_root=self.settings.data_root)
         return True
 
@@ -273,11 +287,11 @@ class Workshop:
         return not result.interrupted
 
     def _run_settings(self, variant: Variant) -> RunSettings:
-        given, method, data = self.settings, METHODS[variant.method], self.folder / "data" / "train"
-        model = ModelSettings(given.scale)
+        given, method, data = self.settings, METHODS[variant.method], self.data / "train"
+        model = ModelSettings(given.scale, context=given.context)
         if variant.model:
             vocab_size = TokenSet.open(data).tokenizer.vocab_size
-            model = ModelSettings(given.scale, match=model.parameters(vocab_size), **variant.model)
+            model = replace(model, match=model.parameters(vocab_size), **variant.model)
         return RunSettings(
             data=str(data),
             method=variant.method,
@@ -295,17 +309,17 @@ class Workshop:
         measured = EvaluationConfig(
             samples=given.samples, max_windows=given.windows, nfe=(), paths=0, seed=given.seed
         )  # fmt: skip
-        evaluated = evaluate(model, TokenSet.open(self.folder / "data" / name), split="test", settings=measured)
+        evaluated = evaluate(model, TokenSet.open(self.data / name), split="test", settings=measured)
         product.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(product, {**evaluated, "accounts": accounts(model.model)})
         return True
 
     def _decode(self, variants: dict[str, Variant], out: Path, settings: dict[str, Any], console: Console) -> bool:
         given = self.settings
-        context = min(CONTEXT, ModelSettings(given.scale).length)
+        context = min(CONTEXT, given.context or ModelSettings(given.scale).length)
         whole = DecodeSettings(
             models=",".join(f"{name}={self.run(variant)}" for name, variant in variants.items()),
-            prompts=str(self.folder / "data" / given.prompts),
+            prompts=str(self.data / given.prompts),
             context=context,
             new_tokens=context // 2,
             batch=given.batch,
