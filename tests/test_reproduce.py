@@ -157,11 +157,29 @@ def test_a_model_that_was_trained_otherwise_is_refused(made):
 
 
 @pytest.mark.parametrize(
-    ("others", "said"), [({"windows": 0}, "windows is 0"), ({"steps": 0}, "steps is 0"), ({"seed": -1}, "seed is -1")]
+    ("others", "said"),
+    [
+        ({"windows": 0}, "windows is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"context": 0}, "context is 0"),
+        ({"context": 7}, "must lie between 1 and the context, 7"),
+    ],
 )
 def test_settings_are_checked_before_any_work(settings, others, said):
     with pytest.raises(InputError, match=said):
         with_methods(settings, "gpt2", **others)
+
+
+def test_another_context_has_places_of_its_own_and_the_same_text(made, jobs):
+    settings, out = made
+    before = (out / "table.json").read_bytes()
+    other = with_methods(settings, "gpt2", context=24)
+    found = reproduce("table1", other, QUIET)
+    assert found.name == f"{out.name}-24" and "scale debug, context 24" in (found / "table.md").read_text()
+    assert [product.parts[-3] for product in jobs] == ["runs", "evaluations", "evaluations"]
+    assert load(Workshop(other).run(Variant("gpt2", "gpt2"))).context == 24
+    assert (out / "table.json").read_bytes() == before and reproduce("table1", settings, QUIET) == out
 
 
 def test_it_goes_on_where_it_was_interrupted(settings, jobs):
