@@ -250,9 +250,12 @@ def test_weights_read_and_their_share_of_the_bandwidth():
     plain, full = weights_read(dual, False, False), weights_read(dual, True, True)
     assert full["causal"] - plain["causal"] == 4 * sum(p.numel() for p in dual.fusion.parameters())
     each_draft = 4 * (dual.vocab_size * dual.config.diffusion.width + sum(p.numel() for p in dual.chain.parameters()))
-    assert dual.chained and full["diffusion"] - plain["diffusion"] == dual.block_size * each_draft
-    figures = {"passes_causal": 10.0, "passes_diffusion": 5.0, "seconds": 2.0}
+    assert dual.chained and full["draft"] == each_draft and plain["draft"] == 0
+    assert full["diffusion"] == plain["diffusion"]
+    figures = {"passes_causal": 10.0, "passes_diffusion": 5.0, "passes_draft": 20.0, "seconds": 2.0}
     assert bandwidth_share({"causal": 100, "diffusion": 40}, figures, 1000.0) == pytest.approx(1200 / 2000)
+    read = {"causal": 100, "diffusion": 40, "draft": 7}
+    assert bandwidth_share(read, figures, 1000.0) == pytest.approx(1340 / 2000)
 
 
 # Quality.
@@ -284,6 +287,25 @@ def test_a_judge_reads_text_of_another_tokenizer_in_its_own_tokens(trained, tmp_
     expected = sum(causal_nll(judge.model.model, x).sum().item() for x in anew) / sum(x.numel() for x in anew)
     given = Conditions(split="train", windows=2)
     assert _about(judge, other, given)["ppl"] == pytest.approx(math.exp(expected))
+
+
+def test_a_judge_that_ends_reads_as_far_as_texts_go(trained, tmp_path, monkeypatch):
+    """In its own tokens another's may be longer than the judge, whose name is said then."""
+    data = TokenSet.open(trained / "set")
+    text = tmp_path / "text.txt"
+    text.write_text("The old man opened the door, and she said nothing. " * 20, encoding="utf-8")
+    other = prepare(tmp_path / "bytes", train=text, tokenizer="bytes")
+    judge = Judge("gpt2", TextModel.from_pretrained(trained / "gpt2", dtype="float64"))
+    monkeypatch.setattr(TextModel, "slides", False)
+    read = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "nll", lambda self, tokenizer, tokens, prompt: read.append(tokens.shape[1]) or 1.0)
+        _about(judge, other, Conditions(split="train", windows=2, context=5))
+        _about(judge, data, Conditions(split="train", windows=2, context=5))
+    assert read == [5, judge.model.context]
+    monkeypatch.setattr(TextModel, "context", 3)
+    with pytest.raises(InputError, match="judge is gpt2, which reads 3 tokens at most; a text has 4 of its tokens"):
+        judge.nll(data.tokenizer, data.split("test").spread(4, 1), 0)
 
 
 def test_prompts_are_held_out_text_and_others_each_round(trained):

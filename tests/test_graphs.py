@@ -3,9 +3,11 @@
 Graphs are recorded on a GPU alone. Here the same rounds run step by step, and as often as recording runs them.
 """
 
+import contextlib
 import copy
 import gc
 import itertools
+import threading
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from caddf import graphs
 from caddf.categorical import RowGenerators, Warp
 from caddf.compile import compiled
 from caddf.decoding import Autoregressive, Speculative, Task
+from caddf.decoding.task import DecodingError
 from caddf.graphs import Engine, Graphs, Shape
 from caddf.interface import Drafting
 from caddf.models.backbone import DualBranch
@@ -307,6 +310,44 @@ def test_few_engines_wait():
         model.graphs.rounds(torch.tensor([T]), drafting, model.allocate(1, T), warp=Warp())
     gc.collect()
     assert [engine.how.size for engine in model.graphs.idle] == [4, 5, 6, 7]
+
+
+def test_an_engine_serves_one_generation_at_a_time(monkeypatch):
+    """A thread that looks for one while another does waits until that has made its choice."""
+    model = attached(dual())
+    written(model, Speculative(), texts(1, 24))
+    gc.collect()
+    graphs = model.graphs
+    (engine,) = graphs.idle
+    found, threads = [], []
+
+    def reads(self, read):
+        if not threads:
+            threads.append(threading.Thread(target=lambda: found.append(graphs._take(engine.shape, read))))
+            threads[0].start()
+            threads[0].join(0.2)
+        return True
+
+    monkeypatch.setattr(Engine, "reads", reads)
+    first = graphs._take(engine.shape, None)
+    threads[0].join()
+    assert first is engine and found == [None] and not graphs.idle
+
+
+@pytest.mark.parametrize("attach", [attached, lambda model: model], ids=["graphs", "modules"])
+@torch.inference_mode()
+def test_a_target_that_is_no_number_accepts_nothing(attach):
+    """Copies of the prompt, with an end of text among them, do not stand because nothing is known of them."""
+    model, x, eos = attach(dual()), torch.full((1, T), V), 7
+    model.causal.norm.weight.fill_(torch.nan)
+    x[0, :11] = torch.tensor([1, 2, 3, 4, eos, 5, 6, 8, 1, 2, 3])
+    wanted = x == V
+    task = Task(x, torch.tensor([T]), V, RowGenerators(0, 1), Warp(1.0), lambda x: ((x == eos) & wanted).any(1))
+    frame = None
+    with contextlib.suppress(DecodingError):  # of rounds that are recorded it is the caller who sees that nothing came
+        for frame in Speculative(lookup=3)(model, task):
+            assert (frame.tokens[wanted] == V).all()
+    assert frame is not None
 
 
 @pytest.mark.parametrize("make", [dual, small, learned, gpt2])

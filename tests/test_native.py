@@ -801,6 +801,17 @@ def test_rounds_of_a_broken_model_end_with_an_error(temperature, decoder, broken
             pass
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("make", [dual, gpt2])
+def test_a_model_that_is_converted_is_left_to_its_modules(make, dtype):
+    """The kernels read float32 alone, and read again what comes back to it."""
+    model, plain = native.attach(make()), make()
+    before = greedy(model, 2)
+    assert torch.equal(greedy(model.to(dtype), 2), greedy(plain.to(dtype), 2)) and not model.native.stacks
+    again = greedy(model.to(torch.float32), 2)
+    assert model.native.stacks and (dtype is torch.bfloat16 or torch.equal(again, before))
+
+
 @torch.inference_mode()
 def test_what_is_banned_must_be_a_token():
     model, x = native.attach(dual()), tokens(1)

@@ -28,6 +28,22 @@ def test_what_is_common_to_both_cancels() -> None:
     assert (ratio.likelihood, ratio.against) == ("block", "causal")
 
 
+def test_windows_of_one_document_are_one_observation() -> None:
+    rows = [Window(row, torch.ones(8, dtype=torch.bool), document=i // 2) for i, row in enumerate(windows())]
+    ours, theirs = (evaluate(network(draft=draft), rows, SETTINGS) for draft in ("factorised", "chained"))
+    found = paired(ours, theirs, "causal", "block")
+    less = torch.tensor(ours["per_window"]["nats"]["causal"]) - torch.tensor(theirs["per_window"]["nats"]["block"])
+    pairs = less.double().view(-1, 2).mean(1) / 8
+    assert found.document_error == pytest.approx(found.ratio * pairs.std().item() / len(pairs) ** 0.5)
+    assert ours["per_window"]["documents"] == [i // 2 for i in range(len(rows))]
+    whole = ours["likelihoods"]["causal"]
+    means = torch.tensor(ours["per_window"]["nats"]["causal"]).double().view(-1, 2).mean(1) / 8
+    assert whole["document_error"] == pytest.approx(means.std().item() / len(means) ** 0.5, rel=1e-4)
+    one = evaluate(network(), windows(), SETTINGS)  # of a tensor they are not known
+    assert "documents" not in one["per_window"] and one["likelihoods"]["ar"]["document_error"] is None
+    assert paired(one, one, "ar").document_error is None
+
+
 def test_a_ratio_of_perplexities_is_that_of_the_totals() -> None:
     """Windows of several lengths, of which some tokens are scored."""
     rows = [Window(row, torch.arange(8) >= 2 * (i % 3)) for i, row in enumerate(windows())]

@@ -28,7 +28,8 @@ def bound(ppl, error=0.01, **where):
 EVALUATIONS = {
     "ours": {
         "diffusion": bound(60.0),
-        "block": bound(40.0),
+        "ar": bound(40.0),
+        "block": bound(41.0),
         "hybrid": [bound(50.0, **{"lambda": 0.75}), bound(55.0, **{"lambda": 0.25})],
         "nfe": [bound(90.0, steps=4), bound(65.0, None, steps=32)],
     },
@@ -48,7 +49,7 @@ def points(axes):
     return [sorted(zip(*line.get_data(), strict=True)) for line in axes.lines if line.get_marker() == "o"]
 
 
-def test_hybrid_bounds_start_at_the_diffusion_bound_and_run_to_the_right(axes):
+def test_hybrid_bounds_start_at_the_diffusion_bound_and_run_to_the_exact_one(axes):
     plots.draw_hybrid(axes, HYBRID)
     assert points(axes) == [[(0.0, 60.0), (0.25, 55.0), (0.75, 50.0)], [(0.5, 58.0)]]
     assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [40.0]

@@ -142,6 +142,20 @@ def test_windows_know_their_place():
         assert row.tokens.tolist() == every[row.index].tokens.tolist()
 
 
+@pytest.mark.parametrize("eos", [True, False])
+@pytest.mark.parametrize("documents", ["concatenate", "separate"])
+def test_windows_are_of_the_document_in_which_they_score_first(documents, eos):
+    tokens = text(4, 1, 7, 2)
+    which = np.repeat(np.arange(4), [5, 2, 8, 3])  # with their EOS
+    at = {int(token): int(document) for token, document in zip(tokens, which, strict=True) if token != EOS}
+    for stride in (2, 4):
+        protocol = replace(ALL, length=4, stride=stride, documents=documents, eos=eos, tail="score")
+        for row in windows(tokens, protocol, EOS):
+            first = row.tokens[row.scored][0].item()
+            if first != EOS:
+                assert row.document == at[first]
+
+
 def test_what_is_no_window():
     tokens = torch.arange(3)
     for scored in ([True, False, True], [False, False, False], [True, True, False]):

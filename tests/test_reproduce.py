@@ -103,6 +103,11 @@ def test_a_table_comes_from_nothing_and_is_not_made_twice(settings, tmp_path, jo
     assert table["rows"][0]["training"]["steps"] == 2 and table["machine"]["torch"]
     assert str(tmp_path) not in (out / "table.json").read_text() and "only" not in table["settings"]
     assert "| gpt2 | causal |" in (out / "table.md").read_text()
+    commit = table["machine"]["commit"]
+    assert table["commits"] == ({"trained": [commit], "evaluated": [commit]} if commit else {})
+    if commit:
+        for kind in ("md", "html"):
+            assert f"; trained by {commit[:10]}; evaluated by {commit[:10]}" in (out / f"table.{kind}").read_text()
     for kind in ("md", "html"):  # what was read, not only what it is called
         assert "One: 1 documents of" in (out / f"table.{kind}").read_text()
     assert "<td>radd-ao<td>diffusion" in (out / "table.html").read_text()

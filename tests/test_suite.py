@@ -45,7 +45,7 @@ def assert_same(a: object, b: object) -> None:
         for left, right in zip(a, b, strict=True):
             assert_same(left, right)
     else:
-        assert a == (b if isinstance(b, str) else pytest.approx(b, rel=1e-10))
+        assert a == (b if b is None or isinstance(b, str) else pytest.approx(b, rel=1e-10))
 
 
 @pytest.mark.parametrize("draft", ["factorised", "chained"])

@@ -72,14 +72,6 @@ class Warp(Checked):
             p = p / p.sum(-1, keepdim=True)
         return p
 
-    def of(self, log_probs: Float[Tensor, "*N V"], tokens: Int[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-        """The probability of one token of each distribution after the warp, in float64."""
-        if not self.plain or self.temperature == 0:
-            return self(log_probs).gather(-1, tokens[..., None])[..., 0]
-        if self.temperature != 1:
-            log_probs = torch.log_softmax(log_probs / self.temperature, -1)
-        return log_probs.gather(-1, tokens[..., None])[..., 0].double().exp()
-
     def draw(self, log_probs: Float[Tensor, "*N V"], u: Float[Tensor, "*N"]) -> Int[Tensor, "*N"]:
         """A token of each distribution after the warp, by inverse CDF; the arg max, and no float64, where greedy."""
         if self.temperature == 0 and not self.banned:

@@ -88,7 +88,7 @@ def token_set(console: Console, data: TokenSet) -> None:
 
 def evaluation(console: Console, result: dict[str, Any]) -> None:
     """Likelihoods with standard errors, accuracies, and what they were measured on."""
-    table = Table("likelihood", "nats/token", "±", "PPL", "bits/byte", "what it is")
+    table = Table("likelihood", "nats/token", "±", "± documents", "PPL", "bits/byte", "what it is")
     likelihoods = result["likelihoods"]
     kinds = {
         "causal": "exact: the causal branch alone",
@@ -113,9 +113,9 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
         )
         for x in likelihoods.get("importance_weighted", [])
     ]
-    for name, x, about in rows:  # a single window has no standard error, and a foreign vocabulary no bytes
-        error, per_byte = ("" if x[key] is None else f"{x[key]:.4f}" for key in ("standard_error", "bits_per_byte"))
-        table.add_row(name, f"{x['nll']:.4f}", error, f"{x['ppl']:.2f}", per_byte, about)
+    for name, x, about in rows:  # a single window, or document, has no error, and a foreign vocabulary no bytes
+        error, document_error, per_byte = (_figure(x[k]) for k in ("standard_error", "document_error", "bits_per_byte"))
+        table.add_row(name, f"{x['nll']:.4f}", error, document_error, f"{x['ppl']:.2f}", per_byte, about)
     console.print(table)
     accuracy = ", ".join(f"{name} {value:.3f}" for name, value in result["accuracy"].items())
     _line(console, f"accuracy: {accuracy}")
@@ -138,12 +138,20 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
 
 def ratios(console: Console, found: Sequence[Ratio]) -> None:
     """Perplexities over another model's."""
-    table = Table("perplexity", "over", "ratio", "±")
+    table = Table("perplexity", "over", "ratio", "±", "± documents")
     for each in found:
-        error = "" if each.standard_error is None else f"{each.standard_error:.4f}"
-        table.add_row(each.likelihood, each.against, f"{each.ratio:.4f}", error)
+        errors = (_figure(each.standard_error), _figure(each.document_error))
+        table.add_row(each.likelihood, each.against, f"{each.ratio:.4f}", *errors)
     console.print(table)
-    _line(console, "Of the same windows, paired: ± is the standard error over windows of what is not common to both.")
+    _line(
+        console,
+        "Of the same windows, paired: ± is the standard error of what is not common to both, over windows, and over "
+        "documents where they are known, the windows of one taken together.",
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def canvas(snapshot: Snapshot) -> Text:

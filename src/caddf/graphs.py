@@ -7,6 +7,7 @@ once, on buffers that stay where they are, and launched together ever after. Wha
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 import weakref
 from typing import Any, cast
@@ -43,6 +44,7 @@ class Graphs:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.idle, self.failed = cast(Any, model), list[Engine](), False
+        self._taking = threading.RLock()  # of one thread more than once: what ends a generation may run within
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model has weights of its own."""
@@ -87,20 +89,24 @@ class Graphs:
         length = length if branch.table is None else min(length, branch.context)
         shape = Shape(len(lengths), length, drafting, warp, weight.dtype, weight.device)
         read = _read_by(self.model)
-        self.idle = [each for each in self.idle if each.reads(read)]
-        engine = next((each for each in self.idle if each.shape == shape), None)
-        if engine is None:
-            engine = Engine(self.model, shape, read)
-        else:
-            self.idle.remove(engine)
+        engine = self._take(shape, read) or Engine(self.model, shape, read)
         rounds = GraphRounds(engine, lengths, caches)
         weakref.finalize(rounds, self._back, engine).atexit = False
         return rounds
 
+    def _take(self, shape: Shape, read: Any) -> Engine | None:
+        """An idle engine of this shape, no longer idle; None where there is none."""
+        with self._taking:
+            current = [each for each in self.idle if each.reads(read)]
+            engine = next((each for each in current if each.shape == shape), None)
+            self.idle = [each for each in current if each is not engine]
+            return engine
+
     def _back(self, engine: Engine) -> None:
         """`engine` is free; of those that are, the last ones used are kept."""
-        self.failed = self.failed or engine.failed
-        self.idle = [] if self.failed else [*self.idle, engine][-IDLE:]
+        with self._taking:
+            self.failed = self.failed or engine.failed
+            self.idle = [] if self.failed else [*self.idle, engine][-IDLE:]
 
 
 class GraphRounds:

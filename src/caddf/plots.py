@@ -115,11 +115,11 @@ class Curve:
 
     @classmethod
     def hybrid(cls, likelihoods: Mapping[str, Any]) -> Curve:
-        """Against l*, to the exact block likelihood; at 0 stands the diffusion bound, which is the hybrid one there."""
+        """Against l*, to the exact likelihood `ar`, which is the bound at 1; at 0 stands the diffusion bound."""
         bounds = [(each["lambda"], each) for each in likelihoods["hybrid"]]
         if "diffusion" in likelihoods:
             bounds.append((0.0, likelihoods["diffusion"]))
-        return cls._of(bounds, likelihoods.get("block"))
+        return cls._of(bounds, likelihoods.get("ar"))
 
     @classmethod
     def nfe(cls, likelihoods: Mapping[str, Any]) -> Curve:
@@ -134,7 +134,7 @@ class Curve:
 
 
 def draw_hybrid(axes: Any, curves: Mapping[str, Curve]) -> None:
-    """PPL against l*, the share masked where the causal branch takes over; dotted, the exact block likelihood."""
+    """PPL against l*, the share masked where the causal branch takes over; dotted, the exact likelihood at 1."""
     _draw_curves(axes, curves, ":")
     axes.set(xlabel="l*: 0 is diffusion alone", ylabel="PPL (upper bound ± standard error)", yscale="log")
     finish(axes, axes.yaxis)

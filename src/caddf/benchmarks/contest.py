@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -33,8 +33,9 @@ from caddf.benchmarks.trial import (
 )
 from caddf.compile import Compile
 from caddf.data import TokenSet
-from caddf.decoding import Decoder, Task
+from caddf.decoding import Decoder, Speculative, Task
 from caddf.errors import Checked, InputError, at_least, check_seed
+from caddf.interface import LanguageModel
 from caddf.quantise import Quantisation
 from caddf.text_model import DType, fingerprint, load, resolve_device
 
@@ -181,7 +182,9 @@ class Contest:
             figures["peak"] = peak.most - peak.first + weights_held(network)
         else:
             ran = run(decoder, network, task)
-        return {**account(network, ran, self.prompts.new_tokens), **figures, **self._quality(contestant, ran)}
+        drafts = decoder.drafting(cast(LanguageModel, network)).most if isinstance(decoder, Speculative) else 0
+        accounts = account(network, ran, self.prompts.new_tokens, drafts)
+        return {**accounts, **figures, **self._quality(contestant, ran)}
 
     def _quality(self, contestant: Contestant, ran: Run) -> dict[str, float]:
         """Of trained models alone."""
@@ -284,7 +287,11 @@ def _judge(given: Conditions) -> Judge | None:
 def _about(judge: Judge, data: TokenSet, given: Conditions) -> dict[str, Any]:
     """Who judges, and how well it knows such text itself."""
     model = judge.model
-    windows = data.split(given.split).spread(model.context, given.windows)
+    length = model.context
+    if not model.slides and model.tokenizer.fingerprint != data.tokenizer.fingerprint:
+        assert given.context is not None
+        length = min(length, given.context)  # in its own tokens they may be more, and have to fit as the texts have
+    windows = data.split(given.split).spread(length, given.windows)
     ppl = math.exp(judge.nll(data.tokenizer, windows, 0))
     return {"run": judge.name, "parameters": model.model.parameter_counts()["total"], "ppl": ppl}
 

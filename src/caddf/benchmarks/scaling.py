@@ -15,7 +15,7 @@ from caddf.benchmarks.measure import Spread, now
 from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, in_rounds, number, put, put_median, spread
 from caddf.benchmarks.roster import TARGETED, Contestant, Entrant, Roster, entrants, needs
 from caddf.benchmarks.trial import Prompts, task_of, weights_read
-from caddf.decoding import Task
+from caddf.decoding import Speculative, Task
 from caddf.errors import Checked, InputError, at_least, check_seed
 from caddf.experiment import Network
 from caddf.interface import LanguageModel
@@ -127,6 +127,8 @@ def bytes_read(network: Network, decoder: str, context: int) -> int:
         assert network.config.causal is not None
         cached = 2 * network.config.causal.layers * network.config.causal.width
         return weights["causal"] + each * cached * context
+    if "draft" in weights:
+        weights["draft"] *= Speculative().drafting(cast(LanguageModel, network)).most
     return sum(weights.values()) + each * network.cached_per_position() * context
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from itertools import islice
@@ -86,8 +87,10 @@ def warm_up(decoder: Decoder, network: Network, task: Task) -> None:
     deque(islice(decoder(cast(LanguageModel, network), task), WARM_UP), maxlen=0)
 
 
-def account(network: Network, ran: Run, new_tokens: int) -> dict[str, float]:
+def account(network: Network, ran: Run, new_tokens: int, drafts: int = 0) -> dict[str, float]:
     """One run's figures per row of the batch: speed, passes, tokens per pass and round, cache hits.
+
+    drafts: of a chain, in a round that does not copy its own.
 
     `tokens_per_evaluation` counts a diffusion pass at its floating-point operations per position over the causal
     branch's; `tokens_per_second` is of the whole batch.
@@ -106,6 +109,7 @@ def account(network: Network, ran: Run, new_tokens: int) -> dict[str, float]:
         "cache_hit_rate": hit_rate(computed, needed),
         "passes_causal": counts.causal.max().item(),
         "passes_diffusion": counts.diffusion.max().item(),
+        "passes_draft": drafts * (counts.rounds - counts.copied).max().item(),
     }
 
 
@@ -113,7 +117,7 @@ def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
     """Bytes of weights that a pass of each branch reads: its layers, and the rows of the heads that are read.
 
     `fused`: the causal branch's states are fused, `drafts`: the diffusion branch's own head is read. Embedding tables
-    are read in a few rows alone, which count for nothing; a chain is read, with its head, for every draft.
+    are read in a few rows alone, which count for nothing; a chain is read, with its head, for every draft (`draft`).
     """
     native = getattr(network, "native", None)
     sizes = {"bf16": 2, "int8": 1}
@@ -134,10 +138,9 @@ def weights_read(network: Network, fused: bool, drafts: bool) -> dict[str, int]:
             causal = size(network.causal.layers, network.causal.norm, network.fusion if fused else None)
             causal += each * network.vocab_size * network.causal.config.width
         diffusion = size(branch.layers, branch.norm, each=each if fused else proposing)
-        return {
-            "causal": causal,
-            "diffusion": diffusion + head * drafts * (network.block_size if network.chained else 1),
-        }
+        if network.chained:
+            return {"causal": causal, "diffusion": diffusion, "draft": head * drafts}
+        return {"causal": causal, "diffusion": diffusion + head * drafts}
     head = each * network.vocab_size * network.config.branch.width
     if isinstance(network, CausalModel):
         return {"causal": size(network.causal.layers, network.causal.norm) + head}
@@ -153,8 +156,8 @@ def weights_held(network: Network) -> int:
 
 def bandwidth_share(read: dict[str, int], figures: dict[str, float], bandwidth: float) -> float:
     """Bytes of weights read in all passes, over what the memory could have delivered meanwhile."""
-    passes = {"causal": figures["passes_causal"], "diffusion": figures["passes_diffusion"]}
-    return sum(passes[branch] * size for branch, size in read.items()) / (figures["seconds"] * bandwidth)
+    whole = sum(figures.get(f"passes_{part}", 0.0) * size for part, size in read.items())
+    return whole / (figures["seconds"] * bandwidth)
 
 
 # Quality.
@@ -181,13 +184,20 @@ class Judge:
         """Nats per token of the judge, over what comes after the first `prompt` tokens of `tokenizer`.
 
         Text of another tokenizer than its own is decoded, and prompt and continuation tokenised anew, each by itself.
+        Raises `InputError` where it cannot read as far.
         """
+        most = math.inf if self.model.slides else self.model.context
         own, nats, count = self.model.tokenizer, 0.0, 0
         same = own.fingerprint == tokenizer.fingerprint
         for row in tokens.tolist():
             given, new = row[:prompt], row[prompt:]
             if not same:
                 given, new = (own.encode(tokenizer.decode(part)) for part in (given, new))
+            if len(given + new) > most:
+                raise InputError(
+                    f"judge is {self.name}, which reads {most} tokens at most; a text has {len(given + new)} of its "
+                    "tokens: give a judge of a longer context, or a smaller --context"
+                )
             x0 = torch.tensor([given + new], device=self.model.device)
             nats -= score(cast(LanguageModel, self.model.model), x0, "causal")[0, len(given) :].sum().item()
             count += len(new)

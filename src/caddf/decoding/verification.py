@@ -42,7 +42,8 @@ def verify(
     # i drafts stand at least with s_i, i + 1 with the sum of min(s_i p, q): what is spared is for those that end here.
     spared = (s[:, :m, None] * p[:, :m] - q).clamp(min=0).sum(-1) * drafting
     stands = spared / (spared + 1 - s[:, :m])
-    stands = torch.cat([stands.nan_to_num(1.0), s[:, m:]], 1)[:, 1:]  # 0 / 0: p is q, and what follows stands as well
+    stands = torch.where((spared == 0) & (s[:, :m] == 1), 1, stands)  # 0 / 0: p is q, and what follows stands as well
+    stands = torch.cat([stands, s[:, m:]], 1)[:, 1:]  # a p that is no number is less than no uniform
     place = torch.arange(1, m + 1, device=q.device)
     stands = torch.where(place == count[:, None], s[:, 1:], stands)
 

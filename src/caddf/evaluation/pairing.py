@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from caddf.errors import InputError
-from caddf.evaluation.estimates import estimate
+from caddf.evaluation.estimates import Estimate, estimate
 
 EXACT = ("causal", "ar", "block")
 """Likelihoods that may be compared with a left-to-right model's."""
@@ -31,6 +31,8 @@ def named(likelihoods: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
 class Ratio:
     """A perplexity over another's, of the same windows, with its standard error over them (None with one window).
 
+    document_error: the same over documents, the windows of one taken together (None with one, or where they are not
+        known).
     likelihood, against: which of the two evaluations' likelihoods these are.
     """
 
@@ -38,18 +40,34 @@ class Ratio:
     against: str
     ratio: float
     standard_error: float | None
+    document_error: float | None = None
+
+
+def difference(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    tokens: Sequence[int] | int = 1,
+    documents: Sequence[int] | None = None,
+) -> Estimate:
+    """Nats per token of `ours` less those of `theirs`, window by window: the logarithm of the ratio of perplexities.
+
+    `tokens` are those of each window (1 where the nats are per token already), `documents` what each is of.
+    """
+    less = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
+    return estimate(less, tokens if isinstance(tokens, int) else torch.tensor(tokens), documents=documents)
 
 
 def ratio_of(
     ours: Sequence[float], theirs: Sequence[float], tokens: Sequence[int] | int = 1
 ) -> tuple[float, float | None]:
-    """Ratio of the perplexities of two lists of nats, window by window, and its standard error over windows.
+    """Ratio of the perplexities of two lists of nats, window by window, and its standard error over windows."""
+    found = difference(ours, theirs, tokens)
+    return found.ppl, _of_ratio(found.ppl, found.standard_error)
 
-    `tokens` are those of each window; 1 where the nats are per token already.
-    """
-    less = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)
-    found = estimate(less, tokens if isinstance(tokens, int) else torch.tensor(tokens))
-    return found.ppl, None if found.standard_error is None else found.ppl * found.standard_error
+
+def _of_ratio(ppl: float, error: float | None) -> float | None:
+    """A perplexity's error, of that of its nats (the delta method)."""
+    return None if error is None else ppl * error
 
 
 def paired(ours: Mapping[str, Any], theirs: Mapping[str, Any], likelihood: str, against: str | None = None) -> Ratio:
@@ -67,7 +85,9 @@ def paired(ours: Mapping[str, Any], theirs: Mapping[str, Any], likelihood: str, 
     for name, found in ((likelihood, one), (against, other)):
         if name not in found["nats"]:
             raise InputError(f"likelihood is {name}; this evaluation has {', '.join(found['nats'])}")
-    return Ratio(likelihood, against, *ratio_of(one["nats"][likelihood], other["nats"][against], one["tokens"]))
+    less = difference(one["nats"][likelihood], other["nats"][against], one["tokens"], one.get("documents"))
+    errors = (_of_ratio(less.ppl, error) for error in (less.standard_error, less.document_error))
+    return Ratio(likelihood, against, less.ppl, *errors)
 
 
 def _per_window(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -82,11 +82,13 @@ class Window:
     """Tokens to score together, and which of them count: all after those that are given.
 
     index: its place among all windows of the split, which names its noise; not set, its place in the list.
+    document: the number of the one in which its scored tokens begin, where that is known.
     """
 
     tokens: Int[Tensor, " L"]
     scored: Bool[Tensor, " L"]
     index: int | None = None
+    document: int | None = None
 
     def __post_init__(self) -> None:
         if self.scored.shape != self.tokens.shape or self.scored.dtype != torch.bool:
@@ -122,8 +124,10 @@ def windows(
         raise InputError(f"stride is {stride}; it must be at most the {room} tokens of text in a window")
     if stride < room and protocol.bos == "scored":
         raise InputError(f"stride is {stride} and bos is scored; what overlaps is given, so bos must be given or none")
+    ends = tokens == eos_id
+    documents = np.cumsum(ends) - ends  # of each token
     if not protocol.eos and protocol.documents == "concatenate":
-        tokens = tokens[tokens != eos_id]
+        tokens, documents = tokens[~ends], documents[~ends]
     spans = [
         (start + first, min(start + first + room, stop), 0 if first == 0 else room - stride)
         for start, stop in _stretches(tokens, protocol, eos_id)
@@ -132,7 +136,10 @@ def windows(
     if not spans:
         raise InputError(f"the {protocol.split} split has {len(tokens)} tokens; one window needs {room}")
     indices = chosen(len(spans), protocol.max_windows, protocol.seed).tolist()
-    return [_window(tokens, spans[index], index, protocol, eos_id) for index in indices]
+    return [
+        _window(tokens, spans[index], index, int(documents[spans[index][0] + spans[index][2]]), protocol, eos_id)
+        for index in indices
+    ]
 
 
 def stacked(rows: list[Window]) -> tuple[Int[Tensor, "N L"], Bool[Tensor, "N L"]]:
@@ -165,7 +172,12 @@ def _starts(count: int, room: int, stride: int, tail: str) -> range:
 
 
 def _window(
-    tokens: Integer[np.ndarray, " T"], span: tuple[int, int, int], index: int, protocol: Protocol, eos_id: int
+    tokens: Integer[np.ndarray, " T"],
+    span: tuple[int, int, int],
+    index: int,
+    document: int,
+    protocol: Protocol,
+    eos_id: int,
 ) -> Window:
     """The window of a span: start and end of its text, of which so many tokens are not scored."""
     start, stop, seen = span
@@ -173,4 +185,4 @@ def _window(
     parts = [special[: protocol.bos != "none"], tokens[start:stop], special[: protocol.closed]]
     ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
     given = 1 if protocol.bos == "given" else 0
-    return Window(ids, torch.arange(len(ids)) >= given + seen, index)
+    return Window(ids, torch.arange(len(ids)) >= given + seen, index, document)

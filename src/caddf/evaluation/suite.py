@@ -97,7 +97,7 @@ def evaluate(
     """Likelihoods (nats per token), accuracies and multi-token prediction over `windows`, as plain values for JSON.
 
     `per_window` has the nats of each window, by which two models are compared (`pairing.paired`): 'tokens' of each that
-    are scored, and a digest of the 'text'.
+    are scored, a digest of the 'text', and, where windows know them, the 'documents' that they are of.
 
     Of a tensor every token is scored; a `Window` says which of its are, given the others.
     Likelihoods that the model does not have are absent. `bound` is the diffusion bound of a model that is no time-free
@@ -118,11 +118,13 @@ def evaluate(
     model = as_model(model, vocab_size)
     block_size = settings.block_size or model.block_size
     parts: list[Rows] = []
+    documents: list[int | None] = []
     text_bytes, done, text = 0, 0, hashlib.sha256()
     indices = chosen(len(windows), settings.max_windows, settings.seed).tolist()
     for batch in _batches(windows, indices, settings.batch_size):
         x0, scored = stacked([windows[i] for i in batch])
         own = [windows[i].index for i in batch]
+        documents += [windows[i].document for i in batch]
         noise = [window_generator(settings.seed, i if at is None else at) for i, at in zip(batch, own, strict=True)]
         model = checked(model, x0, vocab_size)
         parts.append(_measure(model, x0.to(device), scored, settings, block_size, noise, bound))
@@ -132,8 +134,11 @@ def evaluate(
         done += len(batch)
         if progress is not None:
             progress(done, len(indices))
-    summary, tokens, nats = _summary(parts, text_bytes or None, settings, block_size)
-    return {**summary, "per_window": {"text": text.hexdigest(), "tokens": tokens, "nats": nats}}
+    known = [document for document in documents if document is not None]
+    which = known if len(known) == len(documents) else None
+    summary, tokens, nats = _summary(parts, text_bytes or None, which, settings, block_size)
+    per_window = {"text": text.hexdigest(), "tokens": tokens, "nats": nats}
+    return {**summary, "per_window": per_window if which is None else {**per_window, "documents": which}}
 
 
 def _batches(windows: Sequence[Window], indices: list[int], size: int) -> Iterator[list[int]]:
@@ -213,7 +218,11 @@ def _any_order(
 
 
 def _summary(
-    parts: list[Rows], text_bytes: int | None, settings: EvaluationConfig, block_size: int
+    parts: list[Rows],
+    text_bytes: int | None,
+    documents: list[int] | None,
+    settings: EvaluationConfig,
+    block_size: int,
 ) -> tuple[dict[str, Any], list[int], dict[str, list[float]]]:
     """Averages over the windows, named as they are reported; and of each window, its scored tokens and its nats."""
     # A short window may have no block of drafts: each measure has its own windows.
@@ -223,7 +232,7 @@ def _summary(
     tokens = rows["scored",]
 
     def nats(*name: str | float) -> dict[str, Any]:
-        return dict(estimate(rows[name], tokens, text_bytes).to_dict())
+        return dict(estimate(rows[name], tokens, text_bytes, documents).to_dict())
 
     def shares(kind: str) -> dict[str, float]:
         weights = {name: counts[name] / counts[name].double().mean() for name in rows if name[0] == kind}

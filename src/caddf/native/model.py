@@ -82,11 +82,17 @@ class Native:
         return Weights(PROPOSED if drafting else self.kind, far)
 
     def refresh(self) -> None:
-        """Lays the weights out for the kernels, if they have changed since that was done: with each new cache."""
+        """Lays the weights out for the kernels, if they have changed since that was done: with each new cache.
+
+        Of a model that was moved or converted to what the kernels do not read, all is left to its modules.
+        """
         with self._refreshing:  # others wait until all is laid out
             which = state_of(*self.model.parameters())
             if which != self._laid_out:
-                self._lay_out()
+                if self.suits(self.model):
+                    self._lay_out()
+                else:
+                    self.stacks, self.fusion = {}, None
                 self._laid_out = which
 
     def _lay_out(self) -> None:

@@ -265,7 +265,8 @@ class NativeHead(nn.Module):
     def forward(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """`states E^T`."""
         table = self.table()
-        if len(states) > WIDEST or torch.is_grad_enabled() or not len(states):
+        readable = table.dtype == states.dtype == torch.float32 and table.device.type == "cpu"
+        if not readable or len(states) > WIDEST or torch.is_grad_enabled() or not len(states):
             return F.linear(states, table)
         held = self.tokens()
         states, logits = states.contiguous(), states.new_empty(len(states), len(table))

@@ -108,19 +108,23 @@ def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -
         del settings[name]
     if settings["judge"] is not None:
         settings["judge"] = Path(settings["judge"]).name
-    values = {"table": table.name, "settings": settings, "machine": machine(), **table.values(shop, chosen)}
+    measured = contest(table, chosen)
+    values = {
+        "table": table.name,
+        "settings": settings,
+        "machine": machine(),
+        "commits": shop.commits(chosen.values(), measured),
+        **table.values(shop, chosen),
+    }
     about, columns, rows = table.grid(values)
     shown = {"perplexities": values if "sets" in values else values.get("perplexities")}
     shown |= {"about": about, "columns": columns, "grid": rows}
     out.mkdir(parents=True, exist_ok=True)
-    rounds, measured = (
-        out / "decode",
-        contest(table, chosen),
-    )  # every round of every row, of which the table has medians
+    rounds = out / "decode"  # every round of every row, of which the table has medians
     for file in rounds.glob("decode.*"):  # of a table before
         file.unlink()
     templates = Environment(loader=PackageLoader("caddf"), trim_blocks=True, autoescape=select_autoescape())
-    templates.filters |= {"perplexity": perplexity, "plus_minus": plus_minus}
+    templates.filters |= {"perplexity": perplexity, "plus_minus": plus_minus, "pieces": _pieces}
     write_json_atomic(out / "table.json", values)
     for kind in ("md", "html"):
         write_text_atomic(out / f"table.{kind}", templates.get_template(f"table.{kind}").render({**values, **shown}))
@@ -131,3 +135,8 @@ def write(table: Table, chosen: dict[str, Variant], shop: Workshop, out: Path) -
                 temporary = rounds / f"{file.name}{TEMPORARY}"
                 shutil.copy(file, temporary)
                 temporary.replace(rounds / file.name)
+
+
+def _pieces(commits: dict[str, list[str]]) -> str:
+    """By which commits the pieces of a table were made: the table's own says who wrote it down."""
+    return "".join(f"; {kind} by {', '.join(each[:10] for each in made)}" for kind, made in commits.items())

@@ -16,6 +16,7 @@ from caddf.data import TokenSet, prepare
 from caddf.errors import Checked, InputError, at_least, check_seed
 from caddf.evaluation import EvaluationConfig
 from caddf.experiment import METHODS
+from caddf.machine import machine
 from caddf.model_settings import ModelSettings, Size
 from caddf.models.accounts import accounts
 from caddf.running import OWN, RunSettings, ValidationSettings, resume, start
@@ -178,6 +179,19 @@ class Workshop:
         """Steps, tokens, batch, learning rate and seconds of a run that is done."""
         return read_json(self.run(variant) / "done.json")
 
+    def commits(self, variants: Iterable[Variant], contest: str) -> dict[str, list[str]]:
+        """By which commits runs were ended, evaluated and decoded; those whose pieces do not say are left out."""
+        runs, found = list(variants), {}
+        for kind, files in {
+            "trained": [self.run(each) / "done.json" for each in runs],
+            "evaluated": [self.evaluation(each, name) for each in runs for name in SETS],
+            "decoded": [self.decoding(contest) / "decode.json"],
+        }.items():
+            made = [read_json(file) for file in files if file.exists()]
+            calls = [call for each in made for call in (each.get("machine", {}), *each.get("continued", []))]
+            found[kind] = sorted({call["commit"] for call in calls if call.get("commit")})
+        return {kind: commits for kind, commits in found.items() if commits}
+
     def check(self, variants: Iterable[Variant]) -> None:
         """Raises `InputError` where pieces of `variants` that are there were made with other settings."""
         given, train = self.settings, self.data / "train"
@@ -282,6 +296,7 @@ class Workshop:
                 "learning_rate": resolved.learning_rate,
                 "seconds": result.elapsed,
                 "weights": fingerprint(load(run).model),
+                "machine": machine(),
             }
             write_json_atomic(product, about)
         return not result.interrupted
@@ -311,7 +326,7 @@ class Workshop:
         )  # fmt: skip
         evaluated = evaluate(model, TokenSet.open(self.data / name), split="test", settings=measured)
         product.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(product, {**evaluated, "accounts": accounts(model.model)})
+        write_json_atomic(product, {**evaluated, "accounts": accounts(model.model), "machine": machine()})
         return True
 
     def _decode(self, variants: dict[str, Variant], out: Path, settings: dict[str, Any], console: Console) -> bool:
