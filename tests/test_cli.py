@@ -1,5 +1,6 @@
 """The commands end to end on a tiny model: what they print, what they leave on disk, and what they refuse."""
 
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,8 +195,37 @@ def test_generate_prints_text_and_statistics(say, run):
     # The terminal is spared what controls it; no line is broken that the model did not break.
     shown, whole = ("".join(c for c in text if c == "\n" or c.isprintable()) for text in (said.out, result["text"]))
     assert shown.startswith(f"a1 ={whole}\n") and len(whole) > 40
-    assert f"{result['tokens']} tokens, " in said.out and "cache hit rate" in said.out and "seed 5" in said.out
+    assert f"{result['tokens']} tokens, " in said.err and "cache hit rate" in said.err and "seed 5" in said.err
+    assert "cache hit rate" not in said.out  # what is piped on is text alone
     assert say("generate", run, "--template", "b[MASK:2]c").out.startswith("b")
+
+
+def test_prompts_come_from_files_and_standard_input(say, run, tmp_path, monkeypatch):
+    (tmp_path / "one.txt").write_bytes(b"a1 =\r\n\tb ")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("é".encode())))
+    files = ["--prompt-file", tmp_path / "one.txt", "--prompt-file", "-", "--prompt", "c"]
+    results = say("generate", run, *files, "--max-new-tokens", "1", "--json").json
+    assert [each["prompt"] for each in results] == ["c", "a1 =\r\n\tb ", "é"]
+    (tmp_path / "two.txt").write_text("b[MASK:2]c")
+    assert say("generate", run, "--template-file", tmp_path / "two.txt").out.startswith("b")
+
+
+def test_own_text_is_evaluated_whole_in_the_models_tokens(say, refused, data, run, tmp_path):
+    text = "def f(x):\n    return x\n" * 5
+    (tmp_path / "own.txt").write_text(text)
+    quick = ["--likelihoods", "causal,block", "--json"]
+    result = say("evaluate", run, "--data", tmp_path / "own.txt", *quick).json
+    tokenizer = caddf.load(run).tokenizer
+    assert result["tokens"] == len(tokenizer.encode(text)) + 1 and result["split"] == "test"
+    assert result["likelihoods"].keys() == {"causal", "block"}
+    say("data", "prepare", "--test", tmp_path / "own.txt", "--tokenizer", data, "--out", tmp_path / "set")
+    options = ["--split", "test", "--tail", "score"]
+    assert (
+        say("evaluate", run, "--data", tmp_path / "set", *options, *quick).json["likelihoods"] == result["likelihoods"]
+    )
+    assert "likelihoods holds 'ppl'; it must be of causal, ar" in refused(
+        "evaluate", run, "--data", data, "--likelihoods", "ppl"
+    )
 
 
 def test_show_writes_a_line_a_frame_where_there_is_no_terminal(say, run):
@@ -540,7 +571,8 @@ def test_another_tokenizer_is_refused(say, refused, run, tmp_path):
         ([], "give either a prompt or a template"),
         (["--prompt", "a", "--template", "b[MASK]"], "give either a prompt or a template"),
         (["--template", "a"], "the template has no [MASK] to fill; write [MASK:24] for a hole of 24 tokens"),
-        (["--prompt", "z " * 40], "the prompt has 80 tokens; it must be shorter than the context, 32"),
+        (["--prompt", "z " * 40, "--decoder", "block"], "the prompt has 80 tokens; with this decoder and model it"),
+        (["--prompt-file", "nothing.txt"], "nothing.txt cannot be read as text: No such file or directory"),
         (["--prompt", "a", "--stop", ""], "stop holds an empty string, which every text contains; give the text that"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be 1 or more"),
         (["--prompt", "a", "--temperature", "nan"], "temperature is nan; it must be a number"),

@@ -159,6 +159,7 @@ def place(tmp_path, monkeypatch):
     for i in range(20):
         (tmp_path / "my-text" / f"{i}.txt").write_text(f"# File {i}.\n" + code * 4)
     (tmp_path / "pets.jsonl").write_text('{"question": "the cat sat on the", "answer": 0}\n' * 2)
+    (tmp_path / "chapter.txt").write_text(code)
     gpt2, radd = published.CONFIGS["gpt2"], published.CONFIGS["radd-t-dce"]
     wide = {**radd["model"], "hidden_size": 32, "length": 1024}
     published.write(tmp_path / "gpt2", "gpt2", config={**gpt2, "n_embd": 32, "n_positions": 1024, "n_ctx": 1024})

@@ -1,6 +1,7 @@
 """Prompt or template to frames: what comes out, what ends it, and what is refused before anything is decoded."""
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -16,7 +17,7 @@ from caddf.decoding.task import DecodingError
 from caddf.denoiser import as_model
 from caddf.models.backbone import DualBranch
 from caddf.models.config import BranchConfig, ModelConfig
-from caddf.snapshots import StopWords
+from caddf.snapshots import StopWords, settled
 from caddf.tokenizer import Tokenizer
 
 
@@ -121,6 +122,31 @@ def test_left_to_right_goes_beyond_the_context(model):
     assert last(model, "x", decoder="autoregressive", max_new_tokens=50, seed=2).frame.tokens.shape == (1, 51)
 
 
+@pytest.mark.parametrize("target", ["causal", "fused"])
+@pytest.mark.parametrize("decoder", ["autoregressive", "speculative"])
+def test_a_prompt_may_be_longer_than_the_context(model, decoder, target):
+    """What it says of the text behind it does not depend on caches, nor on whether it was given or drawn."""
+    settings = {"decoder": decoder, "target": target, "temperature": 0.0}
+    drawn = last(model, "ab", max_new_tokens=60, **settings)
+    begun = "ab" + model.tokenizer.decode(drawn.frame.tokens[0, 2:45].tolist())
+    if "\ufffd" not in begun and len(model.tokenizer.encode(begun)) == 45:
+        assert torch.equal(last(model, begun, max_new_tokens=17, **settings).frame.tokens, drawn.frame.tokens)
+    prompt = ["the old man " * 6, "x"]
+    one, other = (last(model, prompt, max_new_tokens=12, cache=cache, **settings) for cache in (True, False))
+    assert torch.equal(one.frame.tokens, other.frame.tokens)
+
+
+def test_texts_grow_and_take_nothing_back(model):
+    """Left to right, with stop strings that begin over and over, and characters of several tokens."""
+    assert settled("abc", ["cd", "bcd"]) == "a" and settled("abc", ["abc", "x"]) == "abc"
+    assert settled("ab\ufffd", []) == "ab" and settled("", ["a"]) == "" and settled("ccc", ["cccd"]) == ""
+    vowels = [a + b for a in "aeiou \x00\x01" for b in "0123456789"]
+    for seed in range(6):
+        given = {"max_new_tokens": 30, "seed": seed, "stop": vowels, "temperature": 1.3}
+        texts = [frame.text for frame in generate(model, "日本 é", **given)]
+        assert all(later.startswith(text) for text, later in itertools.pairwise(texts))
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
@@ -134,7 +160,7 @@ def test_left_to_right_goes_beyond_the_context(model):
         ({"template": "[MASK:2]", "target": "causal"}, "target is causal, beside a template"),
         ({"template": f"[MASK:{10**12}]"}, "it must lie between 1 and 32"),
         ({"template": "[MASK:30]abc"}, "the template has 33 tokens; it must fit the context, 32"),
-        ({"prompt": "a" * 32}, "the prompt has 32 tokens; it must be shorter than the context, 32"),
+        ({"prompt": "a" * 32, "decoder": "block"}, "has 32 tokens; with this decoder and model it must be shorter"),
         (
             {"prompt": "a", "decoder": "ancestral", "max_new_tokens": 32},
             "make 33; with this decoder and model they must fit",

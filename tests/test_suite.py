@@ -16,6 +16,7 @@ from caddf.evaluation.likelihood import read_exact
 from caddf.evaluation.protocol import Protocol, Window
 from caddf.evaluation.protocol import windows as cut_windows
 from caddf.models.backbone import DualBranch
+from caddf.models.causal_model import CausalConfig, CausalModel
 from caddf.models.config import BranchConfig, ModelConfig
 
 SETTINGS = EvaluationConfig(batch_size=4, nfe=(2, 8), block_size=4)
@@ -59,6 +60,28 @@ def test_no_result_depends_on_the_batch_size(draft: str) -> None:
     assert_same(results[0], results[2])
     other = evaluate(model, windows(), dataclasses.replace(SETTINGS, seed=1))
     assert other["likelihoods"]["diffusion"]["nll"] != results[0]["likelihoods"]["diffusion"]["nll"]
+
+
+@pytest.mark.parametrize("chosen", ["causal", "ar", "block", "diffusion", "hybrid", "nfe", "importance_weighted"])
+def test_a_likelihood_alone_is_what_it_is_among_others(chosen: str) -> None:
+    """Exact ones to the last digit; of bounds the noise is drawn in turn, so that they are other draws."""
+    model = network()
+    every = evaluate(model, windows(), SETTINGS)["likelihoods"]
+    alone = evaluate(model, windows(), dataclasses.replace(SETTINGS, likelihoods=(chosen,)))
+    assert "accuracy" not in alone["mtp"]
+    besides = {"diffusion": {"truncated"}, "hybrid": {"ar", "diffusion", "truncated"}}.get(chosen, set())
+    assert alone["likelihoods"].keys() == {chosen} | besides
+    if chosen in ("causal", "ar", "block", "diffusion", "hybrid"):
+        for name in alone["likelihoods"].keys() - ({"hybrid"} if "nfe" in every else set()):
+            assert_same(alone["likelihoods"][name], every[name])
+
+
+def test_likelihoods_that_are_none() -> None:
+    with pytest.raises(InputError, match="likelihoods holds 'perplexity'; it must be of causal, ar, block"):
+        dataclasses.replace(SETTINGS, likelihoods=("perplexity",))
+    left_to_right = CausalModel(CausalConfig(5, 8, BranchConfig(1, 8, 2), block_size=4)).double()
+    with pytest.raises(InputError, match="likelihoods is diffusion, of which this model has none"):
+        evaluate(left_to_right, windows(), dataclasses.replace(SETTINGS, likelihoods=("diffusion",)))
 
 
 def test_what_is_reported() -> None:

@@ -118,7 +118,8 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
         table.add_row(name, f"{x['nll']:.4f}", error, document_error, f"{x['ppl']:.2f}", per_byte, about)
     console.print(table)
     accuracy = ", ".join(f"{name} {value:.3f}" for name, value in result["accuracy"].items())
-    _line(console, f"accuracy: {accuracy}")
+    if accuracy:
+        _line(console, f"accuracy: {accuracy}")
     mtp = result["mtp"]
     if "accuracy" in mtp:
         agreement = f", agreement with the fused head {mtp['agreement']:.3f}" if "agreement" in mtp else ""
@@ -128,7 +129,7 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
         )
     _line(
         console,
-        f"{result['tokens']:,} tokens in {result['windows']} windows of {result['split']}, "
+        f"{_count(result['tokens'], 'token')} in {_count(result['windows'], 'window')} of {result['split']}, "
         f"{result['samples']} Monte-Carlo samples a window (a quarter as many of finite steps and of infilling)",
     )
     choices = ("length", "stride", "documents", "eos", "bos", "closed", "tail")
@@ -184,18 +185,24 @@ def watch(frames: Iterator[Snapshot], show: bool) -> Snapshot:
 
 
 def generation(console: Console, last: Snapshot) -> None:
-    """Prompt, text and statistics of each row."""
+    """Prompt and text of each row; its statistics go to standard error, so that what is piped on is text alone."""
+    told = Console(stderr=True)
     for each in last.results():
         _line(console, each["text"] if last.task.template else each["prompt"] + each["text"])
         passes, copied = each["evaluations"], f" ({n} copied)" if (n := each["copied_rounds"]) else ""
         _line(
-            console,
-            f"{each['tokens']} tokens, {each['tokens_per_second']:.1f}/s, {each['rounds']} rounds{copied}, "
+            told,
+            f"{_count(each['tokens'], 'token')}, {each['tokens_per_second']:.1f}/s, "
+            f"{_count(each['rounds'], 'round')}{copied}, "
             f"evaluations: {passes['causal']} causal and {passes['diffusion']} diffusion, "
             f"{each['tokens_per_evaluation']:.2f} tokens per evaluation, cache hit rate {each['cache_hit_rate']:.1%}, "
             f"seed {each['seed']}",
             style="dim",
         )
+
+
+def _count(n: int, thing: str) -> str:
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
 def info(console: Console, accounts: dict[str, Any]) -> None:

@@ -89,7 +89,8 @@ def generate(
     itself, as `caddf.interface.as_model(function, V)`, with a `Task` of token ids.
 
     Raises `InputError`, before anything is decoded, for settings that are wrong, a prompt that does not fit the
-    context, and a template without a hole.
+    context (left to right one may be longer where positions are not learned: attention slides over it), and a template
+    without a hole.
     """
     check_arguments(generate, {name: value for name, value in locals().items() if name != "settings"})
     if (prompt is None) == (template is None):
@@ -164,8 +165,11 @@ def _check_heads(model: TextModel, name: str, chosen: Decoder, filling: bool) ->
 
 def _prompt(model: TextModel, text: str, new: int, longest: int | None) -> Row:
     tokens = model.tokenizer.encode(text)
-    if len(tokens) >= model.context:
-        raise InputError(f"the prompt has {len(tokens)} tokens; it must be shorter than the context, {model.context}")
+    if longest is not None and len(tokens) >= longest:
+        raise InputError(
+            f"the prompt has {len(tokens)} tokens; with this decoder and model it must be shorter than the context, "
+            f"{longest}"
+        )
     if longest is not None and len(tokens) + new > longest:
         raise InputError(
             f"the prompt's {len(tokens)} tokens and max_new_tokens {new} make {len(tokens) + new}; with this decoder "

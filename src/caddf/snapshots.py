@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -46,7 +47,11 @@ class Snapshot:
 
     @cached_property
     def texts(self) -> list[str]:
-        """Every row's text so far; `[M]` shows as an underscore."""
+        """Every row's text so far; `[M]` shows as an underscore.
+
+        Of a continuation that goes on, what the next token may still change is held back: part of a character, and what
+        a stop string may begin with. So left to right each text begins with the one before it.
+        """
         return [self._text(r) for r in range(len(self.rows))]
 
     def pieces(self, row: int = 0) -> list[tuple[str, Kind]]:
@@ -130,14 +135,23 @@ class Snapshot:
             new = new[: next(ends, len(new))]
         return new
 
+    def _goes_on(self, r: int, new: int) -> bool:
+        """Whether more is to come behind so many new tokens of a continuation."""
+        tokens = self.frame.tokens[r, : int(self.task.lengths[r])]
+        wanted = tokens[self.task.wanted[r, : len(tokens)]]
+        return new < len(wanted) and int(wanted[new]) == self.task.mask_id
+
     def _stopped(self, tokens: list[int]) -> bool:
         text = self.tokenizer.decode(tokens)
         return first_stop(text, self.stop) < len(text)
 
     def _text(self, r: int) -> str:
         if not self.task.template:
-            text = self.tokenizer.decode(self._new(r))
-            return text[: first_stop(text, self.stop)]
+            new = self._new(r)
+            text = self.tokenizer.decode(new)
+            if (end := first_stop(text, self.stop)) < len(text) or not self._goes_on(r, len(new)):
+                return text[:end]
+            return settled(text, self.stop)
         parts: list[str] = []
         run: list[int] = []
         for token in [*self.frame.tokens[r, : int(self.task.lengths[r])].tolist(), self.task.mask_id]:
@@ -147,6 +161,15 @@ class Snapshot:
             else:
                 run.append(token)
         return "".join(parts[:-1])
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """`text` without what the next token may change: the beginning of a character, or of a stop string."""
+    text = text.rstrip("\ufffd")
+    begun = (
+        n for word in stop for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])
+    )  # fmt: skip
+    return text[: len(text) - max(begun, default=0)]
 
 
 def first_stop(text: str, stop: tuple[str, ...]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ def generate(parser: ArgumentParser, arguments: list[str]) -> int:
     add = parser.add_argument
     add("model", type=str, help="a run, a model folder, or OWNER/NAME on the hub")
     add("--prompt", type=str, action="append", metavar="TEXT", help="text to continue; again for a batch")
+    add("--prompt-file", type=str, action="append", metavar="FILE",
+        help="a file of text to continue, all of it; - is standard input")  # fmt: skip
     add("--template", type=str, action="append", metavar="TEXT",
         help="text with holes to fill, 'def f(x):[MASK:24]return y'; again for a batch")  # fmt: skip
+    add("--template-file", type=str, action="append", metavar="FILE", help="a file of such text; - is standard input")
     add("--decoder", type=str | None, metavar="NAME",
         help=f"{', '.join(DECODERS)}; not set, the method's (CAD-DF: speculative)")  # fmt: skip
     for name, kind, default, text in (
@@ -54,7 +58,8 @@ def generate(parser: ArgumentParser, arguments: list[str]) -> int:
     at_least(1, batch=values.batch)
     if values.record is not None:
         check_writable("record", values.record)
-    texts = {name: values[name] for name in ("prompt", "template") if values[name] is not None}
+    read = {name: map(_text_of, values[f"{name}_file"] or ()) for name in ("prompt", "template")}
+    texts = {name: given for name, files in read.items() if (given := [*(values[name] or ()), *files])}
     if values.batch > 1 and sum(map(len, texts.values())) != 1:
         raise InputError(f"batch is {values.batch}, which repeats one prompt or template; give exactly one")
     settings: dict[str, Any] = {}
@@ -91,3 +96,12 @@ def generate(parser: ArgumentParser, arguments: list[str]) -> int:
     else:
         display.generation(display.output(), last)
     return 0
+
+
+def _text_of(file: str) -> str:
+    """The whole of a file, or of standard input; raises `InputError` where it cannot be read as text."""
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as text: {getattr(error, 'strerror', None) or error}") from error

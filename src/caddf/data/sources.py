@@ -74,6 +74,8 @@ class Source:
         path = Path(self.spec)
         if not path.exists():
             raise InputError(f"{path} does not exist; give a file, a folder, stdlib, {', '.join(NAMED)}, or hf:NAME")
+        if not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path} is a pipe or a device, and text is read more than once; write it to a file first")
         if (path / MANIFEST).is_file():
             raise InputError(f"{path} is a token set already; give text, or what it was prepared from")
         files = files_of(path) if path.is_dir() else [path]

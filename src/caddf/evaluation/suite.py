@@ -29,11 +29,16 @@ from caddf.evaluation.reading import Model, checked
 from caddf.interface import Head, LanguageModel
 from caddf.schedules import LogLinear
 
+LIKELIHOODS = ("causal", "ar", "block", "diffusion", "hybrid", "nfe", "importance_weighted")
+"""Those that a choice can be made of."""
+
 
 @dataclass(frozen=True)
 class EvaluationConfig(Checked):
     """What `evaluate` measures, and how closely.
 
+    likelihoods: those of causal, ar, block, diffusion, hybrid, nfe and importance_weighted to measure, with what comes
+        of the same passes, and no multi-token prediction; empty for all that the model has. Exact ones alone are cheap.
     batch_size: windows per pass; no result depends on it. samples: Monte-Carlo samples per window of the diffusion
         bound, which `truncated`, the hybrid bounds and the diffusion accuracy share; a quarter as many (at least one)
         for the finite-step bounds and for the infilling of the hybrid bounds.
@@ -45,6 +50,7 @@ class EvaluationConfig(Checked):
     seed: of all noise, window by window.
     """
 
+    likelihoods: tuple[str, ...] = ()
     batch_size: int = 16
     samples: int = 8
     anchors: tuple[float, ...] = (0.25, 0.5, 0.75)
@@ -57,10 +63,17 @@ class EvaluationConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.likelihoods:
+            if name not in LIKELIHOODS:
+                raise InputError(f"likelihoods holds {name!r}; it must be of {', '.join(LIKELIHOODS)}")
         at_least(1, self, "batch_size", "samples", "nfe", "importance_steps", "max_windows", "block_size")
         at_least(0, self, "paths", note="0: off")
         a_share(self, "anchors")
         check_seed(self.seed)
+
+    def wants(self, *names: str) -> bool:
+        """Whether one of these likelihoods is measured."""
+        return not self.likelihoods or any(name in self.likelihoods for name in names)
 
 
 class Bound(Protocol):
@@ -170,20 +183,25 @@ def _measure(
     rows: Rows = {("scored",): scored.sum(-1)}
     exact: tuple[tuple[Likelihood, Head], ...] = (("causal", "causal"), ("ar", "fused"), ("block", "fused"))
     for name, head in exact:
-        if head in model.heads:
+        wanted = settings.wants(name, "hybrid") if name == "ar" else settings.wants(name)
+        if head in model.heads and wanted:
             out = read_exact(model, x0, name, block_size)
             rows[name,] = out.nats.where(here, 0).sum(-1)
             if name != "block":
                 rows["accuracy", "ar"] = ((out.best == x0) & here).sum(-1).double() / count
-    if bound is not None:
+    if bound is not None and settings.wants("diffusion"):
         rows["diffusion",] = bound(model, x0, settings.samples, noise, scored=scored)
-    elif model.denoiser != "causal":
+    elif bound is None and model.denoiser != "causal":
         rows |= _any_order(model, x0, scored, settings, noise, rows.get(("ar",)))
-        if length // block_size * block_size - block_size >= length - count:  # the last whole block is scored
+        if (
+            not settings.likelihoods and length // block_size * block_size - block_size >= length - count
+        ):  # the last whole block is scored
             drafts = mtp(model, x0, block_size, noise, scored=scored)
             rows["mtp", "accuracy"] = drafts.accuracy
             if drafts.agreement is not None:
                 rows["mtp", "agreement"] = drafts.agreement
+    if len(rows) == 1:
+        raise InputError(f"likelihoods is {', '.join(settings.likelihoods)}, of which this model has none")
     return {name: value.cpu() for name, value in rows.items()}
 
 
@@ -199,18 +217,21 @@ def _any_order(
     count, few = int(scored[0].sum()), max(1, settings.samples // 4)
     level = None if ar is None else ar.cpu() / count
     everything = interval_weights(count, 0, 1)
-    draws = draw(model, x0, everything, settings.samples, noise, scored=scored)
-    rows: Rows = {
-        ("diffusion",): draws.average(everything),
-        ("truncated",): draws.average(interval_weights(count, *LogLinear().limits), level),
-        ("accuracy", "diffusion"): draws.right / draws.counts,
-    }
-    for steps in settings.nfe:
+    rows: Rows = {}
+    hybrid = ar is not None and bool(settings.anchors) and settings.wants("hybrid")
+    if hybrid or settings.wants("diffusion"):
+        draws = draw(model, x0, everything, settings.samples, noise, scored=scored)
+        rows = {
+            ("diffusion",): draws.average(everything),
+            ("truncated",): draws.average(interval_weights(count, *LogLinear().limits), level),
+            ("accuracy", "diffusion"): draws.right / draws.counts,
+        }
+    for steps in settings.nfe if settings.wants("nfe") else ():
         rows["nfe", steps] = finite_step_bound(model, x0, steps, few, noise, scored=scored)
-    if settings.paths:
+    if settings.paths and settings.wants("importance_weighted"):
         steps, paths = settings.importance_steps, settings.paths
         rows["importance_weighted",] = importance_weighted_bound(model, x0, steps, paths, noise, scored=scored)
-    if ar is not None:
+    if hybrid:
         for anchor in settings.anchors:
             tail = draws.average(interval_weights(count, anchor, 1), level)
             rows["hybrid", anchor] = tail + infilling(model, x0, anchor, few, noise, scored).mean(-1, keepdim=True)
