@@ -37,6 +37,7 @@ from caddf.benchmarks.contest import Conditions, _about
 from caddf.benchmarks.decode import ratios
 from caddf.benchmarks.given import whole_numbers
 from caddf.benchmarks.hub_gpt2 import TransformersGenerate, to_transformers
+from caddf.benchmarks.infill import ratios as infill_ratios
 from caddf.benchmarks.measure import Spread, bandwidth, fresh, in_turns, resident
 from caddf.benchmarks.pareto import KNOBS, dominates
 from caddf.benchmarks.results import number
@@ -285,7 +286,7 @@ def test_a_judge_reads_text_of_another_tokenizer_in_its_own_tokens(trained, tmp_
     windows = other.split("train").spread(judge.model.context, 2)
     anew = [torch.tensor([data.tokenizer.encode(other.tokenizer.decode(row))]) for row in windows.tolist()]
     expected = sum(causal_nll(judge.model.model, x).sum().item() for x in anew) / sum(x.numel() for x in anew)
-    given = Conditions(split="train", windows=2)
+    given = Conditions(split="train", windows=2, context=judge.model.context)
     assert _about(judge, other, given)["ppl"] == pytest.approx(math.exp(expected))
 
 
@@ -614,8 +615,11 @@ def test_spans_are_compared_with_what_the_left_side_alone_tells(trained, tmp_pat
     for row in values["rows"]:
         assert 2 < row["nats"] < 12 and row["bound"] == (row["reading"] == "diffusion" and row["span"] > 1)
     assert [row["against_left"] for row in values["rows"] if row["model"] == "gpt2"] == [1, 1]
-    best = min(row["against_left"] for row in values["rows"] if row["span"] == 3 and row["reading"] != "causal")
-    assert values["ratios"]["infill_vs_left_to_right at 3"] == pytest.approx(1 / best, rel=1e-5)
+    (exact,) = (row["against_left"] for row in values["rows"] if row["span"] == 3 and row["reading"] == "infill")
+    assert values["ratios"]["infill_vs_left_to_right at 3"] == pytest.approx(1 / exact, rel=1e-5)
+    bounds = [row for row in values["rows"] if row["reading"] != "infill"]
+    ((_, told),) = [each for each in infill_ratios(bounds) if each[0].endswith("at 3")]
+    assert told.of.endswith("diffusion, an upper bound")
     for row in values["rows"]:
         left = next(each for each in values["rows"] if each["reading"] == "causal" and each["span"] == row["span"])
         assert row["exact"] == pytest.approx(sum(row["matches"]) / len(row["windows"]), rel=1e-5)

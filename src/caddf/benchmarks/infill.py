@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from caddf.benchmarks.given import OnText, written
-from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, plain_ticks, put, rounded, within
+from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, put, rounded, within
 from caddf.benchmarks.roster import Contestant, needs, same_weights
 from caddf.benchmarks.steps import denoises
 from caddf.errors import InputError, at_least, once
@@ -24,6 +24,7 @@ from caddf.evaluation.masks import uniform
 from caddf.evaluation.pairing import ratio_of
 from caddf.evaluation.suite import window_generator
 from caddf.interface import LanguageModel
+from caddf.plots import plain_ticks
 
 BATCH = 16
 """Rows read together; no result depends on it."""
@@ -163,12 +164,16 @@ def _row(name: str, contestant: Contestant, reading: SpanReading, size: int, fil
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Told]]:
-    """Of each span: perplexity left to right over the best of those that see both sides (larger is better)."""
+    """Of each span: perplexity left to right over the best of those that see both sides (larger is better).
+
+    An upper bound stands in for what is read exactly only where nothing is, and is said to be one.
+    """
     for size in dict.fromkeys(row["span"] for row in rows):
         both = [row for row in rows if row["span"] == size and row["reading"] != "causal" and "against_left" in row]
         if both:
-            best = min(both, key=lambda row: row["against_left"])
-            of = f"left to right / {best['model']}, {best['reading']}"
+            exact = [row for row in both if not row["bound"]]
+            best = min(exact or both, key=lambda row: row["against_left"])
+            of = f"left to right / {best['model']}, {best['reading']}{', an upper bound' if best['bound'] else ''}"
             yield f"infill_vs_left_to_right at {size}", Told(of, 1 / best["against_left"])
 
 

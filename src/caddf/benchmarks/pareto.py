@@ -13,9 +13,10 @@ from rich.console import Console
 
 from caddf.benchmarks.contest import Conditions, contest
 from caddf.benchmarks.decode import COLUMNS, about, cells
-from caddf.benchmarks.results import Benchmark, Drawing, Results, plain_ticks
+from caddf.benchmarks.results import Benchmark, Drawing, Results
 from caddf.benchmarks.roster import Entrant, Roster, entrants, needs
 from caddf.errors import InputError
+from caddf.plots import plain_ticks
 
 KNOBS: dict[str, tuple[str, tuple[float | int | None, ...]]] = {
     "confidence": ("threshold", (0.3, 0.5, 0.7, 0.9)),

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from caddf.benchmarks.given import OnText, written
-from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, number, plain_ticks, put, rounded
+from caddf.benchmarks.results import Benchmark, Drawing, Results, Told, number, put, rounded
 from caddf.benchmarks.roster import Contestant, needs, same_weights
 from caddf.categorical import RowGenerators
 from caddf.decoding import Ancestral, Task
@@ -22,6 +22,7 @@ from caddf.errors import InputError, at_least, once
 from caddf.evaluation.steps import StepCurve, Steps, step_curve
 from caddf.experiment import METHODS
 from caddf.interface import LanguageModel
+from caddf.plots import plain_ticks
 
 ROWS = 64
 """Rows over which passes are counted."""
