@@ -479,7 +479,7 @@ def test_samples_cost_no_more_than_the_budget(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("prompts", "budget", "said"),
-    [([], 8.0, "no prompt is given"), (["a"], 0.5, "budget is 0.5"), (["a" * 99], 8.0, "the prompt has 99 tokens")],
+    [([], 8.0, "no prompt is given"), (["a"], 0.5, "budget is 0.5"), (["a\udc80"], 8.0, "lone surrogate")],
 )
 def test_samples_refuse_before_they_run(runs, prompts, budget, said):
     settings = SamplesSettings(f"gpt2={runs / 'gpt2-0'}", budget=budget, max_new_tokens=4)

@@ -70,6 +70,8 @@ def test_a_token_set_its_folder_and_its_windows_are_the_same(model, data):
     results = [evaluate(model, each, settings=FEW) for each in (data, data.folder, str(data.folder), windows)]
     cut = [result.pop("protocol", None) for result in results]
     assert cut[3] is None and cut[0] == cut[1] == cut[2]
+    documents = [result["per_window"].pop("documents", None) for result in results]
+    assert documents == [[0, 0]] * 3 + [None]  # a tensor does not say
     assert results[0] == results[1] == results[2] == results[3]
     causal = results[0]["likelihoods"]["causal"]
     assert math.isclose(causal["nll"], causal_nll(model.model, windows).sum().item() / 64)

@@ -37,8 +37,6 @@ LIKELIHOODS = ("causal", "ar", "block", "diffusion", "hybrid", "nfe", "importanc
 class EvaluationConfig(Checked):
     """What `evaluate` measures, and how closely.
 
-    likelihoods: those of causal, ar, block, diffusion, hybrid, nfe and importance_weighted to measure, with what comes
-        of the same passes, and no multi-token prediction; empty for all that the model has. Exact ones alone are cheap.
     batch_size: windows per pass; no result depends on it. samples: Monte-Carlo samples per window of the diffusion
         bound, which `truncated`, the hybrid bounds and the diffusion accuracy share; a quarter as many (at least one)
         for the finite-step bounds and for the infilling of the hybrid bounds.
@@ -48,9 +46,10 @@ class EvaluationConfig(Checked):
     max_windows: score so many windows, chosen with `seed`; null scores all.
     block_size: k of the block likelihood and of multi-token prediction; not set, the model's own.
     seed: of all noise, window by window.
+    likelihoods: those of causal, ar, block, diffusion, hybrid, nfe and importance_weighted to measure, with what comes
+        of the same passes, and no multi-token prediction; empty for all that the model has. Exact ones alone are cheap.
     """
 
-    likelihoods: tuple[str, ...] = ()
     batch_size: int = 16
     samples: int = 8
     anchors: tuple[float, ...] = (0.25, 0.5, 0.75)
@@ -60,6 +59,7 @@ class EvaluationConfig(Checked):
     max_windows: int | None = 200
     block_size: int | None = None
     seed: int = 0
+    likelihoods: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
