@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,12 @@ def test_bad_input_is_named_and_leaves_nothing(name: str, content: bytes, compla
     with pytest.raises(InputError, match=complaint):
         prepare(tmp_path / "out", input=tmp_path / name, tokenizer="bytes")
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_pipe_is_refused_since_text_is_read_more_than_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a pipe or a device, and text is read more than once; write it to a file"):
+        prepare(tmp_path / "out", input=tmp_path / "pipe", tokenizer="bytes")
 
 
 # Token sets

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -163,12 +162,10 @@ class Snapshot:
         return "".join(parts[:-1])
 
 
-def settled(text: str, stop: Sequence[str]) -> str:
+def settled(text: str, stop: tuple[str, ...]) -> str:
     """`text` without what the next token may change: the beginning of a character, or of a stop string."""
     text = text.rstrip("\ufffd")
-    begun = (
-        n for word in stop for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])
-    )  # fmt: skip
+    begun = (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n]))
     return text[: len(text) - max(begun, default=0)]
 
 

@@ -43,7 +43,7 @@ def verify(
     spared = (s[:, :m, None] * p[:, :m] - q).clamp(min=0).sum(-1) * drafting
     stands = spared / (spared + 1 - s[:, :m])
     stands = torch.where((spared == 0) & (s[:, :m] == 1), 1, stands)  # 0 / 0: p is q, and what follows stands as well
-    stands = torch.cat([stands, s[:, m:]], 1)[:, 1:]  # a p that is no number is less than no uniform
+    stands = torch.cat([stands, s[:, m:]], 1)[:, 1:]  # where p is no number nothing stands
     place = torch.arange(1, m + 1, device=q.device)
     stands = torch.where(place == count[:, None], s[:, 1:], stands)
 

@@ -193,9 +193,8 @@ def _measure(
         rows["diffusion",] = bound(model, x0, settings.samples, noise, scored=scored)
     elif bound is None and model.denoiser != "causal":
         rows |= _any_order(model, x0, scored, settings, noise, rows.get(("ar",)))
-        if (
-            not settings.likelihoods and length // block_size * block_size - block_size >= length - count
-        ):  # the last whole block is scored
+        last_whole = length // block_size * block_size - block_size
+        if not settings.likelihoods and last_whole >= length - count:  # it is scored
             drafts = mtp(model, x0, block_size, noise, scored=scored)
             rows["mtp", "accuracy"] = drafts.accuracy
             if drafts.agreement is not None:

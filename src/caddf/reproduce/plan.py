@@ -101,7 +101,7 @@ class ReproduceSettings(Checked):
 
     @property
     def place(self) -> str:
-        """The name of the scale, and of the context where it is not the scale's own."""
+        """The name of the scale, and the context where one is given."""
         return self.scale if self.context is None else f"{self.scale}-{self.context}"
 
 
