@@ -7,7 +7,7 @@ CADDF := $(BIN)/caddf
 
 setup: .venv/installed
 
-# What benchmarks, plots, the report and the harness adapter need.
+# What benchmarks, plots, the report, the server and the harness adapter need.
 extras: .venv/extras
 
 .venv/installed: pyproject.toml constraints.txt
@@ -19,7 +19,7 @@ extras: .venv/extras
 	@touch $@
 
 .venv/extras: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,lm-eval]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,serve,lm-eval]'
 	@touch $@
 
 # Writes with the model that is shipped; where there is none, with one that is trained first.
@@ -45,7 +45,7 @@ demo-train: setup
 	$(CADDF) generate demo/run --template 'def read(self, path):[MASK:24]return data' --decoder ancestral --steps 8 --show
 
 test: setup lint .venv/extras
-	$(BIN)/pytest -q -n 2
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check src tests

@@ -110,6 +110,11 @@ VERBS = {
         "continue a prompt, or fill the holes of a template",
         "generating:generate",
     ),
+    "serve": Verb(
+        "MODEL [OPTIONS]",
+        "a model over HTTP: completions in OpenAI's format, holes, log-probabilities, and a page",
+        "serving:serve",
+    ),
     "benchmark decode": Verb(
         "[OPTIONS]",
         "tokens a second, passes, caches and memory of every decoder, and what the text is worth",

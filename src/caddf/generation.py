@@ -69,21 +69,21 @@ def generate(
     *,
     template: str | Sequence[str] | None = None,
     decoder: str | None = None,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int | Sequence[int] | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
     **settings: Any,
 ) -> Iterator[Snapshot]:
     """Continues prompts, or fills the holes of templates, frame by frame; the last frame is complete.
 
-    `prompt` and `template` are a text or several, one row of a batch each; row r draws from `seed + r` and gets what it
-    would get alone. `decoder` is a name of `caddf.decoding.DECODERS` (not set, the method's), `settings` are its own.
-    A prompt is continued by `max_new_tokens` (64), and `<|endoftext|>` or one of the strings of `stop` ends its row. In
-    a template `<|endoftext|>` is never drawn.
+    `prompt` and `template` are a text or several, one row of a batch each; row r draws from `seed + r`, or from its own
+    of several, and gets what it would get alone. `decoder` is a name of `caddf.decoding.DECODERS` (not set, the
+    method's), `settings` are its own. A prompt is continued by `max_new_tokens` (64; several: a number for each), and
+    `<|endoftext|>` or one of the strings of `stop` ends its row. In a template `<|endoftext|>` is never drawn.
 
     Text needs a tokenizer: a plain function `x_t -> log-probabilities` is given to a decoder of `caddf.decoding`
     itself, as `caddf.interface.as_model(function, V)`, with a `Task` of token ids.
@@ -100,12 +100,9 @@ def generate(
             raise InputError(f"{name} is set, beside a template, whose holes say what is written; leave it out")
     if template is not None and settings.get("target") == "causal":
         raise InputError("target is causal, beside a template, of which it sees nothing behind a hole; leave it out")
-    new = NEW if max_new_tokens is None else max_new_tokens
-    at_least(1, max_new_tokens=new)
     words = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in words:
         raise InputError("stop holds an empty string, which every text contains; give the text that ends a row")
-    check_seed(seed)
     filling = template is not None
     chosen = decoder_of(decoder or model.decoder, settings, SETTINGS)
     if (size := settings.get("block_size")) is not None and not 1 <= size <= model.context:
@@ -123,6 +120,11 @@ def generate(
     texts = [given] if isinstance(given, str) else list(given)
     if not texts:
         raise InputError("no prompt is given; a batch needs at least one row")
+    at_least(1, max_new_tokens=max_new_tokens)
+    new = _each("max_new_tokens", NEW if max_new_tokens is None else max_new_tokens, len(texts), step=0)
+    seeds = _each("seed", seed, len(texts), step=1)
+    for each in seeds:
+        check_seed(each)
     # Left to right the attention window slides over what is longer than the context; a canvas cannot, and no window
     # whose positions are learned.
     slides = isinstance(chosen, Autoregressive | Speculative) and model.slides and not filling
@@ -130,10 +132,18 @@ def generate(
     if filling:
         rows = [_template(model, text) for text in texts]
     else:
-        rows = [_prompt(model, text, new, longest) for text in texts]
+        rows = [_prompt(model, text, many, longest) for text, many in zip(texts, new, strict=True)]
     banned = (model.tokenizer.eos_id,) if filling else ()
     warp = Warp(temperature, top_k, top_p, min_p, banned)
-    return _stream(model, rows, chosen, warp, filling, words, seed)
+    return _stream(model, rows, chosen, warp, filling, words, seeds)
+
+
+def _each(name: str, given: int | Sequence[int], rows: int, step: int) -> list[int]:
+    """A number for each row: those given, or one for the first and `step` more for each of the next."""
+    numbers = list(given) if isinstance(given, Sequence) else [given + step * r for r in range(rows)]
+    if len(numbers) != rows:
+        raise InputError(f"{name} has {len(numbers)} values for {rows} rows; give one for all, or one for each")
+    return numbers
 
 
 def _check_heads(model: TextModel, name: str, chosen: Decoder, filling: bool) -> None:
@@ -199,7 +209,13 @@ def _template(model: TextModel, text: str) -> Row:
 
 
 def _stream(
-    model: TextModel, rows: list[Row], decoder: Decoder, warp: Warp, filling: bool, stop: tuple[str, ...], seed: int
+    model: TextModel,
+    rows: list[Row],
+    decoder: Decoder,
+    warp: Warp,
+    filling: bool,
+    stop: tuple[str, ...],
+    seeds: list[int],
 ) -> Iterator[Snapshot]:
     lengths = torch.tensor([len(row.tokens) for row in rows], device=model.device)
     mask_id, eos_id = model.model.mask_id, model.tokenizer.eos_id
@@ -222,7 +238,7 @@ def _stream(
             ended[r] |= stops[r].met(x[r, reached[r]].tolist())
         return ended
 
-    task = Task(tokens, lengths, mask_id, RowGenerators(seed, len(rows)), warp, finished, filling)
+    task = Task(tokens, lengths, mask_id, RowGenerators(0, seeds), warp, finished, filling)
     flops = model.model.flops_per_position()
     cost = flops.get("diffusion", 0.0) / flops["causal"] if "causal" in flops else 1.0
     seconds, written = 0.0, tokens
@@ -240,4 +256,4 @@ def _stream(
             return
         written = frame.tokens
         frame = dataclasses.replace(frame, counts=frame.counts.copy())  # the decoder goes on counting
-        yield Snapshot(frame, rows, task, model.tokenizer, stop, seed, seconds, cost)
+        yield Snapshot(frame, rows, task, model.tokenizer, stop, seeds, seconds, cost)

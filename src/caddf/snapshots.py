@@ -35,7 +35,7 @@ class Snapshot:
     task: Task
     tokenizer: Tokenizer
     stop: tuple[str, ...]
-    seed: int
+    seeds: list[int]
     seconds: float
     cost: float
 
@@ -52,6 +52,11 @@ class Snapshot:
         a stop string may begin with. So left to right each text begins with the one before it.
         """
         return [self._text(r) for r in range(len(self.rows))]
+
+    @property
+    def ended(self) -> list[bool]:
+        """Whether nothing more is to come in a row; rows of a batch end at different steps."""
+        return [not unfinished for unfinished in self.task.unfinished(self.frame.tokens).tolist()]
 
     def pieces(self, row: int = 0) -> list[tuple[str, Kind]]:
         """The canvas token by token, with what became of each; a rejected draft comes before its correction.
@@ -94,7 +99,8 @@ class Snapshot:
         `tokens` counts the new ones; `tokens_per_second` is of this row, over the time of the whole batch;
         `tokens_per_evaluation` counts a diffusion pass at its floating-point operations per position over the causal
         branch's; `copied_rounds` are those whose drafts came from the text itself; `cache_hit_rate` is the share of the
-        token-positions of a decoder without caches that came from one.
+        token-positions of a decoder without caches that came from one; `ended_by` is `stop` where `<|endoftext|>` or a
+        stop string came before all was written, else `length`, and nothing where more is to come.
         """
         return [self._result(r) for r in range(len(self.rows))]
 
@@ -103,7 +109,8 @@ class Snapshot:
         causal, diffusion, computed, needed = (
             int(getattr(counts, name)[r]) for name in ("causal", "diffusion", "computed", "needed")
         )
-        tokens = len(self._new(r))
+        new = self._new(r)
+        tokens = len(new)
         passes = causal + diffusion * (self.cost if causal else 1.0)
         return {
             "text": self.texts[r],
@@ -115,7 +122,8 @@ class Snapshot:
             "rounds": int(counts.rounds[r]),
             "copied_rounds": int(counts.copied[r]),
             "cache_hit_rate": hit_rate(computed, needed),
-            "seed": self.seed + r,
+            "seed": self.seeds[r],
+            "ended_by": self._ended_by(r, new),
         }
 
     def _new(self, r: int) -> list[int]:
@@ -133,6 +141,12 @@ class Snapshot:
             ends = (i for i in range(1, len(new)) if self._stopped(new[:i]))
             new = new[: next(ends, len(new))]
         return new
+
+    def _ended_by(self, r: int, new: list[int]) -> Literal["stop", "length"] | None:
+        if not self.ended[r]:
+            return None
+        stopped = len(new) < int(self.task.wanted[r].sum()) or bool(self.stop and self._stopped(new))
+        return "stop" if stopped else "length"
 
     def _goes_on(self, r: int, new: int) -> bool:
         """Whether more is to come behind so many new tokens of a continuation."""

@@ -12,8 +12,7 @@ from jsonargparse import ArgumentParser
 
 from caddf import display, generation
 from caddf.checkpoint import check_writable
-from caddf.commands.options import json_option, model_options
-from caddf.compile import Compile
+from caddf.commands.options import compile_option, json_option, model_options
 from caddf.decoding import DECODERS
 from caddf.errors import InputError, at_least
 from caddf.generation import NEW
@@ -50,8 +49,7 @@ def generate(parser: ArgumentParser, arguments: list[str]) -> int:
     add("--show", action="store_true", help="show the canvas as it fills")
     add("--record", type=str | None, metavar="FILE", help="keep every frame as JSON, for caddf report")
     model_options(parser)
-    add("--compile", type=Compile, default="auto", metavar="{auto,always,never}",
-        help="decoding by compiled kernels on a CPU, CUDA graphs on a GPU; auto: where the model suits")  # fmt: skip
+    compile_option(parser)
     json_option(parser)
     add_choices(parser, "settings of some decoders; not set, the decoder's own default", DECODERS, skip=("until",))
     values = parse(parser, arguments)
