@@ -1,5 +1,6 @@
 """What a user can get wrong, said in one sentence."""
 
+import difflib
 import functools
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,18 @@ def once(name: str, values: Sequence[Any]) -> None:
     if not values or len({*values}) < len(values):
         said = ",".join(map(str, values))
         raise InputError(f"{name} is {said or 'empty'}; it must hold at least one, and each once")
+
+
+def nearest(name: str, known: list[str], mark: str = "") -> str:
+    """What a name that is not known could mean: ` (did you mean train.steps?)`, or nothing; `mark` goes before each."""
+    section, dot, last = name.rpartition(".")
+    beside = {each.removeprefix(section + dot): each for each in known if each.startswith(section + dot)}
+    if not beside:  # the section is misspelt too
+        found = difflib.get_close_matches(name, known, cutoff=0.8)
+    else:
+        found = [each for each in known if each.endswith(f".{name}") or each.startswith(f"{name}.")]
+        found = found or [beside[each] for each in difflib.get_close_matches(last, beside)]
+    return f" (did you mean {' or '.join(mark + each for each in found[:3])}?)" if found else ""
 
 
 class Failure(RuntimeError):

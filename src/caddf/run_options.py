@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from caddf.errors import InputError
+from caddf.errors import InputError, nearest
 from caddf.experiment import DEFAULT_METHOD, METHODS
 from caddf.model_settings import ModelSettings
 from caddf.running import OWN, RunSettings, ValidationSettings
-from caddf.settings import add_section, names_of, nearest, parse, section
+from caddf.settings import add_section, names_of, parse, section
 from caddf.training import TrainConfig
 
 

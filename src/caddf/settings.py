@@ -6,7 +6,6 @@ What the parser says of bad arguments becomes an `InputError` of one sentence he
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import re
 from argparse import SUPPRESS, ArgumentTypeError
@@ -16,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from caddf.errors import InputError
+from caddf.errors import InputError, nearest
 
 _VALUE = re.compile(r'Parser key "(?P<name>.+?)": .*(?:Got|Given) value: (?P<value>.*)')
 _EXPECTED = re.compile(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])")
@@ -89,18 +88,6 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
 def names_of(parser: ArgumentParser) -> list[str]:
     """What can be set: `seed`, `train.steps`."""
     return [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
-
-
-def nearest(name: str, known: list[str], mark: str = "") -> str:
-    """What a name that is not known could mean: ` (did you mean train.steps?)`, or nothing; `mark` goes before each."""
-    section, dot, last = name.rpartition(".")
-    beside = {each.removeprefix(section + dot): each for each in known if each.startswith(section + dot)}
-    if not beside:  # the section is misspelt too
-        found = difflib.get_close_matches(name, known, cutoff=0.8)
-    else:
-        found = [each for each in known if each.endswith(f".{name}") or each.startswith(f"{name}.")]
-        found = found or [beside[each] for each in difflib.get_close_matches(last, beside)]
-    return f" (did you mean {' or '.join(mark + each for each in found[:3])}?)" if found else ""
 
 
 def _sentence(text: str, parser: ArgumentParser) -> str:

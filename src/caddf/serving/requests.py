@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from caddf.errors import Checked, InputError, at_least, check_seed, check_types
+from caddf.errors import Checked, InputError, at_least, check_seed, check_types, nearest
 from caddf.evaluation.likelihood import Likelihood
 from caddf.generation import HOLE, NEW, SETTINGS
-from caddf.settings import nearest
 
 Kind = Literal["prompt", "template"]
 Body = TypeVar("Body", bound=Checked)
