@@ -69,6 +69,25 @@ def test_a_row_gets_what_it_would_get_alone(model, decoder):
             assert row[key] == single[key], key
 
 
+@pytest.mark.parametrize("decoder", ["speculative", "confidence"])
+def test_rows_may_have_seeds_and_lengths_of_their_own(model, decoder):
+    prompts, new, seeds = ["a", "bc", "a"], [3, 11, 7], [9, 2**40, 9]
+    batch = last(model, prompts, decoder=decoder, max_new_tokens=new, seed=seeds)
+    for r, (prompt, many, seed) in enumerate(zip(prompts, new, seeds, strict=True)):
+        assert batch.texts[r] == last(model, prompt, decoder=decoder, max_new_tokens=many, seed=seed).text
+        assert batch.results()[r]["seed"] == seed
+
+
+def test_it_is_told_when_a_row_has_ended_and_by_what(model):
+    frames = list(generate(model, ["ab", "c"], max_new_tokens=[2, 20], seed=1))
+    reasons = [[result["ended_by"] for result in frame.results()] for frame in frames]
+    assert reasons[-1] == ["length", "length"] and ["length", None] in reasons
+    assert all([end is not None for end in row] == frame.ended for row, frame in zip(reasons, frames, strict=True))
+    text = frames[-1].texts[1]
+    stopped = last(model, ["ab", "c"], max_new_tokens=[2, 20], seed=1, stop=text[5:8])
+    assert stopped.results()[1]["ended_by"] == "stop" and stopped.texts[1] == text[: text.index(text[5:8])]
+
+
 @pytest.mark.parametrize("target", ["causal", "fused"])
 @pytest.mark.parametrize("prompt", ["", "x", "def f(self):"])
 def test_greedy_speculation_writes_what_autoregression_writes(model, target, prompt):
@@ -175,6 +194,10 @@ def test_texts_grow_and_take_nothing_back(model):
         ({"prompt": "a", "block_size": 33}, "block_size is 33; it must lie between 1 and the context, 32"),
         ({"prompt": "a", "block_size": 0}, "block_size is 0; it must lie between 1"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
+        ({"prompt": ["a", "b"], "max_new_tokens": [3, 0]}, "max_new_tokens holds 0; each must be 1 or more"),
+        ({"prompt": "a", "max_new_tokens": [3, 4]}, "max_new_tokens has 2 values for 1 rows; give one for all, or one"),
+        ({"prompt": ["a", "b"], "seed": [3]}, "seed has 1 values for 2 rows; give one for all, or one for each"),
+        ({"prompt": ["a", "b"], "seed": [3, -1]}, "seed is -1; it must be 0 or more"),
         ({"prompt": "a", "stop": ["x", ""]}, "stop holds an empty string"),
         ({"prompt": "a", "seed": -1}, "seed is -1; it must be 0 or more"),
         ({"prompt": "a", "seed": 2**63}, "seed is 9223372036854775808"),
