@@ -223,6 +223,9 @@ def test_own_text_is_evaluated_whole_in_the_models_tokens(say, refused, data, ru
     assert (
         say("evaluate", run, "--data", tmp_path / "set", *options, *quick).json["likelihoods"] == result["likelihoods"]
     )
+    shown = ["evaluate", run, "--data", data, "--max-windows", "2", "--samples", "1", "--nfe", "", "--paths", "0"]
+    assert "Monte-Carlo" not in say(*shown, "--anchors", "", "--likelihoods", "causal").out
+    assert "1 Monte-Carlo samples a window" in say(*shown, "--likelihoods", "diffusion").out
     assert "likelihoods holds 'ppl'; it must be of causal, ar" in refused(
         "evaluate", run, "--data", data, "--likelihoods", "ppl"
     )

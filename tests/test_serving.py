@@ -302,6 +302,20 @@ def test_requests_share_batches_and_get_what_they_would_get_alone(model, batches
         assert last(model, max_new_tokens=new, **each).text == text
 
 
+def test_scores_take_their_turn(model, batches):
+    with served(model) as address, ThreadPoolExecutor(8) as pool:
+        first = pool.submit(ask, address, prompt="first", max_tokens=2)
+        until(lambda: batches.worker.current)
+        scored = pool.submit(partial(ask, address, "/v1/score", text="ab"))
+        until(lambda: len(batches.worker.waiting) == 1)
+        second = pool.submit(ask, address, prompt="b", max_tokens=2)
+        until(lambda: len(batches.worker.waiting) == 2)
+        assert not scored.done()
+        batches.go.set()
+        assert scored.result()["scores"][0]["total"] == pytest.approx(score(model, "ab")[0].sum().item())
+        assert first.result()["choices"] and second.result()["choices"] and batches.rows == [1, 1]
+
+
 def test_more_than_may_wait_is_told_to_come_again(model, batches):
     with served(model, rows=1, waiting=2) as address, ThreadPoolExecutor(8) as pool:
         replies = [pool.submit(ask, address, prompt="a", max_tokens=2)]

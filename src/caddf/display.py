@@ -17,6 +17,7 @@ from rich.text import Text
 
 from caddf.data import TokenSet
 from caddf.evaluation import Ratio
+from caddf.evaluation.pairing import EXACT
 from caddf.snapshots import Snapshot
 
 STYLES = {
@@ -127,11 +128,12 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
             console,
             f"multi-token prediction, blocks of {mtp['block_size']}: accuracy {mtp['accuracy']:.3f}{agreement}",
         )
-    _line(
-        console,
-        f"{_count(result['tokens'], 'token')} in {_count(result['windows'], 'window')} of {result['split']}, "
-        f"{result['samples']} Monte-Carlo samples a window (a quarter as many of finite steps and of infilling)",
-    )
+    drawn = ""
+    if {name for name, found in likelihoods.items() if found} - {*EXACT}:
+        drawn = f", {result['samples']} Monte-Carlo samples a window"
+        drawn += " (a quarter as many of finite steps and of infilling)"
+    read = f"{_count(result['tokens'], 'token')} in {_count(result['windows'], 'window')} of {result['split']}"
+    _line(console, read + drawn)
     choices = ("length", "stride", "documents", "eos", "bos", "closed", "tail")
     protocol = result["protocol"]
     _line(console, f"protocol {protocol['name']}: {', '.join(f'{name} {protocol[name]}' for name in choices)}")

@@ -24,7 +24,7 @@ from caddf.errors import InputError
 from caddf.generation import generate
 from caddf.scoring import score
 from caddf.serving.requests import Body, Completion, Rows, Score, read
-from caddf.serving.worker import Busy, Job, Step, Worker
+from caddf.serving.worker import Busy, Call, Job, Step, Worker
 from caddf.text_model import TextModel
 from caddf.version import installed_version
 
@@ -140,8 +140,7 @@ class _Served:
         texts = [asked.text] if isinstance(asked.text, str) else list(asked.text)
 
         def scored() -> list[Values]:
-            with self.worker.model:
-                nats = [each.tolist() for each in score(self.model, texts, likelihood=asked.likelihood)]
+            nats = [each.tolist() for each in score(self.model, texts, likelihood=asked.likelihood)]
             decode, encode = self.model.tokenizer.decode, self.model.tokenizer.encode
             return [
                 {"text": text, "tokens": [decode([token]) for token in encode(text)], "log_probs": each}
@@ -149,9 +148,12 @@ class _Served:
                 for text, each in zip(texts, nats, strict=True)
             ]
 
-        return JSONResponse(
-            {"model": self.name, "likelihood": asked.likelihood, "scores": await run_in_threadpool(scored)}
-        )
+        told, tell = _told()
+        self.worker.submit(Call(scored, tell))
+        scores = await told.get()
+        if isinstance(scores, Exception):
+            raise scores
+        return JSONResponse({"model": self.name, "likelihood": asked.likelihood, "scores": scores})
 
     async def _asked(self, request: Request, kind: type[Body]) -> Body:
         raw = bytearray()
@@ -183,12 +185,7 @@ class _Served:
 
     async def _steps(self, rows: Rows, value: Callable[[Step], Any]) -> AsyncGenerator[Any]:
         """What `value` makes of each step, as it is made. Whoever stops asking cancels the job."""
-        told: asyncio.Queue[Any] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def tell(what: Any) -> None:
-            loop.call_soon_threadsafe(told.put_nowait, what)
-
+        told, tell = _told()
         job = Job(rows, lambda step: (value(step), step.last), tell)
         self.worker.submit(job)
         try:
@@ -227,6 +224,17 @@ class _Served:
         read = {prompt: len(self.model.tokenizer.encode(prompt)) for prompt in {each["prompt"] for each in results}}
         prompts, written = sum(read[each["prompt"]] for each in results), sum(each["tokens"] for each in results)
         return {"prompt_tokens": prompts, "completion_tokens": written, "total_tokens": prompts + written}
+
+
+def _told() -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
+    """A queue of this event loop, and what puts a value in it from another thread."""
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def tell(what: Any) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, what)
+
+    return queue, tell
 
 
 def _results(step: Step) -> list[Values]:

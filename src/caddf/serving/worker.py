@@ -1,4 +1,4 @@
-"""The thread that decodes: one batch at a time, of all waiting requests that can share it."""
+"""The thread that has the model: one batch at a time, of all waiting requests that can share it."""
 
 from __future__ import annotations
 
@@ -64,6 +64,22 @@ class Job:
         self.over = True
 
 
+class Call:
+    """What else is done with the model, in its turn. `tell` gets what `function` returns, or what it raises."""
+
+    def __init__(self, function: Callable[[], Any], tell: Callable[[Any], None]) -> None:
+        self.function, self.tell = function, tell
+        self.cancelled = threading.Event()
+
+    def run(self) -> None:
+        """Does it."""
+        try:
+            told = self.function()
+        except Exception as error:
+            told = error
+        self.tell(told)
+
+
 class Worker:
     """Decodes jobs in the order in which they came, at most `rows` rows (or one job's) at a time.
 
@@ -72,11 +88,10 @@ class Worker:
 
     def __init__(self, decode: Decode, rows: int, waiting: int) -> None:
         self.decode, self.most, self.limit = decode, rows, waiting
-        self.waiting: deque[Job] = deque()
+        self.waiting: deque[Job | Call] = deque()
         self.changed = threading.Condition()
-        self.model = threading.Lock()
         self.stopped = False
-        self.current: list[Job] = []
+        self.current: list[Job] | Call | None = None
         self.thread = threading.Thread(target=self._run, name="decoding", daemon=True)
 
     def start(self) -> None:
@@ -87,14 +102,15 @@ class Worker:
         """Ends, after the step that is being decoded; what waits is dropped."""
         with self.changed:
             self.stopped = True
-            for job in [*self.waiting, *self.current]:
-                job.cancelled.set()
+            current = self.current if isinstance(self.current, list) else []
+            for each in [*self.waiting, *current]:
+                each.cancelled.set()
             self.waiting.clear()
             self.changed.notify()
         self.thread.join(timeout)
 
-    def submit(self, job: Job) -> None:
-        """Puts a job at the end of what waits; raises `Busy` where too many do."""
+    def submit(self, job: Job | Call) -> None:
+        """Puts it at the end of what waits; raises `Busy` where too many do."""
         with self.changed:
             if len(self.waiting) >= self.limit:
                 raise Busy(f"{self.limit} requests are waiting; try again later")
@@ -102,30 +118,36 @@ class Worker:
             self.changed.notify()
 
     def _run(self) -> None:
-        while batch := self._next():
-            with self.model:
-                self._write(batch)
+        while (work := self._next()) is not None:
+            if isinstance(work, Call):
+                work.run()
+            else:
+                self._write(work)
 
-    def _next(self) -> list[Job]:
-        """The first that waits, and others that can share its batch; none at the end."""
+    def _next(self) -> list[Job] | Call | None:
+        """The first that waits, with others that can share its batch; None at the end."""
         with self.changed:
-            self.current = []
+            self.current = None
             while True:
-                waiting = [job for job in self.waiting if not job.cancelled.is_set()]
-                if self.stopped or waiting:
+                self.waiting = deque(each for each in self.waiting if not each.cancelled.is_set())
+                if self.stopped or self.waiting:
                     break
                 self.changed.wait()
             if self.stopped:
-                return []
-            first, *others = waiting
-            batch, count = [first], len(first.rows.texts)
-            for job in others:
-                if job.rows.joins(first.rows) and count + len(job.rows.texts) <= self.most:
-                    batch.append(job)
-                    count += len(job.rows.texts)
-            self.waiting = deque(job for job in waiting if job not in batch)
-            self.current = batch
-            return batch
+                return None
+            first = self.waiting.popleft()
+            self.current = first if isinstance(first, Call) else self._batch(first)
+            return self.current
+
+    def _batch(self, first: Job) -> list[Job]:
+        """That job, and those that wait and can be decoded with it, of which nothing waits any more."""
+        batch, count = [first], len(first.rows.texts)
+        for job in [each for each in self.waiting if isinstance(each, Job)]:
+            if job.rows.joins(first.rows) and count + len(job.rows.texts) <= self.most:
+                batch.append(job)
+                count += len(job.rows.texts)
+                self.waiting.remove(job)
+        return batch
 
     def _write(self, batch: list[Job]) -> None:
         """Decodes until every job of the batch is over."""
