@@ -103,7 +103,7 @@ class _Served:
             {**_choice(index, rows.told(result["text"]), result["ended_by"]), "statistics": _costs(result)}
             for index, result in enumerate(last)
         ]
-        return JSONResponse({**about, "choices": choices, "usage": self._usage(last), "seed": rows.seeds[0]})
+        return JSONResponse({**about, "choices": choices, "usage": _usage(rows, last), "seed": rows.seeds[0]})
 
     def _chunk(self, rows: Rows, about: Values, sent: list[str], usage: bool, step: Step) -> list[Values]:
         """What is new in each text since the chunk before."""
@@ -117,7 +117,7 @@ class _Served:
                 sent[index] = text
         chunks = [{**about, "choices": choices}] if choices else []
         if step.last and usage:
-            chunks.append({**about, "choices": [], "usage": self._usage(results)})
+            chunks.append({**about, "choices": [], "usage": _usage(rows, results)})
         return chunks
 
     async def frames(self, request: Request) -> Response:
@@ -219,12 +219,6 @@ class _Served:
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    def _usage(self, results: list[Values]) -> Values:
-        """Tokens of prompts, and of what was written."""
-        read = {prompt: len(self.model.tokenizer.encode(prompt)) for prompt in {each["prompt"] for each in results}}
-        prompts, written = sum(read[each["prompt"]] for each in results), sum(each["tokens"] for each in results)
-        return {"prompt_tokens": prompts, "completion_tokens": written, "total_tokens": prompts + written}
-
 
 def _told() -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
     """A queue of this event loop, and what puts a value in it from another thread."""
@@ -238,7 +232,15 @@ def _told() -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
 
 
 def _results(step: Step) -> list[Values]:
-    return step.frame.results()[step.first : step.first + step.count]
+    """Of a request's rows, with the tokens that were `given`."""
+    results, rows, mask_id = step.frame.results(), step.frame.rows, step.frame.task.mask_id
+    return [{**results[r], "given": sum(token != mask_id for token in rows[r].tokens)} for r in step.rows]
+
+
+def _usage(rows: Rows, results: list[Values]) -> Values:
+    """Tokens of prompts, each once, and of what was written."""
+    given, written = sum(each["given"] for each in results[:: rows.n]), sum(each["tokens"] for each in results)
+    return {"prompt_tokens": given, "completion_tokens": written, "total_tokens": given + written}
 
 
 def _costs(result: Values) -> Values:

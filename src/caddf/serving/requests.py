@@ -47,8 +47,8 @@ def read(body: Any, kind: type[Body]) -> Body:
 class Rows:
     """Rows that can be decoded in one batch with others of the same `sampling`, each as it would be alone.
 
-    `new` has the tokens that each prompt is continued by, and is empty for templates. `before` and `after` are what a
-    text begins and ends with that is not to be told.
+    `new` has the tokens that each prompt is continued by, and is empty for templates. `n` rows in a row are of one
+    prompt. `before` and `after` are what a text begins and ends with that is not to be told.
     """
 
     kind: Kind
@@ -56,6 +56,7 @@ class Rows:
     seeds: list[int]
     new: list[int]
     sampling: dict[str, Any]
+    n: int = 1
     before: int = 0
     after: int = 0
 
@@ -157,7 +158,8 @@ class Completion(Checked):
         texts = [text for text in ([given] if isinstance(given, str) else given or ()) for _ in range(self.n)]
         first = secrets.randbelow(2**32) if self.seed is None else self.seed
         seeds = [first + i for i in range(len(texts))]
-        return Rows(kind, texts, seeds, [new] * len(texts) if kind == "prompt" else [], sampling, before, after)
+        many = [new] * len(texts) if kind == "prompt" else []
+        return Rows(kind, texts, seeds, many, sampling, self.n, before, after)
 
 
 @dataclass(frozen=True)
