@@ -125,6 +125,17 @@ def test_a_stream_takes_nothing_back_and_comes_to_the_same(address):
     assert usage["choices"] == [] and usage["usage"] == whole["usage"]
 
 
+@pytest.mark.parametrize("decoder", ["remasking", "ancestral", "hybrid", "block"])
+def test_a_text_is_the_last_frames_whatever_stood_before(model, address, decoder):
+    settings = {"steps": 16, "eta": 0.5} if decoder == "remasking" else {}
+    for seed in range(4):
+        asked = dict(temperature=0.5, seed=seed, stop=["a", "e", " "], decoder=decoder)
+        reply = ask(address, prompt="ab", max_tokens=20, settings=settings, **asked)
+        frame = last(model, "ab", max_new_tokens=20, **asked, **settings)
+        assert reply["choices"][0]["text"] == frame.text
+        assert reply["choices"][0]["finish_reason"] == frame.results()[0]["ended_by"] is not None
+
+
 def test_what_ends_a_text_is_told(model, address):
     free = last(model, "ab", max_new_tokens=16, seed=3).text
     word = free[4:6]
@@ -180,7 +191,7 @@ def test_without_a_seed_texts_differ_and_can_be_had_again(address):
         ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0; it must be 1 or more"),
         ({"prompt": "a", "max_tokens": 9999}, "max_tokens is 9999; this server writes at most 4096"),
         ({"prompt": "a", "n": 0}, "n is 0; it must be 1 or more"),
-        ({"prompt": "a", "n": 10**9}, f"n is {10**9}; a request has at most 128 texts"),
+        ({"prompt": "a", "n": 10**9}, f"the prompts and n make {10**9} texts; a request has at most 128"),
         ({"prompt": ["a"] * 65, "n": 2}, "the prompts and n make 130 texts; a request has at most 128"),
         ({"prompt": "a", "temperature": -1}, "temperature is -1; it must be 0 (greedy), or"),
         ({"prompt": "a", "seed": -1}, "seed is -1; it must be 0 or more"),
@@ -192,6 +203,11 @@ def test_without_a_seed_texts_differ_and_can_be_had_again(address):
         ({"prompt": "a", "settings": [3]}, "settings is [3]; it must be an object"),
         ({"prompt": "a", "settings": {"steps": 3}}, "steps is set, but the decoder speculative has no such setting"),
         ({"prompt": "a", "stream_options": {"include_usage": 1}}, "stream_options.include_usage is 1; it must be true"),
+        ({"prompt": "a", "stop": "\ud800"}, "the body is no JSON"),
+        (
+            {"prompt": "a", "max_tokens": 4, "stream": True, "decoder": "remasking"},
+            "stream is true, beside decoder remasking, which draws again what stands",
+        ),
         ({"template": "a"}, "the template has no [MASK] to fill"),
         ({"template": "a[MASK]", "max_tokens": 3}, "max_tokens is set, beside a template, whose holes say"),
         ({"template": "a[MASK]", "stream": True}, "stream is true, beside a hole, which is not filled left to right"),
@@ -372,7 +388,10 @@ def test_the_command_serves_until_it_is_interrupted(model, tmp_path):
         assert taken.returncode == 2 and taken.stderr == (
             f"caddf: error: host and port are 127.0.0.1 and {port}, which cannot be used: Address already in use\n"
         )
-        process.send_signal(signal.SIGINT)
+        with opened(address, "/v1/completions", {"prompt": "a", "max_tokens": 4096, "stream": True}) as reply:
+            reply.readline()
+            process.send_signal(signal.SIGINT)
+            assert reply.read().decode().endswith("data: [DONE]\n\n")  # whole, or told that the server stops
         assert process.wait(20) == 0 and process.stderr.read() == ""
     finally:
         process.kill()

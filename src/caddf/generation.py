@@ -20,6 +20,7 @@ from caddf.decoding import (
     D3PMUniform,
     Decoder,
     FirstHitting,
+    Frame,
     Gaussian,
     Hybrid,
     Remasking,
@@ -39,6 +40,8 @@ from caddf.text_model import TextModel
 HOLE, WIDTH = re.compile(r"\[MASK\b([^\[\]]*)\]"), re.compile(r"(?::([0-9]{1,99}))?")
 """A hole of a template, and what may stand in it: `[MASK]` is one token wide, `[MASK:24]` twenty-four."""
 
+REVISING = (Remasking, D3PMUniform, Gaussian)
+"""Decoders that may draw again what stands, up to their last step."""
 WITHOUT_TIME = (Ancestral, FirstHitting, Remasking, SemiAutoregressive, SurestFirst, Hybrid)
 """Decoders that tell a network no time."""
 NEW = 64
@@ -61,6 +64,11 @@ def decoder_of(name: str, settings: dict[str, Any], besides: Sequence[str] = ())
             has += f", and all decoders have {', '.join(besides)}" if besides else ""
             raise InputError(f"{setting} is set, but the decoder {name} has no such setting; it {has}")
     return DECODERS[name](**settings)
+
+
+def revises(model: TextModel, decoder: Decoder) -> bool:
+    """Whether a token that stands may be drawn again: nothing is final then before the last step."""
+    return isinstance(decoder, REVISING) or getattr(model.model, "process", "") == "uniform"
 
 
 def generate(
@@ -199,6 +207,8 @@ def _template(model: TextModel, text: str) -> Row:
             raise InputError(f"the template's {hole[0]} is {width} wide; it must lie between 1 and {model.context}")
         tokens += model.tokenizer.encode(text[at : hole.start()])
         tokens += [model.model.mask_id] * width
+        if len(tokens) > model.context:
+            raise InputError(f"the template has {len(tokens)} tokens or more; it must fit the context, {model.context}")
         at = hole.end()
     tokens += model.tokenizer.encode(text[at:])
     if model.model.mask_id not in tokens:
@@ -242,18 +252,32 @@ def _stream(
     flops = model.model.flops_per_position()
     cost = flops.get("diffusion", 0.0) / flops["causal"] if "causal" in flops else 1.0
     seconds, written = 0.0, tokens
-    frames = decoder(cast(LanguageModel, model.model), task)
+    frames = _final(decoder(cast(LanguageModel, model.model), task), revises(model, decoder))
     if (native := getattr(model.model, "native", None)) is not None:
         native.refresh()  # once for a model, as loading it is, and no part of decoding
     while True:
         begun = time.perf_counter()
         with torch.inference_mode():
-            frame = next(frames, None)
+            step = next(frames, None)
         seconds += time.perf_counter() - begun
-        if frame is None:
+        if step is None:
             if bool(task.unfinished(written).any()):
                 raise DecodingError(NO_TOKEN)
             return
+        frame, final = step
         written = frame.tokens
+        yield Snapshot(frame, rows, task, model.tokenizer, stop, seeds, seconds, cost, final)
+
+
+def _final(frames: Iterator[Frame], revised: bool) -> Iterator[tuple[Frame, bool]]:
+    """Each frame, and whether what stands in it stays: where it may be `revised`, in the last alone."""
+    before: Frame | None = None
+    for frame in frames:
         frame = dataclasses.replace(frame, counts=frame.counts.copy())  # the decoder goes on counting
-        yield Snapshot(frame, rows, task, model.tokenizer, stop, seeds, seconds, cost)
+        if not revised:
+            yield frame, True
+        elif before is not None:
+            yield before, False
+        before = frame
+    if revised and before is not None:
+        yield before, True

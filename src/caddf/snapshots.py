@@ -27,7 +27,8 @@ class Row:
 class Snapshot:
     """The state of all rows after a step of the decoder.
 
-    `seconds` is the time spent decoding so far, not that of whoever looks at the frames.
+    `seconds` is the time spent decoding so far, not that of whoever looks at the frames; `final` says whether what
+    stands stays.
     """
 
     frame: Frame
@@ -38,6 +39,7 @@ class Snapshot:
     seeds: list[int]
     seconds: float
     cost: float
+    final: bool
 
     @property
     def text(self) -> str:
@@ -53,10 +55,10 @@ class Snapshot:
         """
         return [self._text(r) for r in range(len(self.rows))]
 
-    @property
+    @cached_property
     def ended(self) -> list[bool]:
         """Whether nothing more is to come in a row; rows of a batch end at different steps."""
-        return [not unfinished for unfinished in self.task.unfinished(self.frame.tokens).tolist()]
+        return [self.final and not unfinished for unfinished in self.task.unfinished(self.frame.tokens).tolist()]
 
     def pieces(self, row: int = 0) -> list[tuple[str, Kind]]:
         """The canvas token by token, with what became of each; a rejected draft comes before its correction.
@@ -179,7 +181,7 @@ class Snapshot:
 def settled(text: str, stop: tuple[str, ...]) -> str:
     """`text` without what the next token may change: the beginning of a character, or of a stop string."""
     text = text.rstrip("\ufffd")
-    begun = (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n]))
+    begun = (n for word in stop for n in range(1, min(len(word), len(text) + 1)) if text.endswith(word[:n]))
     return text[: len(text) - max(begun, default=0)]
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -49,7 +50,8 @@ def serve(parser: ArgumentParser, arguments: list[str]) -> int:
     try:
         listening = socket.create_server((values.host, values.port))
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
+        named = isinstance(error, socket.gaierror) or not error.errno
+        reason = (error.strerror or error) if named else os.strerror(error.errno or 0)
         raise InputError(f"host and port are {values.host} and {values.port}, which cannot be used: {reason}") from None
     with listening:
         model = load(
@@ -60,8 +62,18 @@ def serve(parser: ArgumentParser, arguments: list[str]) -> int:
         host, port = listening.getsockname()[:2]
         print(f"{name} at http://{host}:{port} (Ctrl-C stops)", file=sys.stderr, flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+
+        class Server(uvicorn.Server):
+            """Tells everybody at once that it ends."""
+
+            def handle_exit(self, sig: int, frame: Any) -> None:
+                app.state.worker.close()
+                super().handle_exit(sig, frame)
+
         try:
-            uvicorn.Server(config).run(sockets=[listening])
+            Server(config).run(sockets=[listening])
         except KeyboardInterrupt:  # which is how it ends
             pass
+        if app.state.worker.thread.is_alive():  # in a step that takes long, which nobody waits for
+            os._exit(0)
     return 0

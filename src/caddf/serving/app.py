@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from caddf.decoding import DECODERS
 from caddf.errors import InputError
-from caddf.generation import generate
+from caddf.generation import decoder_of, generate, revises
 from caddf.scoring import score
 from caddf.serving.requests import Body, Completion, Rows, Score, read
 from caddf.serving.worker import Busy, Call, Job, Step, Worker
@@ -45,7 +45,7 @@ def application(model: TextModel, name: str, *, rows: int = 8, waiting: int = 64
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         worker.start()
-        yield
+        yield  # until it stops
         await run_in_threadpool(worker.stop)
 
     served = _Served(model, name, worker, longest)
@@ -58,7 +58,9 @@ def application(model: TextModel, name: str, *, rows: int = 8, waiting: int = 64
         Route("/v1/score", served.score, methods=["POST"]),
     ]
     said = {kind: _said for kind in (InputError, Busy, HTTPException, Exception)}
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=said)
+    made = Starlette(routes=routes, lifespan=lifespan, exception_handlers=said)
+    made.state.worker = worker
+    return made
 
 
 class _Served:
@@ -88,6 +90,11 @@ class _Served:
         asked, rows = await self._wanted(request)
         if asked.stream and (asked.template is not None or asked.suffix is not None):
             raise InputError("stream is true, beside a hole, which is not filled left to right; /v1/frames streams it")
+        decoder = asked.decoder or self.model.decoder
+        if asked.stream and revises(self.model, decoder_of(decoder, dict(asked.settings))):
+            raise InputError(
+                f"stream is true, beside decoder {decoder}, which draws again what stands; /v1/frames does"
+            )
         about = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
         about |= {"model": self.name}
         if asked.stream:
@@ -138,9 +145,15 @@ class _Served:
         """Log-probabilities (nats) of the tokens of texts under an exact likelihood."""
         asked = await self._asked(request, Score)
         texts = [asked.text] if isinstance(asked.text, str) else list(asked.text)
+        if len(texts) > TEXTS:
+            raise InputError(f"text holds {len(texts)} texts; a request has at most {TEXTS}")
 
         def scored() -> list[Values]:
-            nats = [each.tolist() for each in score(self.model, texts, likelihood=asked.likelihood)]
+            nats: list[list[float]] = []
+            for text in texts:
+                if call.cancelled.is_set():
+                    return []
+                nats += [each.tolist() for each in score(self.model, text, likelihood=asked.likelihood)]
             decode, encode = self.model.tokenizer.decode, self.model.tokenizer.encode
             return [
                 {"text": text, "tokens": [decode([token]) for token in encode(text)], "log_probs": each}
@@ -149,8 +162,12 @@ class _Served:
             ]
 
         told, tell = _told()
-        self.worker.submit(Call(scored, tell))
-        scores = await told.get()
+        call = Call(scored, tell)
+        self.worker.submit(call)
+        try:
+            scores = await told.get()
+        finally:
+            call.cancelled.set()
         if isinstance(scores, Exception):
             raise scores
         return JSONResponse({"model": self.name, "likelihood": asked.likelihood, "scores": scores})
@@ -163,6 +180,7 @@ class _Served:
                 raise HTTPException(413, f"the body has more than {LARGEST} bytes")
         try:
             body = json.loads(raw)
+            json.dumps(body, ensure_ascii=False).encode()  # raises for half a character
         except (ValueError, RecursionError) as error:
             raise InputError(f"the body is no JSON: {error}") from None
         asked = read(body, kind)
@@ -173,13 +191,13 @@ class _Served:
     async def _wanted(self, request: Request) -> tuple[Completion, Rows]:
         """What is to be written; raises `InputError` for what the decoder, the model or this server does not do."""
         asked = await self._asked(request, Completion)
-        if asked.n > TEXTS:
-            raise InputError(f"n is {asked.n}; a request has at most {TEXTS} texts")
+        given = asked.template if asked.prompt is None else asked.prompt
+        count = asked.n * (1 if isinstance(given, str) else len(given or ()))
+        if count > TEXTS:
+            raise InputError(f"the prompts and n make {count} texts; a request has at most {TEXTS}")
         if (asked.max_tokens or 0) > self.longest:
             raise InputError(f"max_tokens is {asked.max_tokens}; this server writes at most {self.longest}")
         rows = asked.rows()
-        if len(rows.texts) > TEXTS:
-            raise InputError(f"the prompts and n make {len(rows.texts)} texts; a request has at most {TEXTS}")
         await run_in_threadpool(lambda: generate(self.model, **rows.with_([])))
         return asked, rows
 

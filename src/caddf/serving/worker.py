@@ -77,7 +77,12 @@ class Call:
             told = self.function()
         except Exception as error:
             told = error
-        self.tell(told)
+        if not self.cancelled.is_set():
+            self.tell(told)
+
+    def fail(self, error: Exception) -> None:
+        """Tells of what went wrong."""
+        self.tell(error)
 
 
 class Worker:
@@ -99,19 +104,26 @@ class Worker:
         self.thread.start()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Ends, after the step that is being decoded; what waits is dropped."""
+        """Ends, after the step that is being decoded."""
+        self.close()
+        self.thread.join(timeout)
+
+    def close(self) -> None:
+        """Tells all that wait, and whom is being written for, that it ends. Does not wait."""
         with self.changed:
             self.stopped = True
-            current = self.current if isinstance(self.current, list) else []
+            current = self.current if isinstance(self.current, list) else [] if self.current is None else [self.current]
             for each in [*self.waiting, *current]:
+                each.fail(Busy("the server is stopping"))
                 each.cancelled.set()
             self.waiting.clear()
             self.changed.notify()
-        self.thread.join(timeout)
 
     def submit(self, job: Job | Call) -> None:
         """Puts it at the end of what waits; raises `Busy` where too many do."""
         with self.changed:
+            if self.stopped:
+                raise Busy("the server is stopping")
             if len(self.waiting) >= self.limit:
                 raise Busy(f"{self.limit} requests are waiting; try again later")
             self.waiting.append(job)
