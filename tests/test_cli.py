@@ -362,7 +362,7 @@ def test_a_finished_run_says_so(say, run):
     assert sorted(path.name for path in Path(run).rglob("*")) == before
 
 
-LONG = ["--train.steps", "20", "--train.checkpoint_every", "7", "--train.log_every", "1", "--train.sample_every", "0"]
+LONG = ["--train.steps", "40", "--train.checkpoint_every", "7", "--train.log_every", "1", "--train.sample_every", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -378,12 +378,12 @@ def test_stopped_and_resumed_is_uninterrupted(say, data, uninterrupted, tmp_path
                "raise SystemExit(main())", "train", *TRAIN, *LONG, "--data", data, "--out", str(run)]  # fmt: skip
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while steps_of(run) < 4:
+    while steps_of(run) < 10:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert out == "" and steps_of(run) < 20
+    assert out == "" and steps_of(run) < 40
     assert process.returncode == 130 and f"go on with: caddf train --resume {run}" in err
     say("train", "--resume", run)
     weights = "checkpoints/latest/model.safetensors"

@@ -336,13 +336,13 @@ def test_the_cache_serves_what_the_formula_leaves():
 
 ANY_ORDER = [
     ("ancestral", {"steps": 9}),
-    ("ancestral", {"steps": 24, "schedule": "cosine"}),
+    ("ancestral", {"steps": 40, "schedule": "cosine"}),
     ("ancestral", {"steps": 20, "until": 0.4}),
     ("remasking", {"steps": 20, "eta": 0.2}),
     ("euler", {"steps": 20}),
     ("tau_leaping", {"steps": 20}),
-    ("tau_leaping", {"steps": 24, "schedule": "geometric"}),
-    ("hybrid", {"steps": 20}),
+    ("tau_leaping", {"steps": 40, "schedule": "geometric"}),
+    ("hybrid", {"steps": 30}),
 ]
 
 

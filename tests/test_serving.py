@@ -123,6 +123,7 @@ def test_a_stream_takes_nothing_back_and_comes_to_the_same(address):
     finished = {choice["index"]: choice["finish_reason"] for choice in chunks[-1]["choices"]}
     assert finished == {choice["index"]: choice["finish_reason"] for choice in whole["choices"]}
     assert usage["choices"] == [] and usage["usage"] == whole["usage"]
+    assert {chunk["seed"] for chunk in [*chunks, usage]} == {1}
 
 
 @pytest.mark.parametrize("decoder", ["remasking", "ancestral", "hybrid", "block"])
