@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import importlib.util
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
@@ -50,6 +51,12 @@ def once(name: str, values: Sequence[Any]) -> None:
     if not values or len({*values}) < len(values):
         said = ",".join(map(str, values))
         raise InputError(f"{name} is {said or 'empty'}; it must hold at least one, and each once")
+
+
+def installed(package: str, extra: str, who: str) -> None:
+    """Raises `InputError` where a package that `who` needs, of that extra, is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{package} is not installed; {who} it: pip install 'caddf[{extra}]'")
 
 
 def nearest(name: str, known: list[str], mark: str = "") -> str:

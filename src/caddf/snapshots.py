@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -95,8 +96,8 @@ class Snapshot:
             tokens.append((text, kind))
         return tokens
 
-    def results(self) -> list[dict[str, Any]]:
-        """Text and statistics of every row, as plain values for JSON.
+    def results(self, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Text and statistics of every row, or of those `rows`, as plain values for JSON.
 
         `tokens` counts the new ones; `tokens_per_second` is of this row, over the time of the whole batch;
         `tokens_per_evaluation` counts a diffusion pass at its floating-point operations per position over the causal
@@ -104,7 +105,7 @@ class Snapshot:
         token-positions of a decoder without caches that came from one; `ended_by` is `stop` where `<|endoftext|>` or a
         stop string came before all was written, else `length`, and nothing where more is to come.
         """
-        return [self._result(r) for r in range(len(self.rows))]
+        return [self._result(r) for r in (range(len(self.rows)) if rows is None else rows)]
 
     def _result(self, r: int) -> dict[str, Any]:
         counts = self.frame.counts

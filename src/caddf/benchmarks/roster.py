@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from caddf.benchmarks.hub_gpt2 import TransformersGenerate, copyable
 from caddf.compile import Compile, compiled
 from caddf.decoding import DECODERS, Decoder
-from caddf.errors import InputError, once
+from caddf.errors import InputError, installed, once
 from caddf.experiment import ARCHITECTURES, METHODS, Network
 from caddf.model_settings import ModelSettings, Size
 from caddf.models.config import ModelConfig
@@ -298,5 +297,4 @@ def _with_steps(entrant: Entrant, steps: list[int]) -> list[Entrant]:
 
 def needs(package: str) -> None:
     """Raises `InputError` where a package of the extra `bench` is missing."""
-    if importlib.util.find_spec(package) is None:
-        raise InputError(f"{package} is not installed; benchmarks need it: pip install 'caddf[bench]'")
+    installed(package, "bench", "benchmarks need")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from caddf.commands.options import compile_option, reading_options
-from caddf.errors import InputError, at_least
+from caddf.errors import InputError, at_least, installed
 from caddf.settings import parse
 from caddf.text_model import load
 
@@ -25,13 +25,7 @@ def serve(parser: ArgumentParser, arguments: list[str]) -> int:
         help="where it listens; 0.0.0.0 is the whole network, which may then use it")  # fmt: skip
     add("--port", type=int, default=8000, metavar="INT", help="of that address; 0 is any that is free")
     add("--name", type=str | None, metavar="NAME", help="what requests call the model; not set, its folder's name")
-    add(
-        "--rows",
-        type=int,
-        default=8,
-        metavar="INT",
-        help="texts that are decoded together at most, of one request or more",
-    )
+    add("--rows", type=int, default=8, metavar="INT", help="texts that are decoded together, of one request or more")
     add("--waiting", type=int, default=64, metavar="INT", help="requests that may wait; others are told to come again")
     add("--longest", type=int, default=4096, metavar="INT", help="tokens that a text may be continued by")
     reading_options(parser)
@@ -39,8 +33,7 @@ def serve(parser: ArgumentParser, arguments: list[str]) -> int:
     values = parse(parser, arguments)
     at_least(1, rows=values.rows, waiting=values.waiting, longest=values.longest)
     for package in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"{package} is not installed; caddf serve needs it: pip install 'caddf[serve]'")
+        installed(package, "serve", "caddf serve needs")
     if not 0 <= values.port < 2**16:
         raise InputError(f"port is {values.port}; it must lie between 0 and {2**16 - 1}")
     import uvicorn
@@ -70,10 +63,8 @@ def serve(parser: ArgumentParser, arguments: list[str]) -> int:
                 app.state.worker.close()
                 super().handle_exit(sig, frame)
 
-        try:
+        with suppress(KeyboardInterrupt):  # which is how it ends
             Server(config).run(sockets=[listening])
-        except KeyboardInterrupt:  # which is how it ends
-            pass
         if app.state.worker.thread.is_alive():  # in a step that takes long, which nobody waits for
             os._exit(0)
     return 0

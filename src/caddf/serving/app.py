@@ -45,7 +45,7 @@ def application(model: TextModel, name: str, *, rows: int = 8, waiting: int = 64
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         worker.start()
-        yield  # until it stops
+        yield
         await run_in_threadpool(worker.stop)
 
     served = _Served(model, name, worker, longest)
@@ -96,7 +96,7 @@ class _Served:
                 f"stream is true, beside decoder {decoder}, which draws again what stands; /v1/frames does"
             )
         about = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time())}
-        about |= {"model": self.name}
+        about |= {"model": self.name, "seed": rows.seeds[0]}
         if asked.stream:
             usage = bool(asked.stream_options.get("include_usage"))
             return await self._streamed(rows, partial(self._chunk, rows, about, [""] * len(rows.texts), usage))
@@ -110,7 +110,7 @@ class _Served:
             {**_choice(index, rows.told(result["text"]), result["ended_by"]), "statistics": _costs(result)}
             for index, result in enumerate(last)
         ]
-        return JSONResponse({**about, "choices": choices, "usage": _usage(rows, last), "seed": rows.seeds[0]})
+        return JSONResponse({**about, "choices": choices, "usage": _usage(rows, last)})
 
     def _chunk(self, rows: Rows, about: Values, sent: list[str], usage: bool, step: Step) -> list[Values]:
         """What is new in each text since the chunk before."""
@@ -251,8 +251,9 @@ def _told() -> tuple[asyncio.Queue[Any], Callable[[Any], None]]:
 
 def _results(step: Step) -> list[Values]:
     """Of a request's rows, with the tokens that were `given`."""
-    results, rows, mask_id = step.frame.results(), step.frame.rows, step.frame.task.mask_id
-    return [{**results[r], "given": sum(token != mask_id for token in rows[r].tokens)} for r in step.rows]
+    rows, mask_id = step.frame.rows, step.frame.task.mask_id
+    given = [sum(token != mask_id for token in rows[r].tokens) for r in step.rows]
+    return [{**result, "given": count} for result, count in zip(step.frame.results(step.rows), given, strict=True)]
 
 
 def _usage(rows: Rows, results: list[Values]) -> Values:
