@@ -1,6 +1,7 @@
 """Benchmarks: what is measured in which order, what is said of it, and what is left on disk. No test looks at time."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -750,7 +751,7 @@ def test_what_does_not_fit_is_said_before_anything_is_measured(arguments, said, 
 
 @pytest.mark.parametrize("package", ["matplotlib", "transformers"])
 def test_a_missing_package_is_named_with_its_extra(package, monkeypatch, tmp_path):
-    find = contest.needs.__globals__["importlib"].util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
     with pytest.raises(InputError, match=rf"{package} is not installed; .*caddf\[bench\]"):
         decode(dataclasses.replace(TINY, out=str(tmp_path / "out")), QUIET)

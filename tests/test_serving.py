@@ -1,6 +1,7 @@
 """A model over HTTP: what is asked for comes, as it would without a server, whatever else is asked for meanwhile."""
 
 import contextlib
+import importlib.util
 import json
 import re
 import signal
@@ -22,6 +23,7 @@ from over_bytes import text_model
 
 import caddf
 from caddf import generate, score
+from caddf.cli import main
 from caddf.errors import InputError
 from caddf.serving.app import application
 from caddf.serving.requests import Completion, read
@@ -371,6 +373,15 @@ def test_what_fails_is_told_and_the_next_request_is_served(model):
 
 
 # The command.
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+def test_a_missing_package_is_named_with_its_extra(package, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
+    assert main(["serve", "nowhere"]) == 2
+    said = f"caddf: error: {package} is not installed; caddf serve needs it: pip install 'caddf[serve]'\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_command_serves_until_it_is_interrupted(model, tmp_path):
